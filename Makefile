@@ -1,0 +1,23 @@
+# Each target does all the set-up it needs. ARGS is passed on: make train ARGS='steps=60 name=mine'
+VENV ?= .venv
+export VENV PYTHON ENGINE
+RUN = $(VENV)/bin/python
+
+.PHONY: train test lint setup clean
+
+train: setup
+	$(RUN) -m deploy.cli train --config deploy/configs/smollm2.yaml $(ARGS)
+
+test: setup
+	$(RUN) -m pytest $(ARGS)
+
+lint: setup
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+setup:
+	@bash deploy/setup.sh
+
+clean:
+	rm -rf $(VENV) .mypy_cache .ruff_cache .hypothesis

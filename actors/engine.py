@@ -1,0 +1,223 @@
+"""Everything of vLLM that the project uses, behind one adapter, pinned to vLLM 0.32.
+
+`Engine` owns one `AsyncLLM`. Tokens in, tokens out: no detokenising, no per-token streaming
+(`FINAL_ONLY`), one request of n completions a group, flat log-probabilities. With
+`processed_logprobs`, top_p = 1 and no top_k the reported log-probabilities are those of the
+distribution sampled from, temperature included.
+
+Legend: T tokens of a completion.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from common.config import GeneratorConfig, ModelConfig
+from common.errors import RunError, UserError
+
+if TYPE_CHECKING:
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+VLLM_VERSION = "0.32"
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One sampled completion. `weight_versions` has one entry for each of the T tokens."""
+
+    token_ids: list[int]
+    logprobs: list[float]
+    weight_versions: list[int]
+    finish_reason: str
+    guidance_length: int = 0
+    """Leading tokens that were given, not sampled."""
+
+
+class Engine:
+    """One vLLM engine. Start it with `await Engine.start(...)`; end it with `shutdown`."""
+
+    def __init__(self, llm: AsyncLLM) -> None:
+        self._llm = llm
+
+    @classmethod
+    async def start(
+        cls,
+        model: ModelConfig,
+        generator: GeneratorConfig,
+        transport: str,
+        seed: int,
+        version: int = 0,
+    ) -> Engine:
+        """Load the model and label its weights `version`.
+
+        Raises `UserError` when vLLM cannot start with these settings.
+        """
+        import vllm
+
+        if not vllm.__version__.startswith(VLLM_VERSION):
+            raise UserError(
+                f"vLLM {vllm.__version__} is installed, {VLLM_VERSION} is needed: run `make setup`"
+            )
+        from vllm.engine.arg_utils import AsyncEngineArgs
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        arguments = AsyncEngineArgs(**_engine_arguments(model, generator, transport, seed))
+        try:
+            llm = AsyncLLM.from_engine_args(arguments)
+        except (ValueError, RuntimeError) as error:
+            raise UserError(
+                f"vLLM did not start for {model.path}: {error} "
+                "(if memory is short, lower generator.kv_cache_gib or model.max_length)"
+            ) from error
+        engine = cls(llm)
+        await llm.update_weight_version(str(version))
+        if transport == "object_store":
+            await engine.init_weight_transfer({})
+        return engine
+
+    async def generate(
+        self, request_id: str, prompt_ids: list[int], n: int, sampling: dict[str, Any]
+    ) -> list[Completion]:
+        """Sample n completions; `sampling` holds temperature, max_tokens and seed."""
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        parameters = SamplingParams(
+            n=n,
+            logprobs=0,
+            flat_logprobs=True,
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+            **sampling,
+        )
+        final = None
+        async for output in self._llm.generate(
+            {"prompt_token_ids": prompt_ids}, parameters, request_id
+        ):
+            final = output
+        if final is None or len(final.outputs) != n:
+            raise RunError(f"vLLM returned no final output for request {request_id}")
+        return [_completion(output) for output in sorted(final.outputs, key=lambda o: o.index)]
+
+    async def score(self, request_id: str, token_ids: list[int], prompt_length: int) -> list[float]:
+        """Log-probabilities, at temperature 1, of `token_ids[prompt_length:]`."""
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        parameters = SamplingParams(
+            max_tokens=1,
+            temperature=0.0,
+            prompt_logprobs=0,
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        final = None
+        async for output in self._llm.generate(
+            {"prompt_token_ids": token_ids}, parameters, request_id
+        ):
+            final = output
+        if final is None or final.prompt_logprobs is None:
+            raise RunError(f"vLLM scored nothing for request {request_id}")
+        positions = list(final.prompt_logprobs)[prompt_length:]
+        scored = zip(token_ids[prompt_length:], positions, strict=True)
+        return [position[token].logprob for token, position in scored]
+
+    async def init_weight_transfer(self, init_info: dict[str, Any]) -> None:
+        """Hand the transport its start-up parameters (ports and ranks for nccl)."""
+        from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
+
+        await self._llm.init_weight_transfer_engine(WeightTransferInitRequest(init_info=init_info))
+
+    async def begin_update(self) -> None:
+        """Freeze the requests under way (none is aborted) and open a weight update.
+
+        Until `end_update` has succeeded the engine serves nothing: a failed update leaves layers
+        unloaded.
+        """
+        await self._llm.pause_generation(mode="keep", clear_cache=False)
+        await self._llm.start_weight_update()
+
+    async def receive_weights(self, update_info: dict[str, Any]) -> None:
+        """Load some of the weights, as the transport describes them."""
+        from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
+
+        await self._llm.update_weights(WeightTransferUpdateRequest(update_info=update_info))
+
+    async def end_update(self, version: int) -> None:
+        """Close the update: tokens sampled from now on are stamped `version`."""
+        await self._llm.finish_weight_update(str(version))
+        # Cached prefixes hold keys and values of the old weights; requests in flight keep theirs.
+        await self._llm.reset_prefix_cache()
+        await self._llm.resume_generation()
+
+    async def weight_version(self) -> int:
+        """The version vLLM stamps on tokens sampled now."""
+        return int(await self._llm.get_weight_version())
+
+    def shutdown(self) -> None:
+        """End the engine's processes."""
+        self._llm.shutdown()
+
+
+def _engine_arguments(
+    model: ModelConfig, generator: GeneratorConfig, transport: str, seed: int
+) -> dict[str, Any]:
+    import torch
+    from vllm.config.weight_transfer import WeightTransferConfig
+
+    arguments: dict[str, Any] = {
+        "model": model.path,
+        "dtype": model.dtype,
+        "max_model_len": model.max_length,
+        "trust_remote_code": model.trust_remote_code,
+        "seed": seed,
+        "max_num_seqs": generator.max_concurrent_sequences,
+        "tensor_parallel_size": generator.tensor_parallel,
+        "enforce_eager": generator.enforce_eager,
+        "enable_prefix_caching": True,
+        # The CPU default of 128 exceeds most prompts, and only whole blocks are shared within a
+        # group; 32 is the least its attention kernel takes.
+        "block_size": 32,
+        "logprobs_mode": "processed_logprobs",
+        "disable_log_stats": True,
+        "weight_transfer_config": WeightTransferConfig(backend=transport),
+        "worker_extension_cls": "actors.weight_engine.WeightUpdateExtension",
+        # Sampling defaults of the model's own generation_config.json would silently change
+        # the distribution that the learner scores.
+        "generation_config": "vllm",
+    }
+    if torch.cuda.is_available():
+        arguments["gpu_memory_utilization"] = generator.memory_fraction
+    else:
+        arguments["kv_cache_memory_bytes"] = int(generator.kv_cache_gib * 2**30)
+        arguments.update(_single_process_on_cpu(generator))
+    return arguments
+
+
+def _single_process_on_cpu(generator: GeneratorConfig) -> dict[str, Any]:
+    """Run the worker inside the engine's process on CPU.
+
+    vLLM's CPU platform replaces the single-process executor by one process a worker, because it
+    binds OpenMP threads there. We bind them for the whole actor (see `deploy.placement`), so the
+    extra process and its busy shared-memory queue would only take a core away.
+    """
+    if generator.tensor_parallel > 1:
+        return {}
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    return {"distributed_executor_backend": "uni"}
+
+
+def _completion(output: Any) -> Completion:
+    versions: list[int] = []
+    for span in output.weight_versions:
+        versions.extend([int(span.version)] * (span.end - span.start))
+    token_ids = list(output.token_ids)
+    logprobs = list(output.logprobs.logprobs)
+    if not len(token_ids) == len(logprobs) == len(versions):
+        raise RunError(
+            f"vLLM gave {len(token_ids)} tokens, {len(logprobs)} log-probabilities and "
+            f"{len(versions)} versions for one completion"
+        )
+    return Completion(token_ids, logprobs, versions, output.finish_reason or "stop")

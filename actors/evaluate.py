@@ -1,0 +1,74 @@
+"""Held-out evaluation: greedy, through the same generators and verifiers as training.
+
+The prompts never serve in training (see `actors.prompts`). The learner's loop evaluates between
+steps, so every completion of an evaluation comes from one weight version.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import Any
+
+from actors.pools import GeneratorPool, VerifierPool
+from actors.prompts import Prompt
+from common.config import EvalConfig
+from common.trajectory import GroupRequest
+from common.waits import Waits
+
+
+class Evaluator:
+    """Scores a fixed list of prompts."""
+
+    def __init__(
+        self,
+        *,
+        prompts: list[Prompt],
+        generators: GeneratorPool,
+        verifiers: VerifierPool,
+        stream: Any,
+        config: EvalConfig,
+        max_tokens: int,
+        waits: Waits,
+    ) -> None:
+        self._prompts = prompts
+        self._generators = generators
+        self._verifiers = verifiers
+        self._stream = stream
+        self._config = config
+        self._max_tokens = config.max_completion_tokens or max_tokens
+        self._waits = waits
+
+    async def run(self, step: int) -> dict[str, float]:
+        """`eval/accuracy`: mean of the first verifier's reward; `eval/unscored`: verdicts missing.
+
+        A completion without a verdict counts as wrong here, and is counted beside it.
+        """
+        started = time.monotonic()
+        refs = await asyncio.gather(
+            *[self._one(index, prompt) for index, prompt in enumerate(self._prompts)]
+        )
+        summary = await self._waits.on(
+            self._stream.write_evaluation.remote(step, list(refs)),
+            owner="evaluation",
+            cause="the trajectory stream",
+            deadline_s=self._config.timeout_s,
+        )
+        return {**summary, "time/eval": time.monotonic() - started}
+
+    async def _one(self, index: int, prompt: Prompt) -> Any:
+        request = GroupRequest(
+            group_id=-1 - index,
+            prompt_id=prompt.prompt_id,
+            epoch=0,
+            prompt_text=prompt.text,
+            prompt_ids=prompt.token_ids,
+            reference=prompt.reference,
+            num_completions=1,
+            max_tokens=self._max_tokens,
+            temperature=0.0,
+            dispatch_version=self._generators.version,
+            dispatched_s=time.time(),
+        )
+        rollout_ref = await self._generators.generate(request, self._config.timeout_s)
+        return await self._verifiers.score(request.group_id, rollout_ref, self._config.timeout_s)

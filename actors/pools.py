@@ -1,0 +1,108 @@
+"""The live generators and verifiers, behind two small typed classes.
+
+A pool sends work to the member with the least of it under way. Handles are Ray actors; every
+call goes through `Waits` with a deadline.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from common.trajectory import GroupRequest
+from common.waits import Waits
+from common.weights import WeightBucket
+
+
+class Pool:
+    """Named actor handles and how many calls each has under way."""
+
+    def __init__(self, handles: dict[str, Any], waits: Waits) -> None:
+        self.handles = handles
+        self.waits = waits
+        self._load = dict.fromkeys(handles, 0)
+
+    async def produce(
+        self, method: str, *args: Any, owner: str, cause: str, deadline_s: float
+    ) -> Any:
+        """Call `method` on the least loaded member; a reference to the batch it made.
+
+        The method returns (batch, acknowledgement). Only the acknowledgement is fetched: the
+        batch stays in the object store of the node that made it.
+        """
+        name = min(self._load, key=self._load.__getitem__)
+        self._load[name] += 1
+        try:
+            batch_ref, done = (
+                getattr(self.handles[name], method).options(num_returns=2).remote(*args)
+            )
+            await self.waits.on(
+                done, owner=owner, cause=f"{cause} from {name}", deadline_s=deadline_s
+            )
+            return batch_ref
+        finally:
+            self._load[name] -= 1
+
+    async def call_all(
+        self, method: str, *args: Any, owner: str, deadline_s: float
+    ) -> dict[str, Any]:
+        """Call `method` on every member and await all; results by name."""
+        calls = [
+            self.waits.on(
+                getattr(handle, method).remote(*args),
+                owner=owner,
+                cause=f"{method} of {name}",
+                deadline_s=deadline_s,
+            )
+            for name, handle in self.handles.items()
+        ]
+        return dict(zip(self.handles, await asyncio.gather(*calls), strict=True))
+
+
+class GeneratorPool(Pool):
+    """Generators, and the weight version all of them hold."""
+
+    def __init__(self, handles: dict[str, Any], waits: Waits, version: int) -> None:
+        super().__init__(handles, waits)
+        self.version = version
+
+    async def generate(self, request: GroupRequest, deadline_s: float) -> Any:
+        """Reference to the rollout batch of one group."""
+        return await self.produce(
+            "generate_group",
+            request,
+            owner=f"group {request.group_id}",
+            cause="its completions",
+            deadline_s=deadline_s,
+        )
+
+    async def score(
+        self, sequences: list[list[int]], prompt_lengths: list[int], deadline_s: float
+    ) -> dict[str, list[list[float]]]:
+        """Canary scores of every generator."""
+        return await self.call_all(
+            "score", sequences, prompt_lengths, owner="canary", deadline_s=deadline_s
+        )
+
+    async def update_weights(
+        self, buckets: list[WeightBucket], version: int, deadline_s: float
+    ) -> float:
+        """Bring every generator to `version`; returns the longest stall of generation, seconds."""
+        stalls = await self.call_all(
+            "update_weights", buckets, version, owner="publish", deadline_s=deadline_s
+        )
+        return float(max(stalls.values()))
+
+
+class VerifierPool(Pool):
+    """Verifiers."""
+
+    async def score(self, group_id: int, rollout_ref: Any, deadline_s: float) -> Any:
+        """Reference to the trajectory batch of one group."""
+        return await self.produce(
+            "score_group",
+            rollout_ref,
+            owner=f"group {group_id}",
+            cause="its verdicts",
+            deadline_s=deadline_s,
+        )

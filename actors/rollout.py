@@ -1,0 +1,184 @@
+"""The generation loop: prompts -> generators -> verifiers -> trajectory stream -> window.
+
+    run      waits for a slot of the budget, takes a prompt, dispatches its group; for ever
+    _group   one group's way, a task of its own: sampled, verified, logged, put into the window
+
+Slots are given back by the learner's loop through `release`, once a new version is published.
+A group without a usable reward, or (with dynamic sampling) without a difference in reward, is
+dropped: its slot is free at once and another prompt goes out.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from actors.guidance import Guidance, num_guided
+from actors.pools import GeneratorPool, VerifierPool
+from actors.prompts import Prompt, PromptSource
+from common.budget import GroupWindow, StalenessBudget
+from common.config import BatchConfig, GeneratorConfig, RolloutConfig
+from common.errors import StallError, UserError
+from common.trajectory import GroupReceipt, GroupRequest
+from common.waits import Waits, until
+
+
+@dataclass
+class RolloutCounts:
+    """Since the run, or its last resume, began."""
+
+    groups_dispatched: int = 0
+    groups_filtered: int = 0
+    tokens_generated: int = 0
+
+
+class RolloutLoop:
+    """Keeps the budget's groups under way. One per run, in the coordinator."""
+
+    def __init__(
+        self,
+        *,
+        source: PromptSource,
+        generators: GeneratorPool,
+        verifiers: VerifierPool,
+        stream: object,
+        batch: BatchConfig,
+        generator: GeneratorConfig,
+        rollout: RolloutConfig,
+        guidance: Guidance,
+        encode: Callable[[str], list[int]],
+        verify_timeout_s: float,
+        first_group_id: int,
+        waits: Waits,
+    ) -> None:
+        self._source = source
+        self._generators = generators
+        self._verifiers = verifiers
+        self._stream = stream
+        self._batch = batch
+        self._config = generator
+        self._rollout = rollout
+        self.guidance = guidance
+        self._encode = encode
+        self._verify_timeout_s = verify_timeout_s
+        self._waits = waits
+        self._budget = StalenessBudget(generator.max_staleness, batch.prompts_per_step)
+        self._window = GroupWindow(generator.max_staleness, batch.prompts_per_step)
+        self._prompts: dict[int, Prompt] = {}  # of groups not yet trained on
+        self._changed = asyncio.Condition()
+        self.next_group_id = first_group_id
+        self.counts = RolloutCounts()
+
+    async def run(self) -> None:
+        """Dispatch groups for ever; an error in any group ends the loop with that error."""
+        async with asyncio.TaskGroup() as groups:
+            while True:
+                await until(self._changed, self._budget.try_acquire)
+                groups.create_task(self._group(self._dispatch(self._source.next())))
+
+    def _dispatch(self, prompt: Prompt) -> GroupRequest:
+        guidance_ids = self._guidance_ids(prompt)
+        guided = num_guided(self._batch.group_size, self._rollout.guidance.ratio)
+        request = GroupRequest(
+            group_id=self.next_group_id,
+            prompt_id=prompt.prompt_id,
+            epoch=prompt.epoch,
+            prompt_text=prompt.text,
+            prompt_ids=prompt.token_ids,
+            reference=prompt.reference,
+            num_completions=self._batch.group_size,
+            max_tokens=self._config.max_completion_tokens,
+            temperature=self._config.temperature,
+            dispatch_version=self._generators.version,
+            dispatched_s=time.time(),
+            guidance_ids=guidance_ids,
+            num_guided=guided if guidance_ids else 0,
+            mask_guidance=self._rollout.guidance.mask,
+        )
+        self.next_group_id += 1
+        self.counts.groups_dispatched += 1
+        self._prompts[request.group_id] = prompt
+        self._window.dispatch(request.group_id, request.dispatch_version)
+        return request
+
+    def _guidance_ids(self, prompt: Prompt) -> tuple[int, ...]:
+        """The solution's first tokens; all of a shorter one; room for one sampled token is left."""
+        length = min(self.guidance.length, self._config.max_completion_tokens - 1)
+        if length < 1:
+            return ()
+        if prompt.solution is None:
+            raise UserError(
+                f"prompt {prompt.prompt_id} has no reference solution to guide with: set "
+                "data.solution_column, or algorithm.rollout.guidance.ratio=0"
+            )
+        return tuple(self._encode(prompt.solution)[:length])
+
+    async def _group(self, request: GroupRequest) -> None:
+        rollout_ref = await self._generators.generate(request, self._config.group_timeout_s)
+        trajectory_ref = await self._verifiers.score(
+            request.group_id, rollout_ref, self._verify_timeout_s
+        )
+        receipt = await self._waits.on(
+            self._stream.append.remote([trajectory_ref]),  # type: ignore[attr-defined]
+            owner=f"group {request.group_id}",
+            cause="the trajectory log",
+            deadline_s=self._verify_timeout_s,
+        )
+        self.counts.tokens_generated += receipt.num_tokens
+        async with self._changed:
+            self._window.complete(receipt)
+            if self._is_filtered(receipt):
+                self.counts.groups_filtered += 1
+                self._window.drop(receipt.group_id)
+                del self._prompts[receipt.group_id]
+                self._budget.release(1)
+            self._changed.notify_all()
+
+    def _is_filtered(self, receipt: GroupReceipt) -> bool:
+        no_reward = receipt.num_unscored == receipt.num_completions
+        return no_reward or (self._rollout.dynamic_sampling and receipt.rewards_equal)
+
+    async def take(self, version: int, deadline_s: float) -> list[GroupReceipt]:
+        """The next step's groups (see `common.budget`). Raises `StallError` at the deadline."""
+        receipts = await self._waits.on(
+            until(self._changed, lambda: self._window.take(version)),
+            owner="learner",
+            cause=f"{self._batch.prompts_per_step} verified groups",
+            deadline_s=deadline_s,
+        )
+        if not receipts:
+            raise StallError("the window gave no groups")
+        for receipt in receipts:
+            del self._prompts[receipt.group_id]
+        taken: list[GroupReceipt] = receipts
+        return taken
+
+    async def release(self) -> None:
+        """A step's version is held by every generator: its slots are free."""
+        async with self._changed:
+            self._budget.release(self._batch.prompts_per_step)
+            self._changed.notify_all()
+
+    def observe(self, step: int, metrics: dict[str, float]) -> dict[str, float]:
+        """Let the rollout axis see a learner step; returns its own state as metrics."""
+        if self._rollout.guidance.ratio == 0:
+            return {}
+        self.guidance.observe(step, metrics["reward/accuracy"])
+        return {"guidance/length": float(self.guidance.length)}
+
+    def state_dict(self) -> dict[str, object]:
+        """Cursor of the prompts, with those not yet trained on, and the next group id."""
+        return {
+            "prompts": self._source.state_dict(list(self._prompts.values())),
+            "guidance": self.guidance.state_dict(),
+            "next_group_id": self.next_group_id,
+        }
+
+    def status(self) -> str:
+        """One line for the display."""
+        return (
+            f"{self._window.num_dispatched} groups under way, {self._window.num_complete} ready, "
+            f"{self._budget.in_use}/{self._budget.capacity} slots"
+        )

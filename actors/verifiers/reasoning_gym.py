@@ -1,0 +1,115 @@
+"""A reasoning-gym task's own scorer (`score_answer`), and its entries as JSON.
+
+Measured on reasoning-gym 0.1.25: 73 of its 106 tasks have a scorer of their own; the common one
+gives len(right)/len(given) to any answer that contains the right one (0.5 to 13 where 3 is
+right), and many give 0.01 to 0.05 to anything. Hence `partial_credit=False`: less than full
+marks counts 0. Turn it on for a task whose grades mean something.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from functools import lru_cache
+from typing import Any
+
+from actors.verifiers.base import (
+    NUMBER,
+    Extract,
+    Verdict,
+    check_extract,
+    extract_answer,
+)
+
+_TUPLE, _ITEMS = "__tuple__", "__items__"
+
+
+def import_reasoning_gym() -> Any:
+    """The package, without the syntax warnings its modules give when first compiled."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import reasoning_gym
+    return reasoning_gym
+
+
+def encode_entry(value: Any) -> Any:
+    """`value` as JSON values; tuples and keys that are not strings survive (scorers need them).
+
+    Raises: `TypeError` for a value that JSON cannot hold.
+    """
+    if isinstance(value, tuple):
+        return {_TUPLE: [encode_entry(item) for item in value]}
+    if isinstance(value, list):
+        return [encode_entry(item) for item in value]
+    if isinstance(value, dict):
+        if all(isinstance(key, str) for key in value):
+            return {key: encode_entry(item) for key, item in value.items()}
+        return {_ITEMS: [[encode_entry(k), encode_entry(v)] for k, v in value.items()]}
+    if value is None or isinstance(value, (str, int, float, bool)):
+        return value
+    raise TypeError(f"a {type(value).__name__} has no JSON form")
+
+
+def decode_entry(value: Any) -> Any:
+    """The inverse of `encode_entry`."""
+    if isinstance(value, list):
+        return [decode_entry(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    if value.keys() == {_TUPLE}:
+        return tuple(decode_entry(item) for item in value[_TUPLE])
+    if value.keys() == {_ITEMS}:
+        return {decode_entry(k): decode_entry(v) for k, v in value[_ITEMS]}
+    return {key: decode_entry(item) for key, item in value.items()}
+
+
+def check_args(extract: Extract = "last_number", partial_credit: bool = False) -> None:
+    """Raise `UserError` for an unknown `extract`."""
+    check_extract(extract)
+
+
+def warm_up() -> None:
+    import_reasoning_gym()
+
+
+def score(
+    text: str,
+    reference: dict[str, Any],
+    extract: Extract = "last_number",
+    partial_credit: bool = False,
+) -> Verdict:
+    """The task's score of the answer found in `text`; a text without an answer fails.
+
+    `last_number` applies where the stored answer is a decimal number; where it is not, the
+    last line is taken instead.
+    Raises: `ValueError` when the prompt did not come from reasoning-gym.
+    """
+    if not reference.get("task"):
+        raise ValueError("the prompt is no reasoning-gym task: use data.source=reasoning_gym")
+    entry = decode_entry(reference["entry"])
+    stored = entry["answer"]
+    if extract == "last_number" and not (isinstance(stored, str) and NUMBER.fullmatch(stored)):
+        extract = "last_line"
+    answer = extract_answer(text, extract)
+    if answer is None:
+        return Verdict.scored(0.0, f"no answer ({extract})")
+    grade = _grade(reference["task"], reference.get("params") or {}, answer, entry)
+    if grade < 1.0 and not partial_credit:
+        grade = 0.0
+    return Verdict.scored(grade, f"answer {answer[:80]!r}, stored {str(stored)[:80]!r}")
+
+
+def _grade(task: str, params: dict[str, Any], answer: str, entry: dict[str, Any]) -> float:
+    scorer = _scorer(task, json.dumps(params, sort_keys=True))
+    try:
+        return float(scorer.score_answer(answer, entry))
+    except Exception:
+        # Some scorers raise on text that is no answer at all. One that can mark the stored
+        # answer is sound, so what it choked on is a wrong answer and not a broken verifier.
+        scorer.score_answer(entry["answer"], entry)
+        return 0.0
+
+
+@lru_cache(maxsize=32)
+def _scorer(task: str, params: str) -> Any:
+    return import_reasoning_gym().create_dataset(task, **json.loads(params))

@@ -1,0 +1,111 @@
+"""From a rule in the configuration to something that can be called.
+
+`verifier_names`: the column names of the rules. `resolve`: the callable, its arguments checked.
+`Rule.judge`: one verdict, whatever the callable does short of ending the process.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from actors.verifiers.base import Verdict, as_verdict
+from common.errors import UserError
+from common.schema import ERROR
+
+if TYPE_CHECKING:
+    from common.config import VerifierConfig
+
+BUILTIN = ("reasoning_gym", "math_answer", "format_rules")
+
+
+def verifier_names(config: VerifierConfig) -> list[str]:
+    """One column name a rule, in order: the name, or the callable's; the second is `name_2`."""
+    names: list[str] = []
+    for spec in config.rules:
+        base = spec.name.rpartition(":")[2]
+        name, count = base, 1
+        while name in names:
+            count += 1
+            name = f"{base}_{count}"
+        names.append(name)
+    return names
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A resolved rule: its column name, its callable and the arguments it is given."""
+
+    name: str
+    score: Callable[..., object]
+    args: dict[str, Any]
+
+    def judge(self, text: str, reference: dict[str, Any]) -> Verdict:
+        """The verdict on one completion; whatever the callable raises is an `error`."""
+        try:
+            return as_verdict(self.score(text, reference, **self.args), self.name)
+        except BaseException as error:  # SystemExit too: a rule may not end the child
+            return Verdict(ERROR, None, f"{self.name}: {type(error).__name__}: {error}"[:500])
+
+
+def resolve(name: str, target: str, args: dict[str, Any]) -> Rule:
+    """The rule called `name` from `target`, a built-in or `package.module:callable`.
+
+    Raises: `UserError` when it cannot be imported, is not callable, or does not take `args`.
+    """
+    if target in BUILTIN:
+        module = importlib.import_module(f"actors.verifiers.{target}")
+        _check_signature(target, module.check_args, (), args)
+        module.check_args(**args)
+        module.warm_up() if hasattr(module, "warm_up") else None
+        return Rule(name, module.score, args)
+    score = _import_callable(target)
+    _check_signature(target, score, ("", {}), args)
+    return Rule(name, score, args)
+
+
+def _import_callable(target: str) -> Callable[..., object]:
+    module_name, colon, attribute = target.partition(":")
+    if not (module_name and colon and attribute):
+        near = difflib.get_close_matches(target, BUILTIN, 1)
+        raise UserError(
+            f"verifier {target!r} is unknown"
+            + (f"; did you mean {near[0]!r}?" if near else "")
+            + f" Give one of {', '.join(BUILTIN)}, or your own as package.module:callable"
+        )
+    try:
+        found: Any = importlib.import_module(module_name)
+        for part in attribute.split("."):
+            found = getattr(found, part)
+    except (ImportError, AttributeError, SyntaxError) as error:
+        raise UserError(
+            f"verifier {target!r} cannot be imported: {error}. "
+            "The module must be importable from the directory the run was started in"
+        ) from error
+    if not callable(found):
+        raise UserError(f"verifier {target!r} is a {type(found).__name__}, not a callable")
+    score: Callable[..., object] = found
+    return score
+
+
+def _check_signature(
+    target: str, function: Callable[..., object], head: tuple[object, ...], args: dict[str, Any]
+) -> None:
+    try:
+        signature = inspect.signature(function)
+    except ValueError:  # a builtin without a signature can only be tried
+        return
+    try:
+        signature.bind(*head, **args)
+    except TypeError as error:
+        raise UserError(
+            f"verifier {target!r} does not take the args {args}: {error}; "
+            f"it is called as score{signature}"
+            if head
+            else f"verifier {target!r} does not take the args {args}: {error}; "
+            f"it takes {', '.join(signature.parameters)}"
+        ) from error

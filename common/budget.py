@@ -1,0 +1,115 @@
+"""The staleness budget: at most (S + 1) * P groups between prompt and learner.
+
+Symbols: P prompts a step, S = `max_staleness`, v the learner's version (the number of its
+steps), u <= v the version every live generator holds.
+
+Rule 1 (`StalenessBudget`): a group is dispatched only while fewer than (S + 1) * P slots are
+taken; the P slots of a step are given back when its new version is held by every generator. A
+group that is dropped gives its slot back at once.
+Rule 2 (`GroupWindow.take`): the learner at version v takes P complete groups, oldest first. It
+waits until the step leaves every older group a place in time: a group dispatched at u must be
+trained at version u + S or before, so for each w >= v, of the groups dispatched at w - S or before
+all but (w - v) * P, the places that the steps after this one still offer, must be complete.
+
+Bound: no trained token is more than S versions older than the learner. A group dispatched at u
+has tokens of version >= u only, and rule 2 with w = v lets no step pass its version u + S.
+Rule 2 can always be met: it never waits for more than P groups, because the groups dispatched at
+w - S or before and not yet trained never number more than (w - v + 1) * P.
+- Dispatch at u keeps this: of the (S + 1) * P slots, (v - u) * P belong to steps not yet held by
+  every generator, so with w = u + S at most (S + 1) * P - (v - u) * P = (w - v + 1) * P groups are
+  between dispatch and learner.
+- Training keeps it: that is what rule 2 asks of a step.
+Pacing (waiting for a straggler when its place would be lost) holds the bound; nothing is dropped
+for age. Before that a straggler holds up nobody.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+
+from common.trajectory import GroupReceipt
+
+
+class StalenessBudget:
+    """Counts slots. Knows no time and no process: see the module for what it guarantees."""
+
+    def __init__(self, max_staleness: int, prompts_per_step: int) -> None:
+        if max_staleness < 0 or prompts_per_step < 1:
+            raise ValueError(f"max_staleness {max_staleness}, prompts_per_step {prompts_per_step}")
+        self.capacity = (max_staleness + 1) * prompts_per_step
+        self.in_use = 0
+
+    def try_acquire(self) -> bool:
+        """Take a slot if one is free."""
+        if self.in_use >= self.capacity:
+            return False
+        self.in_use += 1
+        return True
+
+    def release(self, slots: int) -> None:
+        """Give slots back. Raises `ValueError` when more are given back than were taken."""
+        if not 0 <= slots <= self.in_use:
+            raise ValueError(f"release of {slots} slots, {self.in_use} in use")
+        self.in_use -= slots
+
+
+class GroupWindow:
+    """The groups between dispatch and learner, and the choice of the next step's P."""
+
+    def __init__(self, max_staleness: int, prompts_per_step: int) -> None:
+        self._max_staleness = max_staleness
+        self._prompts_per_step = prompts_per_step
+        self._dispatched: dict[int, int] = {}  # group id -> dispatch version, not yet complete
+        self._complete: dict[int, GroupReceipt] = {}
+
+    def dispatch(self, group_id: int, version: int) -> None:
+        """A group was sent out while the generators held `version`."""
+        self._dispatched[group_id] = version
+
+    def complete(self, receipt: GroupReceipt) -> None:
+        """A group is verified and logged."""
+        del self._dispatched[receipt.group_id]
+        self._complete[receipt.group_id] = receipt
+
+    def drop(self, group_id: int) -> None:
+        """A group left without being trained on (failed or filtered)."""
+        if self._dispatched.pop(group_id, None) is None:
+            del self._complete[group_id]
+
+    def missing(self, version: int) -> int:
+        """How many more groups must complete before the learner at `version` may take a step."""
+        held_since = Counter(self._dispatched.values())
+        held_since.update(group.dispatch_version for group in self._complete.values())
+        ready_since = Counter(group.dispatch_version for group in self._complete.values())
+        missing = self._prompts_per_step - len(self._complete)
+        for held in held_since:
+            older = sum(count for since, count in held_since.items() if since <= held)
+            ready = sum(count for since, count in ready_since.items() if since <= held)
+            places_left = (held + self._max_staleness - version) * self._prompts_per_step
+            missing = max(missing, older - places_left - ready)
+        return max(missing, 0)
+
+    def take(self, version: int) -> list[GroupReceipt] | None:
+        """The P groups to train at `version`, oldest first; None while they are not there."""
+        if self.missing(version):
+            return None
+        oldest_first = sorted(
+            self._complete.values(), key=lambda group: (group.dispatch_version, group.group_id)
+        )
+        taken = oldest_first[: self._prompts_per_step]
+        for receipt in taken:
+            del self._complete[receipt.group_id]
+        return taken
+
+    @property
+    def num_complete(self) -> int:
+        return len(self._complete)
+
+    @property
+    def num_dispatched(self) -> int:
+        return len(self._dispatched)
+
+    def outstanding(self) -> Iterable[int]:
+        """Ids of every group dispatched and not taken."""
+        return [*self._dispatched, *self._complete]

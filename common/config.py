@@ -1,0 +1,312 @@
+"""The configuration: nested dataclasses are the schema, YAML and `key=value` only fill them.
+
+Order of precedence: defaults here, then the preset YAML, then the recipe YAML, then overrides.
+An unknown key, a wrong type or an impossible combination raises `UserError` naming the key,
+before any process starts. Values that follow from others are properties, never keys.
+Loading lives in `common.config_loader`; every component is handed its own section only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from omegaconf import MISSING
+
+
+@dataclass
+class ModelConfig:
+    path: str = MISSING
+    """A Hugging Face folder, a hub name, or `builtin:NAME` (see `deploy.models`)."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Compute type of learner and generator; master weights are always float32."""
+    max_length: int = 512
+    """Context: prompt plus completion, in tokens."""
+    trust_remote_code: bool = False
+
+
+@dataclass
+class ReasoningGymConfig:
+    task: str = "chain_sum"
+    params: dict[str, Any] = field(default_factory=dict)
+    size: int = 5000
+    """Number of distinct training prompts drawn from the task's generator."""
+
+
+@dataclass
+class DataConfig:
+    source: Literal["reasoning_gym", "file", "hub"] = "reasoning_gym"
+    reasoning_gym: ReasoningGymConfig = field(default_factory=ReasoningGymConfig)
+    path: str | None = None
+    """`file`: a .jsonl or .parquet file. `hub`: a data set name, e.g. `openai/gsm8k`."""
+    subset: str | None = None
+    split: str = "train"
+    eval_path: str | None = None
+    """`file`/`hub`: held-out rows from another file or split; else the last `eval.prompts` rows."""
+    prompt_column: str = "prompt"
+    answer_column: str = "answer"
+    solution_column: str | None = None
+    """A reference solution (G2RPO-A guidance)."""
+    difficulty_column: str | None = None
+    template: Literal["chat", "plain"] = "chat"
+    plain_template: str = "{prompt}"
+    system_prompt: str | None = None
+    shuffle: bool = True
+
+
+@dataclass
+class BatchConfig:
+    """The three batch knobs, and no more."""
+
+    prompts_per_step: int = 8
+    group_size: int = 8
+    tokens_per_microbatch: int = 4096
+
+
+@dataclass
+class GeneratorConfig:
+    count: int = 1
+    max_completion_tokens: int = 48
+    temperature: float = 1.0
+    max_staleness: int = 1
+    """S: no trained token is more than S versions older than the learner. 0 is synchronous."""
+    kv_cache_gib: float = 1.0
+    max_concurrent_sequences: int = 256
+    enforce_eager: bool = True
+    memory_fraction: float = 0.85
+    """CUDA only: the share of a device's memory vLLM may take."""
+    threads: int | None = None
+    """CPU only; None lets the core plan decide."""
+    num_gpus: float = 0.0
+    tensor_parallel: int = 1
+    start_timeout_s: float = 600.0
+    group_timeout_s: float = 600.0
+
+
+@dataclass
+class VerifierSpec:
+    name: str = MISSING
+    """A built-in (`reasoning_gym`, `math_answer`, `format_rules`) or `package.module:callable`."""
+    weight: float = 1.0
+    args: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class VerifierConfig:
+    workers: int = 1
+    """Verifier actors; each scores in a child process that can be killed."""
+    timeout_s: float = 10.0
+    """Wall-clock limit of one completion's verdict."""
+    rules: list[VerifierSpec] = field(default_factory=lambda: [VerifierSpec(name="reasoning_gym")])
+    """At least one; the reward is the weighted sum. The first is the one called accuracy."""
+
+
+@dataclass
+class BaselineConfig:
+    """R -> advantage of a completion."""
+
+    kind: Literal["grpo", "dr_grpo", "rloo", "krpo", "raft", "reinforce_rej", "none"] = "grpo"
+    epsilon: float = 1e-6
+    min_advantage: float | None = None
+    """Advantages are clamped from below (GRPO-lambda: -0.1)."""
+
+
+@dataclass
+class CreditConfig:
+    """Advantage of a completion -> weight of every token."""
+
+    kind: Literal["broadcast", "lambda_trace", "prefix_sets"] = "broadcast"
+    trace: Literal["recent", "both", "terminal"] = "recent"
+    application: Literal["trace", "weight"] = "trace"
+    """`trace`: inside the ratio, before the clip; `weight`: on the advantage."""
+    gamma: float = 1.0
+    lambda_: float = 0.99
+    normalize: Literal["none", "mean"] = "none"
+    cut: bool = False
+    """Cut the trace where the policy has moved off the behaviour policy (ours)."""
+    entropy_quantile: float = 0.0
+    """Selective traces: tokens below this entropy quantile carry no trace. 0 is off."""
+
+
+@dataclass
+class ObjectiveConfig:
+    """Log-ratio and advantage -> surrogate of every token."""
+
+    kind: Literal["ppo", "gspo", "gmpo", "cispo", "gpg"] = "ppo"
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    epochs: int = 1
+    """Optimiser steps over the same batch; pi_old is the policy before the first."""
+    kl: float = 0.0
+    """beta of the k3 estimator to the frozen reference policy."""
+    kl_in: Literal["loss", "reward"] = "loss"
+
+
+@dataclass
+class CorrectionConfig:
+    """Off-policy correction on the behaviour policy, multiplied into the surrogate."""
+
+    kind: Literal["auto", "none", "tis", "icepop"] = "auto"
+    """`auto`: `tis` when `max_staleness` > 0, else `none`."""
+    level: Literal["token", "sequence"] = "token"
+    cap: float = 2.0
+    floor: float = 0.5
+    """IcePop: tokens whose ratio lies outside [floor, cap] are zeroed."""
+
+
+@dataclass
+class AggregationConfig:
+    """Token surrogates -> a scalar."""
+
+    kind: Literal["sequence_mean", "token_mean", "constant", "lambda_grpo"] = "sequence_mean"
+    lambda_init: float = 0.0
+    lambda_learning_rate: float = 0.1
+    length_scale: float = 1.0 / 9.0
+
+
+@dataclass
+class GuidanceConfig:
+    """G2RPO-A: the first tokens of `data.solution_column` lead some completions."""
+
+    ratio: float = 0.0
+    """Share of a group that is guided. 0 is off."""
+    schedule: Literal["cycle", "sliding", "fixed", "linear_decay"] = "cycle"
+    max_tokens: int = 3072
+    """l_0 and l_max."""
+    window: int = 2
+    """T: steps of reward history an update looks back on."""
+    mask: bool = True
+    """Guidance tokens stay out of the loss: the policy did not sample them."""
+
+
+@dataclass
+class RolloutConfig:
+    """Which completions are sampled and kept."""
+
+    mask_truncated: bool = False
+    """Completions cut at the limit stay out of the loss (DAPO)."""
+    overlong_penalty_tokens: int = 0
+    """DAPO's soft punishment: reward falls by up to 1 over the last N tokens. 0 is off."""
+    dynamic_sampling: bool = False
+    """Groups whose rewards are all equal are filtered and replaced by new prompts (DAPO)."""
+    keep_max_variance: int = 0
+    """PODS: train on this many completions of a group, those of most reward variance. 0 is off."""
+    prune_rate: float = 0.0
+    """CPPO: the share of a group left out, those of least |advantage|. 0 is off."""
+    guidance: GuidanceConfig = field(default_factory=GuidanceConfig)
+
+
+@dataclass
+class AlgorithmConfig:
+    """Five independent axes; a paper is a choice on each (see deploy/configs/recipes)."""
+
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    baseline: BaselineConfig = field(default_factory=BaselineConfig)
+    credit: CreditConfig = field(default_factory=CreditConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    correction: CorrectionConfig = field(default_factory=CorrectionConfig)
+    aggregation: AggregationConfig = field(default_factory=AggregationConfig)
+
+
+@dataclass
+class LearnerConfig:
+    ranks: int = 1
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    learning_rate: float = 1e-5
+    warmup_steps: int = 5
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.95)
+    max_grad_norm: float = 1.0
+    vocabulary_chunk_tokens: int = 512
+    """Tokens whose logits exist at one time in the fused log-probability head."""
+    activation_checkpointing: bool = False
+    compile: bool = False
+    packing: Literal["shared_prefix", "sequence"] = "shared_prefix"
+    """`shared_prefix`: a prompt is computed once for its completions in a micro-batch."""
+    threads: int | None = None
+    start_timeout_s: float = 600.0
+    step_timeout_s: float = 1800.0
+
+
+@dataclass
+class WeightsConfig:
+    transport: Literal["object_store", "nccl", "ipc"] = "object_store"
+    bucket_mib: int = 64
+    canary_sequences: int = 4
+    canary_tokens: int = 24
+    canary_tolerance: float | None = None
+    """Largest mean |log-probability gap| of a canary sequence between learner and generator, in
+    nats a token. None: 0.2 in bfloat16, whose logits have steps of up to 1/8, 0.001 in float32."""
+    publish_timeout_s: float = 300.0
+
+
+@dataclass
+class EvalConfig:
+    every: int = 10
+    """Steps between evaluations; 0 evaluates only before and after."""
+    prompts: int = 200
+    max_completion_tokens: int | None = None
+    timeout_s: float = 900.0
+
+
+@dataclass
+class CheckpointConfig:
+    every: int = 20
+    """Steps between checkpoints; 0 writes only the last."""
+    keep_last: int = 2
+    timeout_s: float = 900.0
+
+
+@dataclass
+class RayConfig:
+    address: str = "local"
+    """`local` starts a cluster of its own; `auto` inside a Ray job; `host:port` or `ray://`."""
+    connect_timeout_s: float = 60.0
+    object_store_gib: float = 2.0
+    """`local` only."""
+
+
+@dataclass
+class Config:
+    """One run. `recipe` names a file in deploy/configs/recipes, merged over the preset."""
+
+    name: str | None = None
+    runs_dir: str = "runs"
+    resume: str | None = None
+    recipe: str | None = None
+    seed: int = 0
+    steps: int = 30
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    generator: GeneratorConfig = field(default_factory=GeneratorConfig)
+    verifier: VerifierConfig = field(default_factory=VerifierConfig)
+    algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
+    learner: LearnerConfig = field(default_factory=LearnerConfig)
+    weights: WeightsConfig = field(default_factory=WeightsConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    ray: RayConfig = field(default_factory=RayConfig)
+
+    @property
+    def completions_per_step(self) -> int:
+        return self.batch.prompts_per_step * self.batch.group_size
+
+    @property
+    def max_groups_in_flight(self) -> int:
+        """(S + 1) * P: the staleness budget."""
+        return (self.generator.max_staleness + 1) * self.batch.prompts_per_step
+
+    @property
+    def canary_tolerance(self) -> float:
+        if self.weights.canary_tolerance is not None:
+            return self.weights.canary_tolerance
+        return 0.2 if self.model.dtype == "bfloat16" else 1e-3
+
+    @property
+    def correction_kind(self) -> str:
+        kind = self.algorithm.correction.kind
+        if kind != "auto":
+            return kind
+        return "tis" if self.generator.max_staleness > 0 else "none"

@@ -1,0 +1,205 @@
+"""From YAML files and `key=value` overrides to a checked `Config`.
+
+Everything a run could stumble over that can be known from the configuration alone is refused
+here, with the key at fault, before any process starts.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from common.config import Config
+from common.errors import UserError
+
+
+def load_config(
+    files: Sequence[Path],
+    overrides: Sequence[str],
+    recipes_folder: Path | None = None,
+    *,
+    resolved: bool = False,
+) -> Config:
+    """Merge defaults, `files` in order, the recipe they name, and `overrides`; check the result.
+
+    `resolved` files were written by `dump_config`: their recipe is in them already, with what was
+    overridden, and is not merged again. A recipe among the overrides is.
+
+    Raises:
+        UserError: no such file or recipe, unknown key, wrong type, impossible combination.
+    """
+    layers: list[Any] = [_read_yaml(path) for path in files]
+    command_line = _parse_overrides(overrides)
+    recipe = _named_recipe([command_line] if resolved else [*layers, command_line])
+    if recipe is not None:
+        layers.append(_read_yaml(_recipe_path(recipe, recipes_folder)))
+    layers.append(command_line)
+    config = _merge(layers)
+    check_config(config)
+    return config
+
+
+def dump_config(config: Config) -> str:
+    """The resolved configuration as YAML that `load_config(resolved=True)` reads back."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def _read_yaml(path: Path) -> DictConfig:
+    try:
+        loaded = OmegaConf.load(path)
+    except FileNotFoundError as error:
+        raise UserError(f"configuration file {path} does not exist") from error
+    except Exception as error:  # YAML's own errors have no common base that is exported
+        raise UserError(f"configuration file {path} is not valid YAML: {error}") from error
+    if not isinstance(loaded, DictConfig):
+        raise UserError(f"configuration file {path} must hold a mapping of keys")
+    return loaded
+
+
+def _parse_overrides(overrides: Sequence[str]) -> DictConfig:
+    for override in overrides:
+        if "=" not in override or override.startswith(("-", "=")):
+            raise UserError(f"'{override}' is not an override: write key=value, e.g. steps=10")
+    try:
+        return OmegaConf.from_dotlist(list(overrides))
+    except Exception as error:  # the YAML reader's errors again
+        raise UserError(f"cannot read the overrides {list(overrides)}: {error}") from error
+
+
+def _named_recipe(layers: Sequence[DictConfig]) -> str | None:
+    names = [layer["recipe"] for layer in layers if layer.get("recipe") is not None]
+    return str(names[-1]) if names else None
+
+
+def _recipe_path(recipe: str, folder: Path | None) -> Path:
+    if recipe.endswith((".yaml", ".yml")):
+        return Path(recipe)
+    if folder is None:
+        raise UserError(f"recipe={recipe}: no folder of recipes here; give the path of a YAML file")
+    path = folder / f"{recipe}.yaml"
+    if not path.exists():
+        known = sorted(file.stem for file in folder.glob("*.yaml"))
+        raise UserError(
+            f"recipe={recipe} is not known{_nearest(recipe, known)}; there are: " + ", ".join(known)
+        )
+    return path
+
+
+def _merge(layers: Sequence[DictConfig]) -> Config:
+    schema = OmegaConf.structured(Config)
+    for layer in layers:
+        _check_keys(layer, schema)
+    try:
+        merged = OmegaConf.merge(schema, *layers)
+        config = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        key = getattr(error, "full_key", None) or "?"
+        reason = str(error).splitlines()[0]
+        hint = " (set it)" if "missing mandatory value" in reason else ""
+        raise UserError(f"{key}: {reason}{hint}") from error
+    assert isinstance(config, Config)
+    return config
+
+
+def _check_keys(layer: DictConfig, schema: DictConfig, prefix: str = "") -> None:
+    """Name the nearest right key for an unknown one, at any depth."""
+    for key in layer:
+        full_key = f"{prefix}{key!s}"
+        if key not in list(schema):  # `in` is False for a mandatory key without a value
+            raise UserError(
+                f"unknown key {full_key}{_nearest(str(key), [str(k) for k in schema])}"
+                + (f" (keys of {prefix[:-1]}: {', '.join(map(str, schema))})" if prefix else "")
+            )
+        if OmegaConf.is_missing(schema, key) or OmegaConf.is_missing(layer, key):
+            continue
+        inner, inner_schema = layer[key], schema[key]
+        if not isinstance(inner_schema, DictConfig) or key == "params":
+            continue
+        if not isinstance(inner, DictConfig):
+            raise UserError(
+                f"{full_key}={inner} must be a mapping of keys: {', '.join(map(str, inner_schema))}"
+            )
+        _check_keys(inner, inner_schema, f"{full_key}.")
+
+
+def _nearest(word: str, known: Sequence[str]) -> str:
+    match = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    return f" (did you mean {match[0]}?)" if match else ""
+
+
+def check_config(config: Config) -> None:
+    """Raise `UserError` for values that cannot work together, naming the keys and a remedy."""
+    _require_positive(
+        config,
+        "steps",
+        "batch.prompts_per_step",
+        "batch.group_size",
+        "batch.tokens_per_microbatch",
+        "generator.count",
+        "generator.max_completion_tokens",
+        "generator.max_concurrent_sequences",
+        "generator.kv_cache_gib",
+        "verifier.workers",
+        "learner.ranks",
+        "learner.learning_rate",
+        "learner.vocabulary_chunk_tokens",
+        "model.max_length",
+        "weights.bucket_mib",
+        "algorithm.objective.epochs",
+    )
+    _require_not_negative(
+        config,
+        "generator.max_staleness",
+        "generator.temperature",
+        "eval.every",
+        "eval.prompts",
+        "checkpoint.every",
+        "algorithm.objective.kl",
+    )
+    generator, batch = config.generator, config.batch
+    if generator.max_completion_tokens >= config.model.max_length:
+        raise UserError(
+            f"generator.max_completion_tokens={generator.max_completion_tokens} leaves no room for "
+            f"a prompt within model.max_length={config.model.max_length}: raise the latter"
+        )
+    if generator.temperature == 0:
+        raise UserError(
+            "generator.temperature=0 samples the same completion G times, which gives no "
+            "advantage: use a temperature above 0 (evaluation is greedy by itself)"
+        )
+    if batch.group_size == 1 and config.algorithm.baseline.kind in ("grpo", "dr_grpo", "rloo"):
+        raise UserError(
+            f"batch.group_size=1 gives zero advantage under algorithm.baseline.kind="
+            f"{config.algorithm.baseline.kind}: use at least 2"
+        )
+    if config.batch.prompts_per_step < 1 or not config.verifier.rules:
+        raise UserError("verifier.rules is empty: name at least one verifier")
+    if (
+        config.data.source == "reasoning_gym"
+        and config.eval.prompts >= config.data.reasoning_gym.size
+    ):
+        raise UserError(
+            f"eval.prompts={config.eval.prompts} leaves no training prompts of "
+            f"data.reasoning_gym.size={config.data.reasoning_gym.size}"
+        )
+    if config.data.source in ("file", "hub") and not config.data.path:
+        raise UserError(f"data.source={config.data.source} needs data.path")
+
+
+def _require_positive(config: Config, *keys: str) -> None:
+    for key in keys:
+        value = OmegaConf.select(OmegaConf.structured(config), key)
+        if not value > 0:
+            raise UserError(f"{key}={value} must be greater than 0")
+
+
+def _require_not_negative(config: Config, *keys: str) -> None:
+    for key in keys:
+        value = OmegaConf.select(OmegaConf.structured(config), key)
+        if value < 0:
+            raise UserError(f"{key}={value} must not be negative")

@@ -1,0 +1,30 @@
+"""The errors a person may meet.
+
+Each message says what happened, with the values at fault, and what to do about it.
+`UserError` and its kin are printed by the command line without a traceback and end the
+process with `exit_code`; anything else is a defect of ours and keeps its traceback.
+"""
+
+
+class UserError(Exception):
+    """Wrong input: configuration, data, model folder, address. Exit status 2."""
+
+    exit_code = 2
+
+
+class RunError(Exception):
+    """A run that cannot go on, with its cause. Exit status 1."""
+
+    exit_code = 1
+
+
+class StallError(RunError):
+    """A wait passed its deadline: who waited for whom, for what, and for how long."""
+
+
+class WeightsError(RunError):
+    """The generators do not hold the learner's weights (canary, checksum or coverage)."""
+
+
+class VerifierError(RunError):
+    """A verifier gave something that is not a reward; the message names the verifier."""

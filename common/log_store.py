@@ -1,0 +1,92 @@
+"""The trajectory log of a run: the system of record.
+
+Groups are appended, as they are verified, to Arrow IPC stream files `segment-NNNNNN.arrow`; a
+stream file is readable up to its last whole batch however the writer died. A closed segment is
+also written as Parquet beside it, for any query engine. Every append is flushed to the operating
+system before the group may be trained on.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.ipc
+import pyarrow.parquet
+
+from common.schema import check_schema
+
+SEGMENT_BYTES = 64 * 2**20
+
+
+class TrajectoryLog:
+    """Appends record batches of one schema under `folder`; a new process starts a new segment."""
+
+    def __init__(self, folder: Path, schema: pa.Schema, segment_bytes: int = SEGMENT_BYTES) -> None:
+        self._folder = folder
+        self._schema = schema
+        self._segment_bytes = segment_bytes
+        folder.mkdir(parents=True, exist_ok=True)
+        self._index = len(segments(folder))
+        self._file: pa.OSFile | None = None
+        self._writer: pa.ipc.RecordBatchStreamWriter | None = None
+
+    def append(self, batch: pa.RecordBatch) -> None:
+        """Append one group. Raises `OSError` when the disk is full or read-only."""
+        if self._writer is None:
+            self._open()
+        assert self._writer is not None
+        assert self._file is not None
+        self._writer.write_batch(batch)
+        self._file.flush()
+        if self._file.tell() >= self._segment_bytes:
+            self.close()
+
+    def close(self) -> None:
+        """Close the open segment, if any, and write its Parquet twin."""
+        if self._writer is None or self._file is None:
+            return
+        self._writer.close()
+        self._file.close()
+        self._writer = self._file = None
+        path = self._path(self._index)
+        self._index += 1
+        table = pa.Table.from_batches(read_segment(path), schema=self._schema)
+        partial = path.with_suffix(".parquet.partial")
+        pa.parquet.write_table(table, partial, compression="zstd")
+        os.replace(partial, path.with_suffix(".parquet"))
+
+    def _open(self) -> None:
+        self._file = pa.OSFile(str(self._path(self._index)), "wb")
+        self._writer = pa.ipc.new_stream(self._file, self._schema)
+
+    def _path(self, index: int) -> Path:
+        return self._folder / f"segment-{index:06d}.arrow"
+
+
+def segments(folder: Path) -> list[Path]:
+    """Segment files in the order they were written."""
+    return sorted(folder.glob("segment-*.arrow"))
+
+
+def read_segment(path: Path) -> Iterator[pa.RecordBatch]:
+    """The whole batches of a segment; a torn tail, left by a crash, ends the iteration."""
+    with pa.memory_map(str(path)) as source:
+        try:
+            reader = pa.ipc.open_stream(source)
+        except pa.ArrowInvalid:
+            return  # died before the schema was on disk: no group was appended
+        check_schema(reader.schema)
+        while True:
+            try:
+                yield reader.read_next_batch()
+            except (StopIteration, pa.ArrowInvalid, OSError):
+                return
+
+
+def read_log(folder: Path) -> Iterator[pa.RecordBatch]:
+    """Every whole group of the log, in the order of appending."""
+    for path in segments(folder):
+        yield from read_segment(path)

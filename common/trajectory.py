@@ -1,0 +1,51 @@
+"""What the control plane passes around: requests and receipts, never tokens of completions.
+
+The tokens travel as Arrow record batches (`common.schema`) behind object references.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class GroupRequest:
+    """Sample `num_completions` completions of one prompt."""
+
+    group_id: int
+    prompt_id: str
+    epoch: int
+    prompt_text: str
+    prompt_ids: list[int]
+    reference: str
+    num_completions: int
+    max_tokens: int
+    temperature: float
+    dispatch_version: int
+    """Version every live generator held when the group was dispatched."""
+    dispatched_s: float
+    guidance_ids: tuple[int, ...] = ()
+    """First tokens of a reference solution; they lead the last `num_guided` completions."""
+    num_guided: int = 0
+    mask_guidance: bool = True
+
+
+@dataclass(frozen=True)
+class GroupReceipt:
+    """A verified group that is in the trajectory log. `batch_ref` names its record batch."""
+
+    group_id: int
+    batch_ref: Any
+    dispatch_version: int
+    min_version: int
+    """Oldest weight version any token was sampled with."""
+    num_completions: int
+    num_tokens: int
+    reward_mean: float
+    rewards_equal: bool
+    """No completion differs in reward from another: the group carries no advantage."""
+    num_unscored: int
+    """Completions whose verdict was `error` or `timeout`."""
+    generate_s: float
+    """Seconds from dispatch to the last completion."""

@@ -1,0 +1,76 @@
+"""Every wait of the coordinator has an owner, a cause and a deadline.
+
+`Waits.on` runs an awaitable under a deadline and keeps, meanwhile, one line about it; the lines
+are what the display shows ("who waits for whom") and what a stall report prints.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from common.errors import StallError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Wait:
+    owner: str
+    cause: str
+    since: float
+    """time.monotonic(), seconds."""
+
+
+class Waits:
+    """The waits under way in this process."""
+
+    def __init__(self) -> None:
+        self._waits: dict[int, Wait] = {}
+        self._next = 0
+        self.seconds: dict[str, float] = {}
+        """Total time waited, by owner."""
+
+    async def on(self, awaitable: Awaitable[T], *, owner: str, cause: str, deadline_s: float) -> T:
+        """Await; raise `StallError` with the whole report after `deadline_s` seconds."""
+        key, started = self._next, time.monotonic()
+        self._next += 1
+        self._waits[key] = Wait(owner, cause, started)
+        try:
+            return await asyncio.wait_for(as_future(awaitable), deadline_s)
+        except TimeoutError as error:
+            raise StallError(
+                f"{owner} waited {deadline_s:.0f} s for {cause}, its deadline.\n{self.report()}"
+            ) from error
+        finally:
+            del self._waits[key]
+            self.seconds[owner] = self.seconds.get(owner, 0.0) + time.monotonic() - started
+
+    def under_way(self) -> list[Wait]:
+        """Longest first."""
+        return sorted(self._waits.values(), key=lambda wait: wait.since)
+
+    def report(self) -> str:
+        now = time.monotonic()
+        lines = [
+            f"  {w.owner} waits for {w.cause}, {now - w.since:.1f} s" for w in self.under_way()
+        ]
+        return "Who waits for whom:\n" + "\n".join(lines)
+
+
+async def as_future(awaitable: Awaitable[T]) -> T:
+    """`asyncio.wait_for` wants a coroutine or future; Ray's object references are neither."""
+    return await awaitable
+
+
+async def until(condition: asyncio.Condition, predicate: Callable[[], Any]) -> Any:
+    """Wait on `condition` until `predicate()` is neither None nor False; return its value."""
+    async with condition:
+        while True:
+            value = predicate()
+            if value is not None and value is not False:
+                return value
+            await condition.wait()

@@ -1,0 +1,122 @@
+"""Model weights on the wire: tensors packed into byte buckets.
+
+The learner packs tensors into contiguous byte buffers of bounded size and puts each into an
+object store; a `WeightBucket` travels in its place and says where every tensor lies. Readers
+get views of the buffer, without a copy.
+
+This module knows no object store: `ref` is whatever the store gave back.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+import zlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from common.errors import WeightsError
+
+_ALIGNMENT = 64
+"""Bytes; every tensor starts at a multiple, so that any dtype can be viewed in place."""
+
+
+@dataclass(frozen=True)
+class WeightBucket:
+    """Some tensors of one weight version. The sequences run over the bucket's tensors.
+
+    Attributes:
+        ref: the stored buffer (an object reference), or the buffer itself.
+        names: parameter names as in a Hugging Face checkpoint.
+        dtypes: torch dtype names, e.g. `bfloat16`.
+        shapes: full (unsharded) shapes.
+        offsets: first byte of each tensor in the buffer.
+        nbytes: size of the buffer.
+        checksum: CRC-32 of the buffer.
+    """
+
+    ref: Any
+    names: tuple[str, ...]
+    dtypes: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    offsets: tuple[int, ...]
+    nbytes: int
+    checksum: int
+
+
+def pack_tensors(
+    tensors: Iterable[tuple[str, torch.Tensor]], bucket_bytes: int
+) -> Iterator[WeightBucket]:
+    """Buckets whose `ref` is a fresh uint8 buffer of at most `bucket_bytes`, in order.
+
+    A tensor larger than `bucket_bytes` has a bucket of its own. Tensors are consumed one by one.
+    """
+    pending: list[tuple[str, torch.Tensor]] = []
+    filled = 0
+    for name, tensor in tensors:
+        nbytes = _aligned(tensor.numel() * tensor.element_size())
+        if pending and filled + nbytes > bucket_bytes:
+            yield _bucket(pending, filled)
+            pending, filled = [], 0
+        pending.append((name, tensor.detach().contiguous()))
+        filled += nbytes
+    if pending:
+        yield _bucket(pending, filled)
+
+
+def unpack_tensors(
+    bucket: WeightBucket, buffer: npt.NDArray[np.uint8]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, tensor) views of `buffer`, which may be read-only memory: do not write to them.
+
+    Raises:
+        WeightsError: the buffer is not what the learner packed.
+    """
+    found = zlib.crc32(buffer.data)
+    if buffer.nbytes != bucket.nbytes or found != bucket.checksum:
+        raise WeightsError(
+            f"weight bucket {bucket.names[0]}..{bucket.names[-1]} arrived damaged: "
+            f"{buffer.nbytes} bytes with CRC {found:#x}, "
+            f"expected {bucket.nbytes} with {bucket.checksum:#x}"
+        )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        flat = torch.from_numpy(buffer)
+    for name, dtype_name, shape, offset in zip(
+        bucket.names, bucket.dtypes, bucket.shapes, bucket.offsets, strict=True
+    ):
+        dtype = getattr(torch, dtype_name)
+        yield (
+            name,
+            flat[offset : offset + math.prod(shape) * dtype.itemsize].view(dtype).view(shape),
+        )
+
+
+def _aligned(nbytes: int) -> int:
+    return -(-nbytes // _ALIGNMENT) * _ALIGNMENT
+
+
+def _bucket(tensors: list[tuple[str, torch.Tensor]], nbytes: int) -> WeightBucket:
+    buffer = np.zeros(nbytes, dtype=np.uint8)
+    target = torch.from_numpy(buffer)
+    offsets = []
+    offset = 0
+    for _, tensor in tensors:
+        flat = tensor.reshape(-1).view(torch.uint8)
+        target[offset : offset + flat.numel()].copy_(flat)
+        offsets.append(offset)
+        offset += _aligned(flat.numel())
+    return WeightBucket(
+        ref=buffer,
+        names=tuple(name for name, _ in tensors),
+        dtypes=tuple(str(tensor.dtype).removeprefix("torch.") for _, tensor in tensors),
+        shapes=tuple(tuple(tensor.shape) for _, tensor in tensors),
+        offsets=tuple(offsets),
+        nbytes=nbytes,
+        checksum=zlib.crc32(buffer.data),
+    )

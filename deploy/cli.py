@@ -1,0 +1,99 @@
+"""`grpo-lambda VERB`, the same as `python -m deploy.cli VERB`.
+
+Heavy imports wait until a verb needs them, so that `--help` is instant.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from common.config import Config
+from common.errors import RunError, UserError
+
+CONFIGS = Path(__file__).resolve().parent / "configs"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a verb; returns the exit status: 0 done, 1 the run failed, 2 wrong input, 130 stopped."""
+    options = _parser().parse_args(arguments)
+    try:
+        verb = {"train": _train, "plan": _plan}[options.verb]
+        return verb(options)
+    except (UserError, RunError) as error:
+        print(f"\nerror: {_message(error)}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("\nstopped by Ctrl-C; the run directory can be resumed or read", file=sys.stderr)
+        return 130
+    except asyncio.CancelledError:
+        print("\nstopped by SIGTERM; the run directory can be resumed or read", file=sys.stderr)
+        return 143
+
+
+def _message(error: Exception) -> str:
+    """What the actor raised, without Ray's wrapping."""
+    return str(getattr(error, "cause", None) or error)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="grpo-lambda",
+        description="Reinforcement learning of language models with verifiable rewards.",
+    )
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    for verb, text in (
+        ("train", "train a model; resume=runs/NAME goes on with a run"),
+        ("plan", "resolve and check a configuration, print what would run, start nothing"),
+    ):
+        sub = verbs.add_parser(verb, help=text, description=text)
+        sub.add_argument(
+            "--config", type=Path, default=None, help="YAML file (default: the smollm2 preset)"
+        )
+        sub.add_argument("overrides", nargs="*", metavar="key=value", help="configuration keys")
+    return parser
+
+
+def _load(options: argparse.Namespace) -> Config:
+    from common.config_loader import load_config
+
+    path: Path | None = options.config
+    resumed = [o.partition("=")[2] for o in options.overrides if o.startswith("resume=")]
+    resolved = path is None and bool(resumed)
+    if path is None and resumed:
+        path = Path(resumed[-1]) / "config.yaml"
+        if not path.is_file():
+            raise UserError(f"resume={resumed[-1]}: there is no run in this folder")
+    elif path is None:
+        path = CONFIGS / "smollm2.yaml"
+    return load_config([path], options.overrides, CONFIGS / "recipes", resolved=resolved)
+
+
+def _train(options: argparse.Namespace) -> int:
+    config = _load(options)
+    from deploy.launch import train
+
+    train(config)
+    return 0
+
+
+def _plan(options: argparse.Namespace) -> int:
+    config = _load(options)
+    from deploy.placement import available_cores, plan_cores
+    from deploy.plan import describe
+
+    cores = available_cores()
+    print(describe(config, plan_cores(config, cores, []), len(cores)))
+    return 0
+
+
+def entry_point() -> None:
+    """The console script."""
+    sys.exit(main())
+
+
+if __name__ == "__main__":
+    entry_point()

@@ -1,0 +1,151 @@
+"""Ray: connecting with a deadline, starting the actors, ending without leftovers."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from actors.generator import GeneratorActor
+from actors.verifier_pool import VerifierActor
+from actors.verifiers.registry import verifier_names
+from common.config import Config
+from common.errors import UserError
+from common.stream import TrajectoryStreamActor
+from deploy.placement import CorePlan, actor_options, cpus_needed, object_store_bytes
+from learner.worker import LearnerWorker
+
+PROJECT_ROOT = Path(__file__).resolve().parent.parent
+
+
+LearnerActor = ray.remote(LearnerWorker)
+
+
+@dataclass
+class Actors:
+    """Handles of everything that runs."""
+
+    generators: dict[str, Any]
+    verifiers: dict[str, Any]
+    learners: list[Any]
+    stream: Any
+
+
+def connect(config: Config, cores: CorePlan) -> None:
+    """Join the cluster that `ray.address` names, or start one of our own for `local`.
+
+    Raises:
+        UserError: nothing answers at the address.
+    """
+    # A group's batch is acknowledged apart from its content (`actors.pools`): the acknowledgement
+    # raises what went wrong, and Ray would print the same again for the batch nobody fetched.
+    os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
+    address = config.ray.address
+    environment = {"env_vars": {"PYTHONPATH": _python_path()}}
+    if address == "local":
+        ray.init(
+            address="local",
+            num_cpus=cpus_needed(config, cores),
+            object_store_memory=object_store_bytes(config),
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level="ERROR",
+            runtime_env=environment,
+        )
+        return
+    _check_address(address, config.ray.connect_timeout_s)
+    try:
+        ray.init(
+            address=address, log_to_driver=False, logging_level="ERROR", runtime_env=environment
+        )
+    except (ConnectionError, RuntimeError, TimeoutError) as error:
+        raise UserError(
+            f"no Ray cluster at ray.address={address}: {error}. Start one with `ray start --head`, "
+            "or use ray.address=local"
+        ) from error
+
+
+def _python_path() -> str:
+    """Actors import the project from here also when it is not installed."""
+    inherited = os.environ.get("PYTHONPATH", "")
+    return os.pathsep.join([str(PROJECT_ROOT), *([inherited] if inherited else [])])
+
+
+def _check_address(address: str, timeout_s: float) -> None:
+    """Ray waits for minutes on an address where nothing listens: knock first."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if address == "auto":
+        return
+    if not host or not port.isdigit():
+        raise UserError(f"ray.address={address}: use local, auto, HOST:PORT or ray://HOST:PORT")
+    try:
+        with socket.create_connection((host, int(port)), timeout=timeout_s):
+            return
+    except OSError as error:
+        raise UserError(
+            f"nothing answers at ray.address={address} ({error}): start the cluster with "
+            "`ray start --head --port PORT`, or use ray.address=local"
+        ) from error
+
+
+def start_actors(
+    config: Config, cores: CorePlan, cuda: bool, run_folder: Path, version: int
+) -> Actors:
+    """Create every actor; they start up on their own, `Run` awaits them.
+
+    `config.model.path` is a local folder by now.
+    """
+    options = actor_options(config, cores, cuda)
+    names = verifier_names(config.verifier)
+    generators = {
+        f"generator-{index}": GeneratorActor.options(**options.generator).remote(
+            f"generator-{index}",
+            config.model,
+            config.generator,
+            config.weights.transport,
+            config.seed + index,
+            version,
+            cores.generator_cores[index] if not cuda else None,
+        )
+        for index in range(config.generator.count)
+    }
+    verifiers = {
+        f"verifier-{index}": VerifierActor.options(**options.verifier).remote(config.verifier)
+        for index in range(config.verifier.workers)
+    }
+    learners = [
+        LearnerActor.options(**options.learner).remote(
+            config.model,
+            config.learner,
+            config.algorithm,
+            config.correction_kind,
+            config.generator.max_completion_tokens,
+            config.generator.temperature,
+            config.seed,
+            rank,
+            config.steps,
+            names[0],
+            config.weights.bucket_mib,
+            config.batch.tokens_per_microbatch,
+        )
+        for rank in range(config.learner.ranks)
+    ]
+    stream = TrajectoryStreamActor.options(**options.stream).remote(str(run_folder), names)
+    return Actors(generators, verifiers, learners, stream)
+
+
+def disconnect(log_folder: Path) -> None:
+    """Leave Ray; a cluster of our own ends with it. Keeps the logs of its processes."""
+    if not ray.is_initialized():
+        return
+    session = Path(ray._private.worker._global_node.get_session_dir_path()) / "logs"
+    ray.shutdown()
+    log_folder.mkdir(exist_ok=True)
+    for source in [*session.glob("worker-*.out"), *session.glob("worker-*.err")]:
+        if source.stat().st_size > 0:
+            shutil.copyfile(source, log_folder / source.name)

@@ -1,0 +1,113 @@
+"""The run directory: what is where, names of new runs, and which checkpoint to go on from.
+
+runs/NAME/config.yaml        resolved configuration
+         /metrics.jsonl      one object a learner step; tensorboard/ holds the same
+         /trajectories/      every verified group (Arrow, closed segments also Parquet)
+         /evaluations/       held-out completions, a Parquet file an evaluation
+         /checkpoints/step-N a Hugging Face folder with training_state/ inside
+         /log/               Ray's logs of this run's processes, copied when it ends
+"""
+
+from __future__ import annotations
+
+import datetime
+import fcntl
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import TextIO
+
+from common.config import Config
+from common.config_loader import dump_config
+from common.errors import UserError
+
+_STEP = re.compile(r"^step-(\d+)$")
+
+
+_ERROR_LINE = re.compile(r"(?:^|[\s\]])((?:\w+\.)*\w*(?:Error|Exception|Killed): .+)$")
+
+
+def last_errors(log_folder: Path, count: int = 3) -> list[str]:
+    """The last distinct error lines in a run's process logs: usually the root of a failure."""
+    found: dict[str, None] = {}
+    for path in sorted(log_folder.glob("*"), key=lambda file: file.stat().st_mtime):
+        for line in path.read_text(errors="replace").splitlines():
+            match = _ERROR_LINE.search(line)
+            if match:
+                found.pop(match.group(1), None)
+                found[match.group(1)] = None
+    return list(found)[-count:]
+
+
+class RunDirectory:
+    """One run's folder, locked for as long as this process trains in it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path.resolve()
+        self._lock: TextIO | None = None
+
+    @classmethod
+    def create(cls, config: Config) -> RunDirectory:
+        """A new folder. Raises `UserError` when the name is taken or the place is not writable."""
+        name = config.name or datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+        if not re.fullmatch(r"[\w.\-]+", name):
+            raise UserError(f"name={name}: use letters, digits, '.', '_' and '-' only")
+        run = cls(Path(config.runs_dir) / name)
+        try:
+            run.path.mkdir(parents=True, exist_ok=False)
+        except FileExistsError as error:
+            raise UserError(
+                f"{run.path} exists: choose another name=, or go on with it by "
+                f"resume={config.runs_dir}/{name}"
+            ) from error
+        except OSError as error:
+            raise UserError(
+                f"cannot write to {run.path}: {error.strerror}; set runs_dir"
+            ) from error
+        (run.path / "config.yaml").write_text(dump_config(config))
+        run._acquire()
+        return run
+
+    @classmethod
+    def reopen(cls, path: str) -> RunDirectory:
+        """An existing run. Raises `UserError` when there is none or it is being trained now."""
+        run = cls(Path(path))
+        if not (run.path / "config.yaml").is_file():
+            raise UserError(f"resume={path}: there is no run (no config.yaml in {run.path})")
+        run._acquire()
+        return run
+
+    def _acquire(self) -> None:
+        self._lock = (self.path / ".lock").open("w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"{self.path} is being trained by another process") from error
+        self._lock.write(str(os.getpid()))
+        self._lock.flush()
+
+    def release(self) -> None:
+        """Let another process train here. A run that never started leaves no folder behind."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+        if {entry.name for entry in self.path.iterdir()} <= {"config.yaml", ".lock"}:
+            shutil.rmtree(self.path)
+
+    def checkpoint(self, step: int) -> Path:
+        return self.path / "checkpoints" / f"step-{step}"
+
+    def checkpoints(self) -> list[int]:
+        """Steps of complete checkpoints, oldest first."""
+        folder = self.path / "checkpoints"
+        if not folder.is_dir():
+            return []
+        found = [_STEP.match(entry.name) for entry in folder.iterdir() if entry.is_dir()]
+        return sorted(int(match.group(1)) for match in found if match)
+
+    def prune_checkpoints(self, keep_last: int) -> None:
+        """Remove all but the newest; 0 keeps all."""
+        steps = self.checkpoints()
+        for step in steps[:-keep_last] if keep_last > 0 else []:
+            shutil.rmtree(self.checkpoint(step))

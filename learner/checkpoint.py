@@ -1,0 +1,129 @@
+"""Checkpoints: a Hugging Face folder with the training state beside it.
+
+    step-N/  config.json, model.safetensors, tokenizer files     compute dtype; loads as it is
+             training_state/  float32 master weights and AdamW state, sharded (torch DCP)
+                              trainer_state.json
+
+A checkpoint is written to a sibling folder and renamed when it is whole, so that a folder with
+the final name is always complete. Any number of ranks can load what another number wrote.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict_loader import load as load_sharded
+from torch.distributed.checkpoint.state_dict_saver import save as save_sharded
+
+from common.errors import UserError
+from learner import fsdp
+from learner.model import Policy, save_hf_folder
+
+TRAINING_STATE = "training_state"
+_TRAINER_STATE = "trainer_state.json"
+
+
+@dataclass(frozen=True)
+class TrainerState:
+    """What is not a tensor of the model or its optimiser."""
+
+    step: int
+    schedule: dict[str, Any]
+    """What the learning rate of the next step follows from, for the reader."""
+    recipe: dict[str, Any]
+    extra: dict[str, Any]
+    """The caller's own state, JSON."""
+
+
+def save_checkpoint(
+    folder: Path,
+    policy: Policy,
+    optimizer: torch.optim.Optimizer,
+    state: TrainerState,
+    *,
+    source: str,
+    dtype: torch.dtype,
+) -> None:
+    """Write a checkpoint and put it in place, replacing one of the same name. Collective.
+
+    Args:
+        source: folder the model came from, for its tokenizer.
+        dtype: of the weights in the Hugging Face folder.
+    """
+    partial = folder.with_name(f".{folder.name}.partial")
+    writer = dist.get_rank() == 0
+    if writer:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    dist.barrier()
+    _save_sharded(policy.model, optimizer, partial / TRAINING_STATE)
+    tensors = {}
+    for name, tensor in fsdp.full_tensors(policy.model, dtype):
+        if writer:
+            tensors[name] = tensor
+    generators = fsdp.gather_objects(_encode(torch.get_rng_state()))
+    if writer:
+        save_hf_folder(policy, tensors, partial, source, dtype)
+        document = {**state.__dict__, "rng": generators}
+        (partial / TRAINING_STATE / _TRAINER_STATE).write_text(json.dumps(document, indent=1))
+    dist.barrier()
+    if writer:
+        _put_in_place(partial, folder)
+    dist.barrier()
+
+
+def load_checkpoint(folder: Path, policy: Policy, optimizer: torch.optim.Optimizer) -> TrainerState:
+    """Restore model, optimiser and this rank's random state; returns the rest. Collective.
+
+    Raises:
+        UserError: the folder is not a checkpoint of this program.
+    """
+    path = folder / TRAINING_STATE / _TRAINER_STATE
+    if not path.is_file():
+        raise UserError(f"{folder} holds no training state ({path} is missing): resume needs one")
+    document = json.loads(path.read_text())
+    model_state, optimizer_state = get_state_dict(policy.model, optimizer)
+    tensors: dict[str, Any] = {"model": model_state, "optimizer": optimizer_state}
+    load_sharded(tensors, checkpoint_id=str(folder / TRAINING_STATE))
+    set_state_dict(
+        policy.model,
+        optimizer,
+        model_state_dict=tensors["model"],
+        optim_state_dict=tensors["optimizer"],
+    )
+    generators = document.pop("rng")
+    if dist.get_rank() < len(generators):
+        torch.set_rng_state(_decode(generators[dist.get_rank()]))
+    return TrainerState(**document)
+
+
+def _save_sharded(model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path) -> None:
+    model_state, optimizer_state = get_state_dict(model, optimizer)
+    save_sharded({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=str(folder))
+
+
+def _put_in_place(partial: Path, folder: Path) -> None:
+    """Rename; an older folder of the name steps aside first, since rename needs an empty place."""
+    old = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
+    partial.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _encode(state: torch.Tensor) -> str:
+    return base64.b64encode(state.numpy().tobytes()).decode()
+
+
+def _decode(text: str) -> torch.Tensor:
+    return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)

@@ -1,0 +1,96 @@
+"""The learner's ranks as one: every collective method is called on all of them.
+
+Plain handles in, so that the coordinator never imports torch through this module.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import Any
+
+from common.trajectory import GroupReceipt
+from common.waits import Waits
+from common.weights import WeightBucket
+
+
+class LearnerGroup:
+    """FSDP ranks, rank 0 first."""
+
+    def __init__(self, handles: Sequence[Any], waits: Waits, step_timeout_s: float) -> None:
+        self.handles = list(handles)
+        self._waits = waits
+        self._step_timeout_s = step_timeout_s
+
+    async def setup(self, deadline_s: float) -> dict[str, Any]:
+        """Rendezvous, load, shard. Returns rank 0's facts."""
+        address = await self._waits.on(
+            self.handles[0].rendezvous_address.remote(),
+            owner="learner",
+            cause="rank 0's rendezvous",
+            deadline_s=deadline_s,
+        )
+        facts: dict[str, Any] = (await self._all("setup", *address, deadline_s=deadline_s))[0]
+        return facts
+
+    async def step(
+        self, receipts: Sequence[GroupReceipt], version: int, max_staleness: int
+    ) -> dict[str, float]:
+        """One optimiser step over these groups; metrics of the whole step."""
+        refs = [receipt.batch_ref for receipt in receipts]
+        metrics: dict[str, float] = (await self._all("step", refs, version, max_staleness))[0]
+        return metrics
+
+    async def export_weights(self, version: int) -> list[WeightBucket]:
+        """The weights as buckets in the object store."""
+        buckets: list[WeightBucket] = (await self._all("export_weights", version))[0]
+        return buckets
+
+    async def open_transport(
+        self, backend: str, generators: list[Any], tensor_parallel: int, deadline_s: float
+    ) -> None:
+        """Join vLLM's own weight transfer (`nccl`, `ipc`)."""
+        await self._all(
+            "open_transport",
+            backend,
+            generators,
+            tensor_parallel,
+            deadline_s,
+            deadline_s=deadline_s,
+        )
+
+    async def send_weights(self, version: int) -> tuple[float, int]:
+        """Weights from device to device: (seconds generation stood still, bytes)."""
+        sent: tuple[float, int] = (await self._all("send_weights", version))[0]
+        return sent
+
+    async def score(
+        self, sequences: list[list[int]], prompt_lengths: list[int]
+    ) -> list[list[float]]:
+        """Canary scores under the learner's weights."""
+        scores: list[list[float]] = (await self._all("score", sequences, prompt_lengths))[0]
+        return scores
+
+    async def save_checkpoint(self, folder: str, extra: dict[str, Any], deadline_s: float) -> None:
+        await self._all("save_checkpoint", folder, extra, deadline_s=deadline_s)
+
+    async def load_checkpoint(self, folder: str, deadline_s: float) -> dict[str, Any]:
+        """Returns the `extra` that was saved."""
+        loaded = await self._all("load_checkpoint", folder, deadline_s=deadline_s)
+        extra: dict[str, Any] = loaded[0]
+        return extra
+
+    async def shutdown(self, deadline_s: float) -> None:
+        await self._all("shutdown", deadline_s=deadline_s)
+
+    async def _all(self, method: str, *args: Any, deadline_s: float | None = None) -> list[Any]:
+        calls = [
+            self._waits.on(
+                getattr(handle, method).remote(*args),
+                owner=f"learner {method}",
+                cause=f"rank {rank}",
+                deadline_s=deadline_s or self._step_timeout_s,
+            )
+            for rank, handle in enumerate(self.handles)
+        ]
+        return list(await asyncio.gather(*calls))

@@ -1,0 +1,123 @@
+"""Publishing: the learner's weights to every generator, and the proof that they arrived.
+
+Three proofs, cheapest first: every bucket carries a checksum that the generator's worker verifies
+before it loads a tensor; vLLM's protocol refuses half an update; and the *canary*, fixed token
+sequences scored by the learner and by every generator after the update, whose gap must stay below
+a tolerance. The canary catches what the other two cannot: weights that arrived but are not used.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Protocol
+
+from common.errors import WeightsError
+from common.weights import WeightBucket
+from learner.group import LearnerGroup
+
+
+class WeightReceivers(Protocol):
+    """The generators, as publishing sees them."""
+
+    version: int
+    """The weights all of them hold."""
+
+    async def update_weights(
+        self, buckets: list[WeightBucket], version: int, deadline_s: float
+    ) -> float: ...
+
+    async def score(
+        self, sequences: list[list[int]], prompt_lengths: list[int], deadline_s: float
+    ) -> dict[str, list[list[float]]]: ...
+
+
+@dataclass(frozen=True)
+class Canary:
+    """Fixed sequences; what comes after `prompt_lengths` tokens of each is scored."""
+
+    sequences: list[list[int]]
+    prompt_lengths: list[int]
+
+    @classmethod
+    def from_prompts(cls, prompts: list[list[int]], scored_tokens: int) -> Canary:
+        """The last `scored_tokens` tokens of each prompt; the first token is never scored."""
+        return cls(prompts, [max(1, len(ids) - scored_tokens) for ids in prompts])
+
+
+class Publisher:
+    """Moves weights from learner to generators, version by version."""
+
+    def __init__(
+        self,
+        learner: LearnerGroup,
+        receivers: WeightReceivers,
+        canary: Canary,
+        tolerance: float,
+        deadline_s: float,
+        on_device: bool = False,
+    ) -> None:
+        self._on_device = on_device
+        self._learner = learner
+        self._receivers = receivers
+        self._canary = canary
+        self._tolerance = tolerance
+        self._deadline_s = deadline_s
+
+    async def publish(self, version: int) -> dict[str, float]:
+        """Bring every generator to `version` and prove it.
+
+        Raises:
+            WeightsError: a generator does not reproduce the learner's log-probabilities.
+            StallError: the deadline passed.
+        """
+        started = time.monotonic()
+        send = self._from_device if self._on_device else self._through_object_store
+        stall_s, nbytes = await send(version)
+        self._receivers.version = version
+        gap = await self.prove(version)
+        return {
+            "time/publish": time.monotonic() - started,
+            "publish/stall": stall_s,
+            "publish/bytes": float(nbytes),
+            "canary/gap": gap,
+        }
+
+    async def _through_object_store(self, version: int) -> tuple[float, int]:
+        buckets = await self._learner.export_weights(version)
+        stall_s = await self._receivers.update_weights(buckets, version, self._deadline_s)
+        return stall_s, sum(bucket.nbytes for bucket in buckets)
+
+    async def _from_device(self, version: int) -> tuple[float, int]:
+        return await self._learner.send_weights(version)
+
+    async def prove(self, version: int) -> float:
+        """Score the canary on both sides; the largest mean gap of a sequence, in nats."""
+        sequences, lengths = self._canary.sequences, self._canary.prompt_lengths
+        theirs = await self._receivers.score(sequences, lengths, self._deadline_s)
+        ours = await self._learner.score(sequences, lengths)
+        gaps = {name: largest_gap(ours, scores) for name, scores in theirs.items()}
+        worst = max(gaps, key=gaps.__getitem__)
+        if not gaps[worst] <= self._tolerance:
+            raise WeightsError(
+                f"after publishing version {version}, {worst} scores the canary "
+                f"{gaps[worst]:.4f} nats a token away from the learner (tolerance "
+                f"weights.canary_tolerance={self._tolerance:g}).\n"
+                f"learner:   {_shown(ours)}\n{worst}: {_shown(theirs[worst])}\n"
+                "Its weights are not the learner's: the run stops before a token of them is "
+                "trained on."
+            )
+        return gaps[worst]
+
+
+def largest_gap(ours: list[list[float]], theirs: list[list[float]]) -> float:
+    """Largest over sequences of the mean absolute difference over tokens; NaN stays NaN."""
+    gaps = [
+        sum(abs(a - b) for a, b in zip(mine, other, strict=True)) / len(mine)
+        for mine, other in zip(ours, theirs, strict=True)
+    ]
+    return float("nan") if any(gap != gap for gap in gaps) else max(gaps)
+
+
+def _shown(scores: list[list[float]]) -> str:
+    return " ".join(f"{score:.3f}" for score in scores[0][:8])

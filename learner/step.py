@@ -1,0 +1,298 @@
+"""One learner step: groups in, one policy update and its metrics out.
+
+    StepBatch --recipe.prepare--> advantages --plan_packing--> micro-batches
+        --policy--> log-probabilities --recipe.loss--> backward ... --> clip, AdamW
+
+The recipe owns the maths and its one global denominator; this module owns how it is computed:
+micro-batches, ranks, precision, epochs. pi_old is the policy before the first optimiser step of
+the batch, so the first epoch's forward pass is pi_old, and later epochs reuse what it stored.
+
+Shapes: B completions of the step, N completion tokens of a micro-batch.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from common.config import LearnerConfig
+from common.errors import RunError
+from learner import fsdp
+from learner.loss import CompletionBatch, Metrics
+from learner.model import Policy
+from learner.packing import (
+    PackedRow,
+    PackingPlan,
+    Segment,
+    StepBatch,
+    pack_microbatch,
+    plan_packing,
+)
+from learner.prefix_sets import prefix_set_sizes
+from learner.recipe import Prepared, Recipe
+
+_TRIM_EVERY = 4
+"""Steps between returns of freed memory to the system."""
+
+_ZERO_METRICS = ("loss/policy", "loss/kl", "clip_fraction", "is_ratio/mean", "logprob_gap/mean")
+"""Reported as 0 where no token of the step trains."""
+
+
+def learning_rate(config: LearnerConfig, step: int, total_steps: int) -> float:
+    """Learning rate of 0-based `step`: linear warm-up, then constant or decay to 0."""
+    if step < config.warmup_steps:
+        return config.learning_rate * (step + 1) / config.warmup_steps
+    progress = (step - config.warmup_steps) / max(1, total_steps - config.warmup_steps)
+    progress = min(progress, 1.0)
+    if config.schedule == "linear":
+        return config.learning_rate * (1.0 - progress)
+    if config.schedule == "cosine":
+        return config.learning_rate * 0.5 * (1.0 + math.cos(math.pi * progress))
+    return config.learning_rate
+
+
+@dataclass
+class _Totals:
+    """Additive results of one rank; the sum over ranks is the step's."""
+
+    metrics: Metrics = field(default_factory=dict)
+    surrogate_sums_B: npt.NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
+
+    def add_metrics(self, metrics: Metrics) -> None:
+        for name, (value, weight) in metrics.items():
+            old_value, old_weight = self.metrics.get(name, (0.0, 0.0))
+            self.metrics[name] = (old_value + value, old_weight + weight)
+
+    def over_ranks(self) -> _Totals:
+        """The same on every rank: summed in rank order. Collective."""
+        total = _Totals({}, np.zeros_like(self.surrogate_sums_B))
+        for part in fsdp.gather_objects(self):
+            total.add_metrics(part.metrics)
+            total.surrogate_sums_B += part.surrogate_sums_B
+        return total
+
+
+@dataclass(frozen=True)
+class _Microbatch:
+    """A packed row and what the loss needs beside it, on the device."""
+
+    row: PackedRow
+    indices_B: Tensor
+    lengths_B: Tensor
+    behaviour_logprobs_N: Tensor
+    loss_mask_N: Tensor
+    prefix_counts_N: Tensor | None
+
+
+@dataclass
+class Trainer:
+    """What a step needs: the sharded policy, its optimiser and the recipe."""
+
+    policy: Policy
+    reference: Policy | None
+    optimizer: torch.optim.Optimizer
+    recipe: Recipe
+    config: LearnerConfig
+    mesh: DeviceMesh
+    device: torch.device
+    temperature: float
+    tokens_per_microbatch: int
+    epochs: int
+    total_steps: int
+    keep_gathered: bool
+    primary_verifier: str
+    step: int = 0
+    """Learner steps done."""
+
+    def train(self, batch: StepBatch) -> dict[str, float]:
+        """Update the policy on `batch`: one optimiser step an epoch. Collective.
+
+        Returns:
+            The step's metrics, the same on every rank.
+
+        Raises:
+            RunError: a gradient norm is not finite.
+        """
+        started = time.perf_counter()
+        prepared = self._prepare(batch)
+        plan = plan_packing(
+            batch,
+            prepared.trained_B.numpy(),
+            ranks=self.mesh.size(),
+            budget=self.tokens_per_microbatch,
+            share_prefix=self.config.packing == "shared_prefix",
+            pairs_per_token=6.0 * self.policy.hidden_size,
+        )
+        rate = learning_rate(self.config, self.step, self.total_steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        metrics = dict.fromkeys(_ZERO_METRICS, 0.0)
+        metrics |= describe(batch, prepared)
+        metrics |= self._epochs(batch, prepared, plan)
+        metrics["learning_rate"] = rate
+        metrics["packing/efficiency"] = plan.efficiency
+        metrics["time/train"] = time.perf_counter() - started
+        self.step += 1
+        if self.step % _TRIM_EVERY == 0:
+            fsdp.release_freed_memory()
+        return metrics
+
+    def _prepare(self, batch: StepBatch) -> Prepared:
+        return self.recipe.prepare(
+            torch.from_numpy(batch.rewards_B),
+            torch.from_numpy(batch.group_B),
+            torch.from_numpy(batch.trained_lengths_B),
+            self.primary_verifier,
+            torch.from_numpy(batch.lengths_B),
+            torch.from_numpy(batch.truncated_B),
+        )
+
+    def _epochs(self, batch: StepBatch, prepared: Prepared, plan: PackingPlan) -> dict[str, float]:
+        """Every optimiser step of the batch, and the metrics that come from them."""
+        mine = plan.microbatches[self.mesh.get_local_rank()]
+        microbatches = [self._load(batch, segments) for segments in mine]
+        old_logprobs: list[Tensor] = []
+        totals = _Totals()
+        metrics = {"grad_norm": 0.0}
+        for epoch in range(self.epochs):
+            if epoch:  # the weights follow what `end_step` learned
+                prepared = self._prepare(batch)
+            totals.surrogate_sums_B = np.zeros(len(batch.group_B))
+            for i, microbatch in enumerate(microbatches):
+                fsdp.before_backward(
+                    self.policy.model,
+                    last=i == len(microbatches) - 1,
+                    keep_gathered=self.keep_gathered,
+                )
+                old_N = old_logprobs[i] if epoch else None
+                logprobs_N = self._accumulate(microbatch, prepared, old_N, totals)
+                if not epoch:
+                    old_logprobs.append(logprobs_N)
+            # Without a gradient AdamW's momentum must not move the weights.
+            if microbatches:
+                metrics["grad_norm"] = self._optimize()
+            summed = totals.over_ranks()
+            metrics |= self.recipe.end_step(torch.from_numpy(summed.surrogate_sums_B))
+        for name, (value, weight) in summed.metrics.items():
+            metrics[name] = value / (weight or self.epochs)
+        return metrics
+
+    def _load(self, batch: StepBatch, segments: Sequence[Segment]) -> _Microbatch:
+        row = pack_microbatch(batch, segments, self.device)
+
+        def tokens(column: npt.NDArray[Any]) -> Tensor:
+            parts = [column[batch.tokens_of(c)] for c in row.completions]
+            return torch.from_numpy(np.concatenate([column[:0], *parts])).to(self.device)
+
+        counts_N = None
+        if self.recipe.needs_prefix_counts:
+            parts = [_prefix_counts(batch, segment) for segment in segments]
+            counts_N = torch.cat([torch.empty(0), *parts]).to(self.device)
+        return _Microbatch(
+            row,
+            torch.tensor(row.completions, dtype=torch.long),
+            torch.tensor(row.lengths, dtype=torch.long, device=self.device),
+            tokens(batch.behaviour_logprobs),
+            tokens(batch.loss_mask),
+            counts_N,
+        )
+
+    def _accumulate(
+        self, microbatch: _Microbatch, prepared: Prepared, old_N: Tensor | None, totals: _Totals
+    ) -> Tensor:
+        """Forward and backward of one micro-batch; returns its detached log-probabilities."""
+        reference_N = None
+        if self.reference is not None:
+            with torch.no_grad():
+                reference_N, _ = self.reference.logprobs(
+                    microbatch.row, temperature=self.temperature
+                )
+        logprobs_N, entropy_N = self.policy.logprobs(
+            microbatch.row,
+            temperature=self.temperature,
+            with_entropy=self.recipe.needs_entropy,
+        )
+        if not microbatch.row.completions:  # takes part in the collectives, and adds nothing
+            logprobs_N.sum().backward()
+            return logprobs_N.detach()
+        chosen = microbatch.indices_B
+        output = self.recipe.loss(
+            CompletionBatch(
+                logprobs_N=logprobs_N,
+                old_logprobs_N=logprobs_N.detach() if old_N is None else old_N,
+                behaviour_logprobs_N=microbatch.behaviour_logprobs_N,
+                reference_logprobs_N=reference_N,
+                entropy_N=entropy_N.detach() if self.recipe.needs_entropy else None,
+                loss_mask_N=microbatch.loss_mask_N,
+                lengths_B=microbatch.lengths_B,
+                advantages_B=prepared.advantages_B[chosen].to(self.device),
+                token_weights_B=prepared.token_weights_B[chosen].to(self.device),
+                prefix_counts_N=microbatch.prefix_counts_N,
+            )
+        )
+        output.loss.backward()
+        totals.add_metrics(output.metrics)
+        totals.surrogate_sums_B[chosen.numpy()] = output.surrogate_sums_B.cpu().numpy()
+        return logprobs_N.detach()
+
+    def _optimize(self) -> float:
+        grad_norm = fsdp.clip_gradients(self.policy.model, self.config.max_grad_norm)
+        if not math.isfinite(grad_norm):
+            raise RunError(f"the gradient norm of learner step {self.step} is {grad_norm}")
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return grad_norm
+
+
+def describe(batch: StepBatch, prepared: Prepared) -> dict[str, float]:
+    """Metrics of the data alone. Completions without a reward count in no mean of rewards."""
+    rewarded_B = ~np.isnan(batch.rewards_B)
+    idle_B = rewarded_B & (prepared.advantages_B.numpy() == 0)
+    trained_B = prepared.trained_B.numpy()
+    return {
+        "reward/mean": _mean(batch.rewards_B[rewarded_B]),
+        "reward/accuracy": _mean(batch.accuracy_B[~np.isnan(batch.accuracy_B)]),
+        "completion_length/mean": _mean(batch.lengths_B),
+        "completions/zero_advantage": float(idle_B.sum()),
+        "tokens/trained": float(batch.trained_lengths_B[trained_B].sum()),
+    }
+
+
+def check_staleness(batch: StepBatch, version: int, max_staleness: int) -> dict[str, float]:
+    """Staleness of every token in the loss: learner's version minus the token's.
+
+    Raises:
+        RunError: a token is older than `max_staleness`, or from a version that does not exist yet.
+    """
+    staleness = version - batch.weight_versions[batch.loss_mask].astype(np.int64)
+    if not len(staleness):
+        return {"staleness/max": 0.0, "staleness/mean": 0.0}
+    oldest, newest = int(staleness.max()), int(staleness.min())
+    if oldest > max_staleness or newest < 0:
+        raise RunError(
+            f"the learner at version {version} got tokens of versions {version - oldest} to "
+            f"{version - newest}; allowed are {version - max_staleness} to {version} "
+            "(generator.max_staleness). The stream in front of the learner must hold this bound"
+        )
+    return {"staleness/max": float(oldest), "staleness/mean": float(staleness.mean())}
+
+
+def _prefix_counts(batch: StepBatch, segment: Segment) -> Tensor:
+    """[n] sizes over the whole group, for the completions of one segment."""
+    members = np.flatnonzero(batch.group_B == segment.group).tolist()
+    ids = [batch.token_ids[batch.tokens_of(c)].tolist() for c in members]
+    parts = dict(zip(members, prefix_set_sizes(ids).split([len(i) for i in ids]), strict=True))
+    return torch.cat([parts[c] for c in segment.completions])
+
+
+def _mean(values: npt.NDArray[Any]) -> float:
+    return float(values.mean()) if len(values) else 0.0

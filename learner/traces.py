@@ -1,0 +1,258 @@
+"""Eligibility traces of token log-ratios over a packed axis, in linear time.
+
+    PackedAxis          which token belongs to which completion, and where it stands in it
+    linear_recurrence   z_t = x_t + a_t z_{t-1}, forward and exact backward by a parallel scan
+    LambdaTrace         the kernels `recent`, `both` and `terminal` of GRPO-lambda, cut or selective
+
+A trace is a linear map z = K x inside each completion, K lower triangular. At the old policy the
+gradient of sum_t exp(z_t) is sum_k c_k grad log pi(o_k) with c = K^T 1, so the *trace weights* c
+say how much credit a token gets.
+
+Legend: B completions, N = sum of their lengths, tokens back to back.
+Evidence tags: [P] paper, [3P] third parties quoting it, [D] derived and checked, [I] inferred.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+RADIX = 16
+"""Block length of the scan: one level costs 2 * RADIX kernels and divides the length by RADIX."""
+
+
+@dataclass(frozen=True)
+class PackedAxis:
+    """Completions of `lengths_B` tokens (zero allowed), back to back on one axis of N tokens."""
+
+    lengths_B: Tensor
+
+    @cached_property
+    def starts_B(self) -> Tensor:
+        """First token of each completion (of an empty one: of its successor)."""
+        return self.lengths_B.cumsum(0) - self.lengths_B
+
+    @cached_property
+    def completion_N(self) -> Tensor:
+        """The completion each token belongs to."""
+        return torch.repeat_interleave(self.lengths_B)
+
+    @cached_property
+    def position_N(self) -> Tensor:
+        """0-based place of each token inside its completion."""
+        everywhere = torch.arange(self.completion_N.numel(), device=self.lengths_B.device)
+        return everywhere - self.spread(self.starts_B)
+
+    def spread(self, values_B: Tensor) -> Tensor:
+        """Give every token the value of its completion."""
+        return values_B[self.completion_N]
+
+    def sum(self, values_N: Tensor) -> Tensor:
+        """Sum over the tokens of each completion, in float64; an empty one sums to 0.
+
+        Segments are reduced in order, not by atomic adds: the result is reproducible.
+        """
+        if not self.lengths_B.numel():
+            return values_N.double()
+        return torch.segment_reduce(values_N.double(), "sum", lengths=self.lengths_B, initial=0.0)
+
+    def mean(self, values_N: Tensor) -> Tensor:
+        """Mean over the tokens of each completion, in float64; an empty one has mean 0."""
+        return self.sum(values_N) / self.lengths_B.clamp(min=1)
+
+
+def _blocks(values_N: Tensor) -> Tensor:
+    """Blocks of RADIX consecutive tokens as columns, zero-padded, [RADIX, M].
+
+    Offset-major, so that advancing all blocks by one token reads contiguous memory.
+    """
+    length = values_N.numel()
+    whole, rest = divmod(length, RADIX)
+    blocks_KM = values_N.new_empty(RADIX, whole + (rest > 0))
+    blocks_KM[:, :whole] = values_N[: length - rest].view(whole, RADIX).t()
+    if rest:
+        blocks_KM[:rest, -1] = values_N[length - rest :]
+        blocks_KM[rest:, -1] = 0
+    return blocks_KM
+
+
+def _scan(inputs_N: Tensor, decays_N: Tensor, reverse: bool = False) -> Tensor:
+    """z_t = x_t + a_t z_{t-1} with z_{-1} = 0, in O(N) work and O(log N) levels.
+
+    `reverse` runs from the end: z_t = x_t + a_t z_{t+1}. The axis is cut into blocks of RADIX
+    tokens, which all advance together, one in-block offset at a time, from a zero state. The last
+    states of the blocks are again such a recurrence, under the products of the decays of a block;
+    its solution is then fed into every block.
+    """
+    states_KM, decays_KM = _blocks(inputs_N), _blocks(decays_N)
+    order = range(RADIX)[::-1] if reverse else range(RADIX)
+    for before, here in itertools.pairwise(order):
+        states_KM[here].addcmul_(decays_KM[here], states_KM[before])
+        decays_KM[here].mul_(decays_KM[before])
+    if states_KM.shape[1] > 1:
+        ends_M = _scan(states_KM[order[-1]], decays_KM[order[-1]], reverse)
+        head, tail = slice(None, -1), slice(1, None)
+        fed, feeding = (head, tail) if reverse else (tail, head)
+        states_KM[:, fed].addcmul_(decays_KM[:, fed], ends_M[feeding])
+    return states_KM.t().reshape(-1)[: inputs_N.numel()]
+
+
+class _LinearRecurrence(torch.autograd.Function):
+    """Saves the decays and the states only: O(N) memory.
+
+    The adjoint g_t = dL/dz_t + a_{t+1} g_{t+1} is the same recurrence run backwards;
+    then dL/dx_t = g_t and dL/da_t = g_t z_{t-1}.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, inputs_N: Tensor, decays_N: Tensor) -> Tensor:
+        states_N = _scan(inputs_N, decays_N)
+        ctx.save_for_backward(decays_N, states_N)
+        return states_N
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_N: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        decays_N, states_N = ctx.saved_tensors
+        following_N = decays_N.roll(-1)  # the wrapped first decay meets a zero state
+        adjoint_N = _scan(grad_N, following_N, reverse=True)
+        if not ctx.needs_input_grad[1]:
+            return adjoint_N, None
+        previous_N = states_N.roll(1)
+        previous_N[:1] = 0
+        return adjoint_N, adjoint_N * previous_N
+
+
+def linear_recurrence(inputs_N: Tensor, decays_N: Tensor) -> Tensor:
+    """Solve z_t = x_t + a_t z_{t-1} along a flat axis; a_t = 0 starts a new sequence.
+
+    Differentiable once in both arguments, float32 or float64, without a loop over tokens.
+    The first decay has no effect. Sequences do not touch each other: the result for one does not
+    depend on the values of its neighbours (as long as those are finite).
+    """
+    if inputs_N.numel() == 0:
+        return inputs_N + decays_N
+    result: Tensor = _LinearRecurrence.apply(inputs_N, decays_N)
+    return result
+
+
+@dataclass(frozen=True)
+class LambdaTrace:
+    """The linear map z = K x of GRPO-lambda (arXiv 2510.00194) on every completion of `axis`.
+
+    With d = gamma * lambda and 0-based k <= t inside the completion, K(t, k) is
+
+        recent    d^(t-k)                          [3P], the lambda-return of Theorem 1 [D]
+        both      max(d^(t-k), d^k)                [3P]
+        terminal  d^(t-k) in the last row, else 0  an ablation, not the paper: late tokens heavy
+
+    d = 0 makes `recent` the identity (GRPO exactly) and `terminal` the last token alone; under
+    `both` the first token stays in every row, because d^0 = 1 [D]. d = 1 makes `recent` and
+    `both` the cumulative sum.
+
+    `keep_N` (cut traces [D], ours). Credit for the TD error of token t reaches token k through the
+    actions k+1..t. Under a behaviour policy mu the expectation of grad log pi(o_k) delta_t over
+    those actions must be re-weighted by prod_{j=k+1..t} pi_old(o_j) / mu(o_j). V-trace (1802.01561)
+    and Retrace (1606.02647) truncate each factor at 1, which bounds the variance and lets credit
+    fade where the policy would no longer follow the path:
+
+        K(t, k) <- K(t, k) * prod_{j=k+1..t} keep_j,   keep_j = min(1, pi_old / mu)(o_j)
+
+    For `recent` that is z_t = x_t + d keep_t z_{t-1}. keep = 1 (on-policy) changes nothing. The
+    factor of o_k itself is the business of the correction axis.
+
+    `select_N` (selective traces, after S-trace, arXiv 2605.05965; the form is [I]): x is masked,
+    columns k with select_k = False are zero, so that only the selected tokens get credit.
+    """
+
+    axis: PackedAxis
+    kind: str
+    decay: float
+    keep_N: Tensor | None = None
+    select_N: Tensor | None = None
+
+    def apply(self, inputs_N: Tensor) -> Tensor:
+        """z = K x, differentiable in x."""
+        if self.select_N is not None:
+            inputs_N = inputs_N * self.select_N
+        return _KERNELS[self.kind](self, inputs_N)
+
+    def rows(self, like_N: Tensor) -> Tensor:
+        """1 where row t of K carries a TD error, else 0."""
+        if self.kind != "terminal":
+            return torch.ones_like(like_N)
+        last_N = self.axis.position_N == self.axis.spread(self.axis.lengths_B) - 1
+        return last_N.to(like_N.dtype)
+
+    def weights(self, like_N: Tensor) -> Tensor:
+        """c = K^T rows, [N] in the dtype of `like_N`: the adjoint of the trace applied to ones."""
+        with torch.enable_grad():
+            inputs_N = torch.zeros_like(like_N).requires_grad_()
+            traced_N = self.apply(inputs_N)
+        return torch.autograd.grad(traced_N, inputs_N, self.rows(traced_N.detach()))[0]
+
+    def decays(self, like_N: Tensor, decay: float) -> Tensor:
+        """a_t = decay * keep_t inside completions, 0 at their starts."""
+        decays_N = torch.full_like(like_N, decay) if self.keep_N is None else decay * self.keep_N
+        return decays_N.masked_fill(self.axis.position_N == 0, 0.0)
+
+
+def _recent(trace: LambdaTrace, inputs_N: Tensor) -> Tensor:
+    """z_t = x_t + d keep_t z_{t-1}."""
+    return linear_recurrence(inputs_N, trace.decays(inputs_N.detach(), trace.decay))
+
+
+def _terminal(trace: LambdaTrace, inputs_N: Tensor) -> Tensor:
+    return _recent(trace, inputs_N) * trace.rows(inputs_N.detach())
+
+
+def _both(trace: LambdaTrace, inputs_N: Tensor) -> Tensor:
+    """The two-sided kernel from two recurrences [D].
+
+    Below m = ceil(t/2) the kernel is d^k, from m on it is d^(t-k):
+
+        z_t = S P_{m-1} + R_t - d^(t-m+1) S R_{m-1}
+
+    with R the recent trace, P_t = d^t x_t + keep_t P_{t-1} and S = prod_{j=m..t} keep_j.
+    """
+    position_N = trace.axis.position_N
+    half_N = (position_N + 1) // 2
+    # m = 0 at the first token only, which has nothing before it: any token of its own will do.
+    before_N = trace.axis.spread(trace.axis.starts_B) + (half_N - 1).clamp(min=0)
+    decay = torch.tensor(trace.decay, dtype=inputs_N.dtype, device=inputs_N.device)
+    recent_N = _recent(trace, inputs_N)
+    keep_N = trace.decays(inputs_N.detach(), 1.0)
+    early_N = linear_recurrence(inputs_N * decay**position_N, keep_N)
+    span_N = (half_N > 0).to(inputs_N.dtype)
+    if trace.keep_N is not None:
+        logs_N = trace.keep_N.clamp(min=torch.finfo(inputs_N.dtype).tiny).log()
+        total_N = linear_recurrence(logs_N, (position_N > 0).to(inputs_N.dtype))
+        span_N = span_N * (total_N - total_N[before_N]).exp()
+    overlap_N = decay ** (position_N - half_N + 1) * recent_N[before_N]
+    return span_N * (early_N[before_N] - overlap_N) + recent_N
+
+
+_KERNELS: dict[str, Callable[[LambdaTrace, Tensor], Tensor]] = {
+    "recent": _recent,
+    "both": _both,
+    "terminal": _terminal,
+}
+
+
+def above_entropy_quantile(entropy_N: Tensor, axis: PackedAxis, quantile: float) -> Tensor:
+    """Tokens whose entropy reaches the `quantile` of their completion, [N] bool; ties are kept.
+
+    The threshold of a completion of T tokens is its floor(quantile * T)-th smallest entropy
+    (0-based), so at least one token of a completion is selected for every quantile < 1.
+    """
+    by_entropy_N = entropy_N.argsort(stable=True)
+    order_N = by_entropy_N[axis.completion_N[by_entropy_N].argsort(stable=True)]
+    rank_B = (axis.lengths_B.double() * quantile).long()
+    threshold_N = entropy_N[order_N[axis.spread(axis.starts_B + rank_B)]]
+    return entropy_N >= threshold_N

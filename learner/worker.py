@@ -1,0 +1,312 @@
+"""One rank of the learner, as an actor sees it.
+
+`LearnerWorker` owns the sharded policy, its optimiser and the recipe. All ranks are called with
+the same arguments, in the same order: every method except `rendezvous_address` and `shutdown`
+is a collective.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+import torch.distributed as dist
+from torch._C._distributed_c10d import TCPStore
+from torch.distributed.device_mesh import DeviceMesh
+
+from common.config import AlgorithmConfig, LearnerConfig, ModelConfig
+from common.errors import RunError
+from common.schema import check_schema
+from common.weights import WeightBucket, pack_tensors
+from learner import fsdp
+from learner.checkpoint import TrainerState, load_checkpoint, save_checkpoint
+from learner.model import (
+    DTYPES,
+    Policy,
+    check_policy,
+    checkpoint_activations,
+    load_policy,
+)
+from learner.packing import StepBatch, pack_row, split_by_length
+from learner.recipe import Recipe
+from learner.step import Trainer, check_staleness
+
+if TYPE_CHECKING:
+    from learner.device_transport import DeviceTransport
+
+log = logging.getLogger(__name__)
+
+
+def _ray_put(value: Any) -> Any:
+    import ray
+
+    return ray.put(value)
+
+
+class LearnerWorker:
+    """A rank: construct, `setup`, then `step` and `export_weights` in turns.
+
+    Args:
+        tokens_per_microbatch: the row budget (`batch.tokens_per_microbatch`).
+        temperature: of sampling; log-probabilities in the loss are taken at it.
+        total_steps: learner steps of the run, for the learning-rate schedule.
+        primary_verifier: name used in errors about rewards.
+        bucket_mib: largest weight bucket of `export_weights`.
+        put: stores a weight buffer and returns its reference.
+    """
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        learner: LearnerConfig,
+        algorithm: AlgorithmConfig,
+        correction_kind: str,
+        max_completion_tokens: int,
+        temperature: float,
+        seed: int,
+        rank: int,
+        total_steps: int,
+        primary_verifier: str,
+        bucket_mib: int,
+        tokens_per_microbatch: int = 4096,
+        put: Callable[[Any], Any] = _ray_put,
+    ) -> None:
+        self._model_config = model
+        self._config = learner
+        self._algorithm = algorithm
+        self._recipe = Recipe(algorithm, correction_kind, max_completion_tokens)
+        self._temperature = temperature
+        self._seed = seed
+        self._rank = rank
+        self._total_steps = total_steps
+        self._primary_verifier = primary_verifier
+        self._bucket_bytes = bucket_mib * 2**20
+        self._tokens_per_microbatch = tokens_per_microbatch
+        self._put = put
+        self._dtype = DTYPES[model.dtype]
+        self._device = torch.device("cpu")
+        self._store: TCPStore | None = None
+        self._trainer: Trainer | None = None
+        self._transport: DeviceTransport | None = None
+
+    def rendezvous_address(self) -> tuple[str, int]:
+        """Rank 0 only: open the rendezvous and say where it is."""
+        if self._rank != 0:
+            raise RunError(f"rank {self._rank} was asked for the rendezvous, which rank 0 opens")
+        self._store, host, port = fsdp.serve_rendezvous(
+            self._config.ranks, self._config.start_timeout_s
+        )
+        return host, port
+
+    def setup(self, master_host: str, master_port: int) -> dict[str, Any]:
+        """Join the other ranks, load and shard the model, prove it, make the optimiser.
+
+        Returns:
+            Facts for the log: device, parameters (count), self_check_gap (nats), host, pid.
+
+        Raises:
+            UserError: no such model, or one whose packed forward pass gives other numbers.
+        """
+        if self._config.threads is not None:
+            torch.set_num_threads(self._config.threads)
+        fsdp.seed_everything(self._seed + self._rank)
+        self._device = fsdp.pick_device(self._config.device, self._rank)
+        if self._device.type == "cpu":
+            fsdp.keep_freed_memory()
+        store = self._store or fsdp.connect_rendezvous(
+            master_host, master_port, self._config.ranks, self._config.start_timeout_s
+        )
+        fsdp.join_process_group(
+            store, self._device, self._rank, self._config.ranks, self._config.step_timeout_s
+        )
+        mesh = fsdp.data_mesh(self._device)
+        policy, gap = self._sharded_policy(torch.float32, mesh, trainable=True)
+        reference = None
+        if self._recipe.needs_reference:
+            reference, _ = self._sharded_policy(self._dtype, mesh, trainable=False)
+        self._trainer = self._make_trainer(policy, reference, mesh)
+        return {
+            "device": str(self._device),
+            "parameters": sum(p.numel() for p in policy.model.parameters()),
+            "self_check_gap": gap,
+            "host": fsdp.host_address(self._config.ranks),
+            "pid": os.getpid(),
+        }
+
+    def _sharded_policy(
+        self, dtype: torch.dtype, mesh: DeviceMesh, *, trainable: bool
+    ) -> tuple[Policy, float]:
+        """Rank 0 reads the weights and hands out the shards; `dtype` is that of the shards."""
+        reader = self._rank == 0
+        policy, gap = load_policy(
+            self._model_config,
+            dtype,
+            chunk_tokens=self._config.vocabulary_chunk_tokens,
+            temperature=self._temperature,
+            weights=reader,
+        )
+        gap = fsdp.gather_objects(gap)[0]
+        check_policy(gap, dtype, self._model_config.path)
+        policy.model.requires_grad_(trainable)
+        if trainable and self._config.activation_checkpointing:
+            checkpoint_activations(policy.layers)
+        if self._config.compile:
+            for layer in policy.layers:
+                layer.compile(dynamic=True)
+        fsdp.shard_from_rank_zero(policy.model, policy.layers, mesh, self._dtype)
+        return policy, gap
+
+    def _make_trainer(self, policy: Policy, reference: Policy | None, mesh: DeviceMesh) -> Trainer:
+        optimizer = torch.optim.AdamW(
+            policy.model.parameters(),
+            lr=self._config.learning_rate,
+            betas=self._config.betas,
+            weight_decay=self._config.weight_decay,
+            fused=True,
+        )
+        return Trainer(
+            policy=policy,
+            reference=reference,
+            optimizer=optimizer,
+            recipe=self._recipe,
+            config=self._config,
+            mesh=mesh,
+            device=self._device,
+            temperature=self._temperature,
+            tokens_per_microbatch=self._tokens_per_microbatch,
+            epochs=self._algorithm.objective.epochs,
+            total_steps=self._total_steps,
+            keep_gathered=fsdp.gather_once(policy.model, mesh),
+            primary_verifier=self._primary_verifier,
+        )
+
+    @property
+    def trainer(self) -> Trainer:
+        if self._trainer is None:
+            raise RunError(f"learner rank {self._rank} was used before `setup`")
+        return self._trainer
+
+    def step(self, batches: Sequence[Any], version: int, max_staleness: int) -> dict[str, float]:
+        """One learner step on whole groups; the metrics are the same on every rank.
+
+        Args:
+            batches: record batches under `trajectory_schema`, or Ray references to them.
+            version: weight version of the policy before this step.
+
+        Raises:
+            RunError: a token is staler than `max_staleness`, or the gradient is not finite.
+        """
+        groups = _fetch(batches)
+        for group in groups:
+            check_schema(group.schema)
+        batch = StepBatch.from_record_batches(groups)
+        staleness = check_staleness(batch, version, max_staleness)
+        return self.trainer.train(batch) | staleness
+
+    def export_weights(self, version: int) -> list[WeightBucket]:
+        """Put the weights into the store in compute dtype; rank 0 returns the buckets.
+
+        Tied weights travel once, under the embedding's name. The other ranks return [].
+        """
+        tensors = fsdp.full_tensors(self.trainer.policy.model, self._dtype)
+        if self._rank != 0:
+            for _ in tensors:  # takes part in the gathering
+                pass
+            return []
+        buckets = [
+            replace(bucket, ref=self._put(bucket.ref))
+            for bucket in pack_tensors(tensors, self._bucket_bytes)
+        ]
+        log.debug("weights %d: %d buckets", version, len(buckets))
+        return buckets
+
+    def open_transport(
+        self, backend: str, generators: list[Any], tensor_parallel: int, deadline_s: float
+    ) -> None:
+        """Join vLLM's `nccl` or `ipc` weight transfer to `generators`. Collective, CUDA only."""
+        from learner.device_transport import DeviceTransport, GeneratorClient
+
+        address = fsdp.gather_objects(fsdp.free_address(self._config.ranks))[0]
+        self._transport = DeviceTransport(
+            backend,
+            self.trainer.policy.model,
+            self._dtype,
+            self._device,
+            self._rank,
+            address,
+            GeneratorClient(generators, tensor_parallel, deadline_s),
+            num_workers=len(generators) * tensor_parallel,
+        )
+
+    def send_weights(self, version: int) -> tuple[float, int]:
+        """Bring the generators to `version`: (seconds of stall, bytes). Collective."""
+        if self._transport is None:
+            raise RunError("send_weights before open_transport")
+        return self._transport.send(version)
+
+    @torch.no_grad()
+    def score(
+        self, sequences: Sequence[Sequence[int]], prompt_lengths: Sequence[int]
+    ) -> list[list[float]]:
+        """Log-probabilities at temperature 1 of each sequence behind its prompt, in nats."""
+        parts = [
+            (np.asarray(ids[:n], np.int64), [np.asarray(ids[n:], np.int64)])
+            for ids, n in zip(sequences, prompt_lengths, strict=True)
+        ]
+        row = pack_row(parts, range(len(parts)), self._device)
+        policy = self.trainer.policy
+        logprobs_N, _ = policy.logprobs(row, temperature=1.0)
+        fsdp.reshard(policy.model)
+        return split_by_length(logprobs_N.tolist(), row.lengths)
+
+    def save_checkpoint(self, folder: str, extra: dict[str, Any]) -> None:
+        """Write a checkpoint (see `learner.checkpoint`); `extra` is JSON and comes back on load."""
+        trainer = self.trainer
+        schedule = {
+            "kind": self._config.schedule,
+            "warmup_steps": self._config.warmup_steps,
+            "total_steps": self._total_steps,
+            "learning_rate": self._config.learning_rate,
+        }
+        state = TrainerState(trainer.step, schedule, self._recipe.state_dict(), extra)
+        save_checkpoint(
+            Path(folder),
+            trainer.policy,
+            trainer.optimizer,
+            state,
+            source=self._model_config.path,
+            dtype=self._dtype,
+        )
+
+    def load_checkpoint(self, folder: str) -> dict[str, Any]:
+        """Go on from a checkpoint, whatever number of ranks wrote it; returns its `extra`."""
+        trainer = self.trainer
+        state = load_checkpoint(Path(folder), trainer.policy, trainer.optimizer)
+        trainer.step = state.step
+        self._recipe.load_state_dict(state.recipe)
+        return state.extra
+
+    def shutdown(self) -> None:
+        """Leave the process group."""
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _fetch(batches: Sequence[Any]) -> list[pa.RecordBatch]:
+    """Record batches as they are, references resolved; the arguments of an actor call are here."""
+    if all(isinstance(batch, pa.RecordBatch) for batch in batches):
+        return list(batches)
+    import ray
+
+    fetched: list[pa.RecordBatch] = ray.get(list(batches), timeout=_FETCH_TIMEOUT_S)
+    return fetched
+
+
+_FETCH_TIMEOUT_S = 300.0

@@ -1,0 +1,128 @@
+"""Rules that misbehave, chosen by the completion's text. Imported by the sandbox's child."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from typing import Any
+
+NOT_CALLABLE = 3
+
+
+def obedient(text: str, reference: dict[str, Any]) -> float:
+    return float(text == reference["answer"])
+
+
+def needs_scale(text: str, reference: dict[str, Any], scale: float) -> float:
+    return scale
+
+
+def hostile(text: str, reference: dict[str, Any]) -> Any:
+    action, _, argument = text.partition(" ")
+    return ACTIONS[action](argument)
+
+
+def _loop(argument: str) -> float:
+    while True:
+        pass
+
+
+def _loop_holding_the_interpreter(argument: str) -> float:
+    return float(10 ** (10**9) % 7)
+
+
+def _sleep(argument: str) -> float:
+    time.sleep(float(argument))
+    return 1.0
+
+
+def _fork_and_return(argument: str) -> float:
+    os.fork()
+    return 1.0
+
+
+def _leave_sleeper(argument: str) -> float:
+    """A process in a session of its own, whose id is written to the file `argument`."""
+    sleeper = subprocess.Popen(["sleep", "300"], start_new_session=True)
+    with open(argument, "w") as file:
+        file.write(str(sleeper.pid))
+    return 1.0
+
+
+def _leave_sleeper_and_loop(argument: str) -> float:
+    _leave_sleeper(argument)
+    return _loop(argument)
+
+
+def _flood(argument: str) -> float:
+    for _ in range(2000):
+        print("x" * 1000)
+    os.write(1, b"\x00\x00\x00\x02{}" * 100)
+    sys.stdout.flush()
+    return 1.0
+
+
+def _segfault(argument: str) -> float:
+    ctypes.string_at(0)
+    return 1.0
+
+
+def _raise(argument: str) -> float:
+    raise KeyError("no such key")
+
+
+def _allocate(argument: str) -> float:
+    return float(len(bytearray(10 * 2**30)))
+
+
+def _alarm(argument: str) -> float:
+    signal.alarm(1)
+    return 1.0
+
+
+def _main_thread(argument: str) -> float:
+    return float(threading.current_thread() is threading.main_thread())
+
+
+def _environment(argument: str) -> float:
+    return float(argument in os.environ)
+
+
+def _write_everywhere(argument: str) -> float:
+    for descriptor in range(3, 50):
+        with contextlib.suppress(OSError):
+            os.write(descriptor, b"\xff" * 64)
+    return 1.0
+
+
+ACTIONS: dict[str, Any] = {
+    "number": float,
+    "loop": _loop,
+    "hold": _loop_holding_the_interpreter,
+    "sleep": _sleep,
+    "fork": _fork_and_return,
+    "leave": _leave_sleeper,
+    "leave_and_loop": _leave_sleeper_and_loop,
+    "exit": lambda argument: os._exit(int(argument)),
+    "sys_exit": lambda argument: sys.exit(0),
+    "raise": _raise,
+    "nan": lambda argument: float("nan"),
+    "inf": lambda argument: float("inf"),
+    "string": lambda argument: "1.0",
+    "none": lambda argument: None,
+    "bool": lambda argument: True,
+    "allocate": _allocate,
+    "flood": _flood,
+    "read": lambda argument: float(len(sys.stdin.read())),
+    "segfault": _segfault,
+    "alarm": _alarm,
+    "main_thread": _main_thread,
+    "environment": _environment,
+    "write_everywhere": _write_everywhere,
+}

@@ -1,0 +1,131 @@
+"""Configuration: every YAML loads, every mistake is refused with the key and the remedy."""
+
+from __future__ import annotations
+
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+
+import pytest
+
+from common.config import Config
+from common.config_loader import dump_config, load_config
+from common.errors import UserError
+
+CONFIGS = Path(__file__).resolve().parent.parent / "deploy" / "configs"
+PRESETS = sorted(CONFIGS.glob("*.yaml"))
+RECIPES = sorted((CONFIGS / "recipes").glob("*.yaml"))
+MODEL = "model.path=somewhere"
+
+
+def load(*overrides: str) -> Config:
+    return load_config([], [MODEL, *overrides], CONFIGS / "recipes")
+
+
+@pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
+def test_every_preset_loads_and_survives_a_round_trip(path: Path, tmp_path: Path) -> None:
+    config = load_config([path], [], CONFIGS / "recipes")
+    dumped = tmp_path / "config.yaml"
+    dumped.write_text(dump_config(config))
+    assert load_config([dumped], [], resolved=True) == config
+
+
+def test_what_was_overridden_stays_so_when_a_run_is_resumed(tmp_path: Path) -> None:
+    started = load("recipe=grpo_lambda_recent", "algorithm.credit.lambda_=0.7")
+    dumped = tmp_path / "config.yaml"
+    dumped.write_text(dump_config(started))
+    resumed = load_config([dumped], ["steps=99"], CONFIGS / "recipes", resolved=True)
+    assert resumed.algorithm.credit.lambda_ == 0.7
+    changed = load_config([dumped], ["recipe=grpo"], CONFIGS / "recipes", resolved=True)
+    assert changed.algorithm.credit.kind == "broadcast"
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_loads_is_short_and_names_its_paper(path: Path) -> None:
+    load(f"recipe={path.stem}")
+    text = path.read_text()
+    assert len(text.splitlines()) < 30
+    assert "arXiv" in text.splitlines()[0]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("learner.lerning_rate=1", "learner.lerning_rate.*did you mean learning_rate"),
+        ("lerner.ranks=1", "lerner.*did you mean learner"),
+        ("steps=many", "steps.*many"),
+        ("steps=0", "steps=0 must be greater than 0"),
+        ("generator.max_staleness=-1", "generator.max_staleness=-1"),
+        ("algorithm.credit.kind=magic", "algorithm.credit.kind.*lambda_trace"),
+        ("verifier.rules=[{nme: x}]", "nme.*name"),
+        ("verifier.rules=[]", "verifier.rules is empty"),
+        ("model=3", "model=3 must be a mapping"),
+        ("batch.group_size=1", "batch.group_size=1.*at least 2"),
+        ("generator.max_completion_tokens=512", "leaves no room"),
+        ("generator.temperature=0", "generator.temperature=0"),
+        ("eval.prompts=5000", "eval.prompts=5000 leaves no training prompts"),
+        ("data.source=file", "data.source=file needs data.path"),
+        ("recipe=grpo_lamda", "recipe=grpo_lamda.*did you mean grpo_lambda"),
+        ("steps", "'steps' is not an override"),
+    ],
+)
+def test_mistakes_name_the_key_and_the_remedy(override: str, message: str) -> None:
+    with pytest.raises(UserError, match=f"(?s){message}"):
+        load(override)
+
+
+def test_a_mandatory_key_is_asked_for() -> None:
+    with pytest.raises(UserError, match=r"model\.path.*set it"):
+        load_config([], [])
+
+
+def test_overrides_win_over_the_recipe_and_the_recipe_over_the_preset(tmp_path: Path) -> None:
+    preset = tmp_path / "preset.yaml"
+    preset.write_text("model: {path: x}\nalgorithm: {credit: {kind: broadcast, lambda_: 0.5}}\n")
+    config = load_config([preset], ["recipe=grpo_lambda_recent"], CONFIGS / "recipes")
+    assert config.algorithm.credit.kind == "lambda_trace"
+    assert config.algorithm.credit.lambda_ == 0.99
+    overridden = load_config(
+        [preset],
+        ["recipe=grpo_lambda_recent", "algorithm.credit.lambda_=0.7"],
+        CONFIGS / "recipes",
+    )
+    assert overridden.algorithm.credit.lambda_ == 0.7
+
+
+def test_a_missing_or_malformed_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"nowhere\.yaml does not exist"):
+        load_config([tmp_path / "nowhere.yaml"], [])
+    broken = tmp_path / "broken.yaml"
+    broken.write_text("model: [unclosed")
+    with pytest.raises(UserError, match=r"broken\.yaml is not valid YAML"):
+        load_config([broken], [])
+
+
+def test_derived_values() -> None:
+    config = load("batch.prompts_per_step=3", "batch.group_size=5", "generator.max_staleness=2")
+    assert config.completions_per_step == 15
+    assert config.max_groups_in_flight == 9
+    assert config.correction_kind == "tis"
+    assert load("generator.max_staleness=0").correction_kind == "none"
+    assert load("model.dtype=float32").canary_tolerance < load().canary_tolerance
+
+
+def keys(cls: type, prefix: str = "") -> list[str]:
+    found = []
+    for field in fields(cls):
+        default = field.default_factory() if callable(field.default_factory) else None  # type: ignore[misc]
+        name = f"{prefix}{field.name}"
+        if is_dataclass(default):
+            found += keys(type(default), f"{name}.")
+        else:
+            found.append(name)
+    return found
+
+
+def test_there_are_three_batch_knobs_and_no_more() -> None:
+    batch = [key for key in keys(Config) if key.startswith("batch.")]
+    assert batch == [
+        "batch.prompts_per_step",
+        "batch.group_size",
+        "batch.tokens_per_microbatch",
+    ]

@@ -1,0 +1,148 @@
+"""Checkpoints: exact, loadable by others, and by another number of ranks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from learner_models import save_tiny_model, trajectories
+from test_learner_step import SHAPES, make_worker, on_ranks, weights, worker
+from transformers import AutoModelForCausalLM
+
+from common.errors import UserError
+from learner.worker import LearnerWorker
+
+
+def _continue(made: LearnerWorker) -> tuple[dict[str, float], dict[str, Any]]:
+    metrics = made.step(trajectories(SHAPES, seed=7), 0, 0)
+    return metrics, {name: tensor.numpy() for name, tensor in weights(made).items()}
+
+
+def _save_target(rank: int, ranks: int, folder: Path, target: Path) -> tuple:
+    return make_worker(folder, rank, ranks), _SaveWork(target)
+
+
+class _SaveWork:
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __call__(self, made: LearnerWorker) -> Any:
+        made.step(trajectories(SHAPES), 0, 0)
+        made.save_checkpoint(str(self.target), {"version": 1})
+        return _continue(made)
+
+
+class _LoadWork(_SaveWork):
+    def __call__(self, made: LearnerWorker) -> Any:
+        extra = made.load_checkpoint(str(self.target))
+        assert extra == {"version": 1}
+        return _continue(made)
+
+
+def _load_target(rank: int, ranks: int, folder: Path, target: Path) -> tuple:
+    return make_worker(folder, rank, ranks), _LoadWork(target)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_model(tmp_path_factory.mktemp("tiny"), "qwen2")
+
+
+@pytest.fixture(scope="module")
+def saved(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    target = tmp_path_factory.mktemp("run") / "step-1"
+    with worker(folder, schedule="linear") as made:
+        return target, _SaveWork(target)(made)
+
+
+def test_resumed_run_is_bitwise_the_unbroken_one(folder: Path, saved) -> None:
+    target, unbroken = saved
+    with worker(folder, schedule="linear") as made:
+        torch.manual_seed(99)
+        resumed = _LoadWork(target)(made)
+        assert made.trainer.step == 2
+    same = {k for k in unbroken[0] if k != "time/train"}
+    assert {k: resumed[0][k] for k in same} == {k: unbroken[0][k] for k in same}
+    for name, tensor in unbroken[1].items():
+        assert (resumed[1][name] == tensor).all(), name
+
+
+def test_optimizer_state_comes_back_bitwise(folder: Path, saved) -> None:
+    target, _ = saved
+    states = []
+    for _ in range(2):
+        with worker(folder) as made:
+            made.load_checkpoint(str(target))
+            optimizer = made.trainer.optimizer
+            states.append(
+                [
+                    {k: v.to_local() if hasattr(v, "to_local") else v for k, v in s.items()}
+                    for s in optimizer.state.values()
+                ]
+            )
+    assert len(states[0]) > 10
+    for mine, theirs in zip(*states, strict=True):
+        assert float(mine["step"]) == 1.0
+        assert all(torch.equal(mine[k], theirs[k]) for k in mine)
+        assert mine["exp_avg"].abs().sum() > 0
+
+
+def test_folder_loads_in_transformers(folder: Path, saved) -> None:
+    target, _ = saved
+    model, info = AutoModelForCausalLM.from_pretrained(target, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert (target / "tokenizer.json").is_file()
+    original = AutoModelForCausalLM.from_pretrained(folder)
+    assert model.config.to_dict().keys() == original.config.to_dict().keys()
+    assert model.config._attn_implementation == original.config._attn_implementation
+    with worker(folder) as made:
+        made.load_checkpoint(str(target))
+        exported = weights(made)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, exported[name]), name
+
+
+def test_another_number_of_ranks_goes_on(folder: Path, saved, tmp_path: Path) -> None:
+    target, _ = saved
+    with worker(folder) as made:
+        alone = _LoadWork(target)(made)
+    two = on_ranks(2, _load_target, folder, target)
+    assert two[0][0]["grad_norm"] == pytest.approx(alone[0]["grad_norm"], rel=1e-4)
+    for name, weight in alone[1].items():
+        gap = np.abs(two[0][1][name] - weight)
+        assert gap.max() < 2e-4 and gap.mean() < 1e-6, name  # see assert_same_training
+    from_two = on_ranks(2, _save_target, folder, tmp_path / "step-1")
+    with worker(folder) as made:
+        back = _LoadWork(tmp_path / "step-1")(made)
+    assert back[0]["grad_norm"] == pytest.approx(from_two[0][0]["grad_norm"], rel=1e-4)
+
+
+def test_saving_again_replaces_and_leaves_nothing_behind(folder: Path, tmp_path: Path) -> None:
+    target = tmp_path / "step-1"
+    with worker(folder) as made:
+        made.save_checkpoint(str(target), {"version": 1})
+        made.save_checkpoint(str(target), {"version": 2})
+        assert made.load_checkpoint(str(target)) == {"version": 2}
+    assert [p.name for p in tmp_path.iterdir()] == ["step-1"]
+
+
+def test_interrupted_save_leaves_the_old_checkpoint(folder, tmp_path, monkeypatch) -> None:
+    target = tmp_path / "step-1"
+    with worker(folder) as made:
+        made.save_checkpoint(str(target), {"version": 1})
+
+        def fail(*_: Any, **__: Any) -> None:
+            raise OSError("disk full")
+
+        monkeypatch.setattr("learner.checkpoint.save_hf_folder", fail)
+        with pytest.raises(OSError, match="disk full"):
+            made.save_checkpoint(str(target), {"version": 2})
+        assert made.load_checkpoint(str(target)) == {"version": 1}
+
+
+def test_folder_without_training_state_is_a_user_error(folder: Path) -> None:
+    with worker(folder) as made, pytest.raises(UserError, match="resume"):
+        made.load_checkpoint(str(folder))

@@ -1,0 +1,352 @@
+"""Learner steps on real FSDP: budgets, packings, ranks and exports change nothing."""
+
+from __future__ import annotations
+
+import multiprocessing as mp
+import queue
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from learner_models import save_tiny_model, tiny_model, trajectories
+from transformers import AutoModelForCausalLM
+
+from common.config import AlgorithmConfig, LearnerConfig, ModelConfig
+from common.errors import RunError, UserError, WeightsError
+from common.weights import pack_tensors, unpack_tensors
+from learner.model import Policy, check_policy, load_policy
+from learner.step import learning_rate
+from learner.worker import LearnerWorker
+
+SHAPES = [(9, [5, 12, 3, 7]), (4, [20, 2]), (17, [3, 3, 8]), (6, [10] * 4)]
+DEADLINE_S = 120.0
+
+
+def make_worker(folder: Path, rank: int = 0, ranks: int = 1, **changes: Any) -> LearnerWorker:
+    learner = LearnerConfig(ranks=ranks, device="cpu", warmup_steps=0, learning_rate=1e-3)
+    algorithm = AlgorithmConfig()
+    for name, value in changes.items():
+        section = learner if hasattr(learner, name) else algorithm.objective
+        if hasattr(section, name):
+            setattr(section, name, value)
+    return LearnerWorker(
+        ModelConfig(path=str(folder), dtype=changes.get("dtype", "float32")),
+        learner,
+        changes.get("algorithm", algorithm),
+        "tis",
+        max_completion_tokens=48,
+        temperature=0.9,
+        seed=0,
+        rank=rank,
+        total_steps=10,
+        primary_verifier="test",
+        bucket_mib=1,
+        tokens_per_microbatch=changes.get("tokens_per_microbatch", 64),
+        put=lambda buffer: buffer,
+    )
+
+
+@contextmanager
+def worker(folder: Path, **changes: Any) -> Iterator[LearnerWorker]:
+    made = make_worker(folder, **changes)
+    made.setup(*made.rendezvous_address())
+    try:
+        yield made
+    finally:
+        made.shutdown()
+
+
+def weights(of: LearnerWorker) -> dict[str, torch.Tensor]:
+    pairs = [pair for bucket in of.export_weights(0) for pair in unpack_tensors(bucket, bucket.ref)]
+    return {name: tensor.clone() for name, tensor in pairs}
+
+
+def moments(of: LearnerWorker) -> dict[str, np.ndarray]:
+    """AdamW's first moments, full: linear in the gradients, unlike the weights they move."""
+    state = of.trainer.optimizer.state
+    named = of.trainer.policy.model.named_parameters()
+    return {name: state[p]["exp_avg"].full_tensor().numpy() for name, p in named if p in state}
+
+
+def _train_work(made: LearnerWorker, steps: int = 2) -> tuple[list[dict], dict, dict]:
+    metrics = [made.step(trajectories(SHAPES, seed=s), 0, 0) for s in range(steps)]
+    exported = {name: tensor.float().numpy() for name, tensor in weights(made).items()}
+    return metrics, exported, moments(made)
+
+
+def train(folder: Path, steps: int = 2, **changes: Any) -> tuple[list[dict], dict, dict]:
+    with worker(folder, **changes) as made:
+        return _train_work(made, steps)
+
+
+def _rank_main(rank: int, ranks: int, pipe, target: Callable, args: tuple) -> None:
+    address, results = pipe
+    try:
+        torch.set_num_threads(1)
+        made, work = target(rank, ranks, *args)
+        if rank == 0:
+            place = made.rendezvous_address()
+            for _ in range(ranks - 1):
+                address.put(place)
+        else:
+            place = address.get(timeout=DEADLINE_S)
+        made.setup(*place)
+        results.put((rank, work(made), None))
+        made.shutdown()
+    except BaseException:
+        results.put((rank, None, traceback.format_exc()))
+        raise
+
+
+def on_ranks(ranks: int, target: Callable, *args: Any) -> list[Any]:
+    """`target(rank, ranks, *args)` -> (worker, work) runs in its own process on every rank."""
+    context = mp.get_context("spawn")
+    pipe = (context.Queue(), context.Queue())
+    processes = [
+        context.Process(target=_rank_main, args=(r, ranks, pipe, target, args), daemon=True)
+        for r in range(ranks)
+    ]
+    for process in processes:
+        process.start()
+    results = {}
+    try:
+        for _ in processes:
+            rank, result, error = pipe[1].get(timeout=DEADLINE_S)
+            assert error is None, f"rank {rank} failed:\n{error}"
+            results[rank] = result
+    except queue.Empty:
+        silent = sorted(set(range(ranks)) - set(results))
+        raise TimeoutError(f"ranks {silent} gave no result within {DEADLINE_S} s") from None
+    finally:
+        for process in processes:
+            process.join(timeout=10 if len(results) == ranks else 0)
+            if process.is_alive():
+                process.terminate()
+                process.join(timeout=10)
+    return [results[rank] for rank in range(ranks)]
+
+
+def _train_target(rank: int, ranks: int, folder: Path, changes: dict) -> tuple:
+    return make_worker(folder, rank, ranks, **changes), _train_work
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_model(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def baseline(folder: Path) -> tuple[list[dict], dict, dict]:
+    return train(folder)
+
+
+def assert_same_training(found, expected) -> None:
+    for mine, theirs in zip(found[0], expected[0], strict=True):
+        for name in ("loss/policy", "grad_norm", "clip_fraction", "is_ratio/mean"):
+            assert mine[name] == pytest.approx(theirs[name], rel=1e-4, abs=1e-6), name
+    for name, moment in expected[2].items():
+        np.testing.assert_allclose(found[2][name], moment, atol=1e-4 * np.abs(moment).max(), rtol=0)
+    # AdamW divides by the gradient's own size, so an element whose gradient is rounding noise may
+    # go anywhere within a learning rate (1e-3); a wrong gradient moves most elements that far.
+    for name, weight in expected[1].items():
+        gap = np.abs(found[1][name] - weight)
+        assert gap.max() < 2e-4 and gap.mean() < 1e-6, name
+
+
+def test_a_step_moves_the_weights_and_reports_the_contract(folder: Path, baseline) -> None:
+    metrics, exported, _ = baseline
+    initial = dict(AutoModelForCausalLM.from_pretrained(folder).named_parameters())
+    assert exported.keys() == initial.keys()
+    assert all(np.abs(exported[n] - p.detach().numpy()).max() > 1e-4 for n, p in initial.items())
+    contract = (
+        "loss/policy loss/kl grad_norm clip_fraction is_ratio/mean logprob_gap/mean "
+        "packing/efficiency staleness/max staleness/mean tokens/trained learning_rate "
+        "completions/zero_advantage time/train reward/mean reward/accuracy completion_length/mean"
+    )
+    assert set(contract.split()) <= metrics[0].keys()
+    assert metrics[0]["tokens/trained"] == sum(sum(lengths) for _, lengths in SHAPES)
+    assert all(np.isfinite(list(m.values())).all() for m in metrics)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"packing": "sequence"},
+        {"tokens_per_microbatch": 4096},
+        {"tokens_per_microbatch": 1},
+        {"vocabulary_chunk_tokens": 3},
+        {"activation_checkpointing": True},
+    ],
+)
+def test_how_it_is_computed_changes_nothing(folder: Path, baseline, changes) -> None:
+    assert_same_training(train(folder, **changes), baseline)
+
+
+@pytest.mark.parametrize("budget", [64, 4096])
+def test_two_ranks_equal_one(folder: Path, baseline, budget: int) -> None:
+    results = on_ranks(2, _train_target, folder, {"tokens_per_microbatch": budget})
+    timing = {"time/train"}
+    for mine, theirs in zip(results[0][0], results[1][0], strict=True):
+        assert {k: v for k, v in mine.items() if k not in timing} == {
+            k: v for k, v in theirs.items() if k not in timing
+        }
+    assert results[1][1] == {}
+    assert_same_training(results[0], baseline)
+
+
+def test_bfloat16_follows_float32(folder: Path, baseline) -> None:
+    with worker(folder, dtype="bfloat16") as made:
+        metrics, _, _ = _train_work(made)
+        assert all(tensor.dtype == torch.bfloat16 for tensor in weights(made).values())
+    for mine, theirs in zip(metrics, baseline[0], strict=True):
+        assert mine["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=0.1)
+
+
+def test_second_epoch_compares_with_the_policy_before_the_first(folder: Path) -> None:
+    once, *_ = train(folder, steps=1)
+    twice, *_ = train(folder, steps=1, epochs=2, learning_rate=1e-2)
+    assert once[0]["clip_fraction"] == 0.0
+    assert twice[0]["clip_fraction"] > 0.0
+    assert twice[0]["is_ratio/mean"] == pytest.approx(once[0]["is_ratio/mean"])
+
+
+def test_reference_policy_holds_the_first_weights(folder: Path) -> None:
+    metrics, *_ = train(folder, kl=0.1, learning_rate=1e-2)
+    assert metrics[0]["loss/kl"] == pytest.approx(0.0, abs=1e-6)
+    assert metrics[1]["loss/kl"] > 1e-5
+
+
+def test_prefix_sets_and_entropy_reach_the_recipe(folder: Path) -> None:
+    for kind, quantile in (("prefix_sets", 0.0), ("lambda_trace", 0.3)):
+        algorithm = AlgorithmConfig()
+        algorithm.credit.kind = kind
+        algorithm.credit.entropy_quantile = quantile
+        small, *_ = train(folder, steps=1, algorithm=algorithm)
+        large, *_ = train(folder, steps=1, algorithm=algorithm, tokens_per_microbatch=4096)
+        assert small[0]["grad_norm"] > 0
+        if kind == "prefix_sets":
+            assert small[0]["grad_norm"] == pytest.approx(large[0]["grad_norm"], rel=1e-4)
+
+
+def test_equal_rewards_train_nothing_and_move_nothing(folder: Path) -> None:
+    with worker(folder) as made:
+        made.step(trajectories(SHAPES), 0, 0)
+        before = weights(made)
+        rewards = [[1.0] * len(lengths) for _, lengths in SHAPES]
+        rewards[1] = [None, None]
+        metrics = made.step(trajectories(SHAPES, rewards=rewards), 0, 0)
+        after = weights(made)
+    assert all(torch.equal(before[n], after[n]) for n in before)
+    assert metrics["tokens/trained"] == 0 and metrics["grad_norm"] == 0
+    assert metrics["completions/zero_advantage"] == 11
+    assert metrics["reward/mean"] == 1.0
+
+
+def test_stale_and_future_tokens_stop_the_run(folder: Path) -> None:
+    with worker(folder) as made:
+        metrics = made.step(trajectories(SHAPES, version=5), 6, 1)
+        assert metrics["staleness/max"] == metrics["staleness/mean"] == 1.0
+        with pytest.raises(RunError, match="max_staleness"):
+            made.step(trajectories(SHAPES, version=5), 7, 1)
+        with pytest.raises(RunError, match="versions 8"):
+            made.step(trajectories(SHAPES, version=8), 7, 1)
+
+
+def test_score_is_what_transformers_says(folder: Path) -> None:
+    random = np.random.default_rng(0)
+    sequences = [random.integers(3, 97, n).tolist() for n in (12, 30, 7)]
+    prompts = [4, 10, 6]
+    with worker(folder) as made:
+        made.step(trajectories(SHAPES), 0, 0)
+        found = made.score(sequences, prompts)
+        state = weights(made)
+        made.step(trajectories(SHAPES), 0, 0)  # still trains after a forward without backward
+    model = tiny_model("llama_tied")
+    model.load_state_dict(state, strict=False)
+    for ids, prompt, scores in zip(sequences, prompts, found, strict=True):
+        logprobs = model(torch.tensor([ids])).logits[0, prompt - 1 : -1].log_softmax(-1)
+        expected = logprobs.gather(1, torch.tensor(ids[prompt:])[:, None])[:, 0]
+        torch.testing.assert_close(torch.tensor(scores), expected, atol=1e-4, rtol=0)
+
+
+def test_buckets_reassemble_to_the_model(folder: Path) -> None:
+    expected = dict(tiny_model("llama_tied").named_parameters())
+    tensors = [(name, p.to(torch.bfloat16)) for name, p in expected.items()]
+    buckets = list(pack_tensors(tensors, 20_000))
+    assert len(buckets) > 3 and all(b.ref.nbytes == b.nbytes <= 20_000 for b in buckets)
+    found = dict(pair for b in buckets for pair in unpack_tensors(b, b.ref))
+    assert list(found) == list(expected)
+    assert all(torch.equal(found[name], tensor) for name, tensor in tensors)
+    assert "lm_head.weight" not in found
+
+
+def test_a_damaged_bucket_is_refused() -> None:
+    (bucket,) = pack_tensors([("a", torch.arange(6.0)), ("b", torch.tensor(1.0))], 10**6)
+    assert dict(unpack_tensors(bucket, bucket.ref))["b"].shape == ()
+    bucket.ref[3] ^= 1
+    with pytest.raises(WeightsError, match="damaged"):
+        list(unpack_tensors(bucket, bucket.ref))
+
+
+@pytest.mark.parametrize("architecture", ["gemma2", "granite", "gpt_neox", "llama_untied"])
+def test_self_check_passes_for_known_architectures(architecture: str, tmp_path: Path) -> None:
+    tiny_model(architecture).save_pretrained(tmp_path)
+    config = ModelConfig(path=str(tmp_path))
+    _, gap = load_policy(config, torch.float32, chunk_tokens=8, temperature=0.8, weights=True)
+    check_policy(gap, torch.float32, config.path)
+
+
+def test_self_check_refuses_an_unknown_logit_transform(tmp_path: Path, monkeypatch) -> None:
+    tiny_model("granite").save_pretrained(tmp_path)
+    monkeypatch.setattr(
+        "learner.model._take_over_logit_transform",
+        lambda model: __import__("learner.logprobs").logprobs.LogitTransform(),
+    )
+    config = ModelConfig(path=str(tmp_path))
+    _, gap = load_policy(config, torch.float32, chunk_tokens=8, temperature=1.0, weights=True)
+    with pytest.raises(UserError, match="disagrees"):
+        check_policy(gap, torch.float32, config.path)
+
+
+def _untied_target(rank: int, ranks: int, tied: Path, untied: Path) -> tuple:
+    return make_worker(untied if rank else tied, rank, ranks), _train_work
+
+
+def test_ranks_with_different_models_are_told_so(folder: Path, tmp_path: Path) -> None:
+    save_tiny_model(tmp_path, "llama_untied")
+    with pytest.raises(AssertionError, match="hold different models: lm_head.weight"):
+        on_ranks(2, _untied_target, folder, tmp_path)
+
+
+def test_missing_model_is_a_user_error(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="model.path"):
+        load_policy(
+            ModelConfig(path=str(tmp_path / "none")),
+            torch.float32,
+            chunk_tokens=8,
+            temperature=1.0,
+            weights=True,
+        )
+
+
+def test_layers_are_found() -> None:
+    assert len(Policy(tiny_model("gpt_neox"), 8).layers) == 2
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        ("constant", [0.5, 1.0, 1.0, 1.0, 1.0]),
+        ("linear", [0.5, 1.0, 1.0, 0.5, 0.0]),
+        ("cosine", [0.5, 1.0, 1.0, 0.5, 0.0]),
+    ],
+)
+def test_learning_rate(schedule, expected) -> None:
+    config = LearnerConfig(learning_rate=1.0, warmup_steps=2, schedule=schedule)
+    rates = [learning_rate(config, step, 6) for step in (0, 1, 2, 4, 6)]
+    assert rates == pytest.approx(expected)

@@ -1,0 +1,45 @@
+"""Which cores each part gets."""
+
+from __future__ import annotations
+
+import pytest
+
+from common.config_loader import load_config
+from deploy.placement import CorePlan, actor_options, cpus_needed, plan_cores
+
+
+def plan(cores: int, *overrides: str) -> CorePlan:
+    return plan_cores(load_config([], ["model.path=x", *overrides]), list(range(cores)), [])
+
+
+@pytest.mark.parametrize("cores", [4, 7, 16, 64])
+def test_asynchronous_parts_get_disjoint_cores_and_all_are_used(cores: int) -> None:
+    found = plan(cores, "generator.count=2", "learner.ranks=2")
+    parts = [*found.generator_cores, *found.learner_cores]
+    dealt = [core for part in parts for core in part or []]
+    assert sorted(dealt) == list(range(cores))
+    assert all(parts)
+
+
+def test_small_machines_share_every_core_and_turns_need_no_division() -> None:
+    for found in (plan(2), plan(8, "generator.max_staleness=0")):
+        assert found.generator_cores == found.learner_cores
+        assert found.generator_threads == found.learner_threads == len(found.learner_cores[0] or [])
+
+
+def test_ranks_that_share_cores_share_their_threads_too() -> None:
+    found = plan(2, "learner.ranks=2", "generator.max_staleness=0")
+    assert found.learner_threads == 1
+    assert found.generator_threads == 2
+    assert plan(1, "learner.ranks=3").learner_threads == 1
+
+
+def test_a_cluster_of_our_own_has_room_for_every_actor() -> None:
+    config = load_config([], ["model.path=x", "generator.count=3", "learner.ranks=4"])
+    cores = plan_cores(config, [0, 1], [])
+    options = actor_options(config, cores, cuda=False)
+    asked = 3 * float(str(options.generator["num_cpus"])) + 4 * float(
+        str(options.learner["num_cpus"])
+    )
+    assert cpus_needed(config, cores) >= asked + 1
+    assert options.generator["num_gpus"] == 0

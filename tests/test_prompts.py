@@ -1,0 +1,396 @@
+"""Data that are wrong, templates, the split, and a cursor that loses and repeats nothing."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from actors.chat import Template
+from actors.data_sources import Row, Rows, question_key
+from actors.prompts import Prompt, PromptSource, build_prompt_source
+from common.config import DataConfig, ReasoningGymConfig
+from common.errors import UserError
+from common.split import is_held_out
+
+CHAT = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def byte_tokenizer(chat_template: str | None = CHAT) -> Any:
+    """A real fast tokenizer, a token a byte, that puts `<s>` before any text."""
+    from tokenizers import Tokenizer, decoders, pre_tokenizers, processors
+    from tokenizers.models import BPE
+    from transformers import PreTrainedTokenizerFast
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {"<s>": 0} | {letter: i for i, letter in enumerate(letters, 1)}
+    tokenizer = Tokenizer(BPE(vocabulary, []))
+    tokenizer.add_special_tokens(["<s>"])
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 0)]
+    )
+    fast: Any = PreTrainedTokenizerFast  # untyped in transformers
+    fast = fast(tokenizer_object=tokenizer, bos_token="<s>")
+    fast.chat_template = chat_template
+    return fast
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return byte_tokenizer()
+
+
+def build(
+    config: DataConfig, tokenizer: Any, held_out: int = 2, seed: int = 0, limit: int = 500
+) -> PromptSource:
+    return build_prompt_source(config, held_out, seed, tokenizer, limit)
+
+
+def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def numbered(count: int) -> list[dict[str, Any]]:
+    return [{"prompt": f"question {i}", "answer": i} for i in range(count)]
+
+
+def one_epoch(source: PromptSource) -> list[Prompt]:
+    return [source.next() for _ in range(source.size)]
+
+
+ONE_DIGIT = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}
+
+
+def test_a_small_task_space_is_split_without_overlap(tokenizer: Any) -> None:
+    gym = ReasoningGymConfig(params=dict(ONE_DIGIT), size=110)
+    source = build(DataConfig(reasoning_gym=gym), tokenizer, held_out=60)
+    train = [json.loads(p.reference) for p in one_epoch(source)]
+    held_out = [json.loads(p.reference) for p in source.eval_prompts(60)]
+    questions = [r["prompt"] for r in (*train, *held_out)]
+    assert len(questions) == len(set(questions)) == 170
+    assert train[0].keys() == {"prompt", "answer", "task", "params", "entry"}
+    assert source.eval_prompts(5) == source.eval_prompts(60)[:5]
+    assert not any(is_held_out(reference["prompt"]) for reference in train)
+    assert all(is_held_out(reference["prompt"]) for reference in held_out)
+
+
+def test_a_task_with_too_few_questions_says_so(tokenizer: Any) -> None:
+    gym = ReasoningGymConfig(params=dict(ONE_DIGIT), size=5000)
+    message = r"117 distinct questions to train on and 60 to hold out.*size=5000 .*eval\.prompts=60"
+    with pytest.raises(UserError, match=message):
+        build(DataConfig(reasoning_gym=gym), tokenizer, held_out=60)
+
+
+@pytest.mark.parametrize(
+    ("task", "params", "message"),
+    [
+        ("chain_sums", {}, "nearest: chain_sum"),
+        ("chain_sum", {"min_termz": 2}, "min_termz.*Its params are min_terms, max_terms"),
+        ("chain_sum", {"min_terms": 3, "max_terms": 2}, "max_terms must be >= min_terms"),
+        ("chain_sum", {"min_terms": "two"}, "refused"),
+        ("chain_sum", {"seed": 3}, "use the keys seed"),
+    ],
+)
+def test_wrong_tasks_and_params(
+    tokenizer: Any, task: str, params: dict[str, Any], message: str
+) -> None:
+    config = DataConfig(reasoning_gym=ReasoningGymConfig(task=task, params=params, size=10))
+    with pytest.raises(UserError, match=message):
+        build(config, tokenizer)
+
+
+def test_training_rows_equal_to_held_out_ones_are_removed(tokenizer: Any, tmp_path: Path) -> None:
+    rows = numbered(8)
+    rows.insert(1, {"prompt": "question  7 ", "answer": 7})
+    config = DataConfig(source="file", path=write_jsonl(tmp_path / "a.jsonl", rows))
+    source = build(config, tokenizer, held_out=2)
+    train = {question_key(json.loads(p.reference)["prompt"]) for p in one_epoch(source)}
+    held_out = {question_key(json.loads(p.reference)["prompt"]) for p in source.eval_prompts(2)}
+    # `question 7` was seen first as the second row, so it is not among the last distinct two.
+    assert train.isdisjoint(held_out)
+    assert source.size + source.removed == 9
+
+
+def test_held_out_rows_from_another_file(tokenizer: Any, tmp_path: Path) -> None:
+    config = DataConfig(
+        source="file",
+        path=write_jsonl(tmp_path / "train.jsonl", numbered(6)),
+        eval_path=write_jsonl(tmp_path / "eval.jsonl", numbered(2) + numbered(4)[3:]),
+    )
+    source = build(config, tokenizer, held_out=3)
+    assert (source.size, source.removed) == (3, 3)
+    asked = [json.loads(p.reference)["prompt"] for p in source.eval_prompts(3)]
+    assert asked == ["question 0", "question 1", "question 3"]
+    with pytest.raises(UserError, match=r"3 distinct questions, fewer than eval\.prompts=4"):
+        build(config, tokenizer, held_out=4)
+
+
+def test_parquet_and_jsonl_give_the_same_prompts(tokenizer: Any, tmp_path: Path) -> None:
+    rows = [row | {"why": "because", "level": 0.5} for row in numbered(5)]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    write_jsonl(tmp_path / "a.jsonl", rows)
+    epochs = []
+    for name in ("a.parquet", "a.jsonl"):
+        config = DataConfig(source="file", path=str(tmp_path / name))
+        config.solution_column, config.difficulty_column = "why", "level"
+        epochs.append(one_epoch(build(config, tokenizer)))
+    assert epochs[0] == epochs[1]
+    assert (epochs[0][0].solution, epochs[0][0].difficulty) == ("because", 0.5)
+    assert json.loads(epochs[0][0].reference)["answer"].isdigit()
+
+
+def test_local_data_set_folders(tokenizer: Any, tmp_path: Path) -> None:
+    import datasets
+
+    data = datasets.Dataset.from_list(numbered(6))
+    data.save_to_disk(str(tmp_path / "one"))
+    datasets.DatasetDict({"train": data, "test": data.select(range(2))}).save_to_disk(
+        str(tmp_path / "both")
+    )
+    (tmp_path / "plain").mkdir()
+    write_jsonl(tmp_path / "plain" / "train.jsonl", numbered(6))
+    sizes = {}
+    for name in ("one", "both", "plain"):
+        config = DataConfig(source="hub", path=str(tmp_path / name))
+        config.eval_path = "test" if name == "both" else None
+        sizes[name] = build(config, tokenizer).size
+    assert sizes == {"one": 4, "both": 4, "plain": 4}
+    config = DataConfig(source="hub", path=str(tmp_path / "both"), split="dev")
+    with pytest.raises(UserError, match="there are train, test"):
+        build(config, tokenizer)
+
+
+def test_a_data_set_out_of_reach(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    def unreachable(*args: object, **kwargs: object) -> None:
+        raise ConnectionError("Couldn't reach 'openai/gsm8k' on the Hub")
+
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    with pytest.raises(UserError, match=r"cannot be reached.*Without a network"):
+        build(DataConfig(source="hub", path="openai/gsm8k"), tokenizer)
+    with pytest.raises(UserError, match=r"needs data\.path"):
+        build(DataConfig(source="hub"), tokenizer)
+
+
+GOOD = b'{"prompt": "q", "answer": "a"}\n'
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "has no rows"),
+        (b"\n\n", "has no rows"),
+        (GOOD + b"\n{'prompt': 1}\n", "line 3: not a JSON object"),
+        (GOOD + b'{"prompt": "q"', "line 2: not a JSON object"),
+        (GOOD + b"[1]\n", "line 2: a list"),
+        (GOOD + b'{"prompt": "\xff", "answer": "a"}\n', r"line 2: not UTF-8 \(byte 12 is 0xff\)"),
+        (GOOD + b'{"question": "q", "answer": "a"}\n', "no column 'prompt'.*question, answer"),
+        (GOOD + b'{"prompt": "q"}\n', "line 2: no column 'answer'.*are prompt"),
+        (b'{"prompt": ["q"], "answer": "a"}\n', "must be text, found a list"),
+        (b'{"prompt": " ", "answer": "a"}\n', "blank"),
+        (b'{"prompt": "\\ud800", "answer": "a"}\n', "no valid Unicode"),
+        (b'{"prompt": "q", "answer": ' + b"9" * 5000 + b"}\n", "line 1: not a JSON object"),
+        (b"[" * 100_000 + b"\n", "line 1: not a JSON object"),
+        (b'{"prompt": "q", "answer": null}\n', "text or a number, found a NoneType"),
+        (b'{"prompt": "q", "answer": true}\n', "text or a number, found a bool"),
+        (GOOD, "1 distinct questions, too few"),
+    ],
+)
+def test_wrong_jsonl(tokenizer: Any, tmp_path: Path, content: bytes, message: str) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        build(DataConfig(source="file", path=str(path)), tokenizer)
+
+
+def test_wrong_files(tokenizer: Any, tmp_path: Path) -> None:
+    (tmp_path / "a.parquet").write_bytes(b"not parquet")
+    (tmp_path / "a.csv").write_text("prompt,answer\n")
+    for name, message in [
+        ("missing.jsonl", "does not exist"),
+        ("a.parquet", "cannot be read as Parquet"),
+        ("a.csv", r"neither \.jsonl nor \.parquet"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            build(DataConfig(source="file", path=str(tmp_path / name)), tokenizer)
+    path = write_jsonl(tmp_path / "a.jsonl", numbered(5))
+    config = DataConfig(source="file", path=path, difficulty_column="prompt")
+    with pytest.raises(UserError, match="'prompt' must be a number, found a str"):
+        build(config, tokenizer)
+
+
+def test_a_byte_order_mark_is_no_error(tokenizer: Any, tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    lines = [json.dumps(row) for row in numbered(5)]
+    path.write_bytes(b"\xef\xbb\xbf" + "\n".join(lines).encode())
+    assert build(DataConfig(source="file", path=str(path)), tokenizer).size == 3
+
+
+def test_a_prompt_that_is_too_long_names_row_length_limit_and_key(
+    tokenizer: Any, tmp_path: Path
+) -> None:
+    rows = [*numbered(5), {"prompt": "x" * 100, "answer": 1}]
+    config = DataConfig(source="file", path=write_jsonl(tmp_path / "a.jsonl", rows))
+    length = len("<user><assistant>") + 100
+    message = rf"line 6: the prompt has {length} tokens and at most 116 .*model\.max_length"
+    with pytest.raises(UserError, match=message):
+        build(config, tokenizer, limit=length - 1)
+    assert build(config, tokenizer, limit=length).size == 4
+
+
+def test_chat_templates_give_the_tokens_the_tokenizer_gives(tokenizer: Any) -> None:
+    template = Template(DataConfig(system_prompt="be {brief}"), tokenizer)
+    text = template.render("1 + {x} = %s")
+    assert text == "<system>be {brief}<user>1 + {x} = %s<assistant>"
+    conversation = [
+        {"role": "system", "content": "be {brief}"},
+        {"role": "user", "content": "1 + {x} = %s"},
+    ]
+    whole = tokenizer.apply_chat_template(
+        conversation, tokenize=True, add_generation_prompt=True, return_dict=False
+    )
+    assert template.encode([text]) == [whole]
+
+
+def test_plain_templates_leave_other_braces_alone(tokenizer: Any) -> None:
+    config = DataConfig(template="plain", plain_template='{"q": {prompt}} {0}')
+    template = Template(config, tokenizer)
+    assert template.render("{prompt} {x} {}") == '{"q": {prompt} {x} {}} {0}'
+    assert template.encode(["ab"])[0][0] == tokenizer.bos_token_id
+
+
+REFUSES = "{{ raise_exception('no system role') }}"
+
+
+@pytest.mark.parametrize(
+    ("config", "chat_template", "message"),
+    [
+        (DataConfig(), None, r"set data\.template=plain"),
+        (DataConfig(system_prompt="x"), REFUSES, r"no system role.*drop data\.system_prompt"),
+        (DataConfig(template="plain", plain_template="{question}"), None, r"has no \{prompt\}"),
+        (DataConfig(template="plain", system_prompt="x"), None, r"data\.plain_template"),
+    ],
+)
+def test_templates_that_do_not_fit(
+    config: DataConfig, chat_template: str | None, message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        Template(config, byte_tokenizer(chat_template))
+
+
+class LetterTokenizer:
+    """As much of a tokenizer as the cursor needs."""
+
+    chat_template = None
+
+    def __call__(self, text: list[str], add_special_tokens: bool) -> Any:
+        return {"input_ids": [[ord(letter) for letter in one] for one in text]}
+
+    def apply_chat_template(self, *args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError
+
+
+def small_source(size: int, seed: int = 0, shuffle: bool = True) -> PromptSource:
+    rows = [Row(f"q{i}", "{}", None, None, f"row {i}") for i in range(size)]
+    template = Template(DataConfig(template="plain"), LetterTokenizer())
+    return PromptSource(Rows(rows, [], 0), template, seed, shuffle)
+
+
+def test_order_is_a_function_of_seed_and_epoch() -> None:
+    first, again, other = small_source(20, 1), small_source(20, 1), small_source(20, 2)
+    epochs = [[p.index for p in one_epoch(first)] for _ in range(2)]
+    assert epochs == [[p.index for p in one_epoch(again)] for _ in range(2)]
+    assert epochs[0] != epochs[1]
+    assert epochs[0] != [p.index for p in one_epoch(other)]
+    assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(20))
+    assert [p.index for p in one_epoch(small_source(5, shuffle=False))] == list(range(5))
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    size=st.integers(1, 6),
+    actions=st.lists(st.sampled_from(["next", "next", "train", "back", "resume"]), max_size=80),
+    choices=st.randoms(use_true_random=False),
+)
+def test_every_prompt_is_trained_on_once_an_epoch(
+    size: int, actions: list[str], choices: Any
+) -> None:
+    """Any interleaving of serving, training, giving back and resuming, then a drain."""
+    source = small_source(size)
+    out: list[Prompt] = []
+    trained: Counter[tuple[int, int]] = Counter()
+    served = 0
+    for action in actions:
+        if action == "next":
+            out.append(source.next())
+            served = max(served, out[-1].epoch)
+        elif action == "resume":
+            state = json.loads(json.dumps(source.state_dict(out)))
+            source, out = small_source(size), []
+            source.load_state_dict(state)
+        elif out:
+            prompt = out.pop(choices.randrange(len(out)))
+            if action == "back":
+                source.give_back(prompt)
+            else:
+                trained[prompt.epoch, prompt.index] += 1
+    trained.update((p.epoch, p.index) for p in out)
+    while (prompt := source.next()).epoch <= served:
+        trained[prompt.epoch, prompt.index] += 1
+    expected = {(epoch, index) for epoch in range(served + 1) for index in range(size)}
+    assert trained == Counter(dict.fromkeys(expected, 1))
+
+
+def test_what_was_given_back_comes_before_what_is_new() -> None:
+    source = small_source(5)
+    first, second, third = source.next(), source.next(), source.next()
+    source.give_back(second)
+    source.give_back(first)
+    resumed = small_source(5)
+    resumed.load_state_dict(source.state_dict([third]))
+    assert [resumed.next() for _ in range(3)] == [third, second, first]
+    assert [source.next() for _ in range(2)] == [second, first]
+
+
+def test_misuse_of_the_cursor_is_refused() -> None:
+    source = small_source(3)
+    prompt = source.next()
+    source.give_back(prompt)
+    with pytest.raises(ValueError, match="not out"):
+        source.give_back(prompt)
+    with pytest.raises(ValueError, match="given back"):
+        source.state_dict([prompt])
+    with pytest.raises(ValueError, match="held out"):
+        source.eval_prompts(1)
+    unserved = one_epoch(small_source(3, seed=0))[2]
+    with pytest.raises(ValueError, match="not out"):
+        source.give_back(unserved)
+
+
+@pytest.mark.parametrize("other", [small_source(4), small_source(3, 1), small_source(3, 0, False)])
+def test_a_cursor_of_other_prompts_is_refused(other: PromptSource) -> None:
+    with pytest.raises(UserError, match="resume with the same"):
+        small_source(3).load_state_dict(other.state_dict([]))
+
+
+def test_prompt_ids_are_distinct_and_stay(tokenizer: Any, tmp_path: Path) -> None:
+    rows = numbered(3) + numbered(3) + [{"prompt": f"held {i}", "answer": 0} for i in range(2)]
+    config = DataConfig(source="file", path=write_jsonl(tmp_path / "a.jsonl", rows))
+    source = build(config, tokenizer)
+    ids = [{p.prompt_id for p in one_epoch(source)} for _ in range(2)]
+    assert ids[0] == ids[1]
+    assert len(ids[0]) == 6

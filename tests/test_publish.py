@@ -1,0 +1,73 @@
+"""Publishing: order of things, and a canary that cannot be fooled."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from common.errors import WeightsError
+from learner.publish import Canary, Publisher, largest_gap
+
+CANARY = Canary.from_prompts([[1, 2, 3, 4], [5, 6]], scored_tokens=2)
+SCORES = [[-1.0, -2.0], [-3.0]]
+
+
+class FakeLearner:
+    def __init__(self) -> None:
+        self.exported: list[int] = []
+
+    async def export_weights(self, version: int) -> list[Any]:
+        self.exported.append(version)
+        return []
+
+    async def score(self, sequences: list[list[int]], lengths: list[int]) -> list[list[float]]:
+        return SCORES
+
+
+class FakeGenerators:
+    def __init__(self, scores: dict[str, list[list[float]]]) -> None:
+        self.scores = scores
+        self.updated: list[int] = []
+        self.version = 2
+
+    async def update_weights(self, buckets: list[Any], version: int, deadline_s: float) -> float:
+        self.updated.append(version)
+        return 0.25
+
+    async def score(
+        self, sequences: list[list[int]], lengths: list[int], deadline_s: float
+    ) -> dict[str, list[list[float]]]:
+        return self.scores
+
+
+def publish(scores: dict[str, list[list[float]]], tolerance: float = 0.1) -> dict[str, float]:
+    publisher = Publisher(FakeLearner(), FakeGenerators(scores), CANARY, tolerance, 1.0)  # type: ignore[arg-type]
+    return asyncio.run(publisher.publish(3))
+
+
+def test_the_canary_scores_the_end_of_each_prompt_but_never_its_first_token() -> None:
+    assert CANARY.prompt_lengths == [2, 1]
+
+
+def test_agreement_is_reported() -> None:
+    metrics = publish({"generator-0": SCORES, "generator-1": [[-1.05, -2.05], [-3.0]]})
+    assert metrics["canary/gap"] == pytest.approx(0.05)
+    assert metrics["publish/stall"] == 0.25
+
+
+def test_one_generator_with_other_weights_stops_the_run_and_is_named() -> None:
+    with pytest.raises(WeightsError, match=r"version 3, generator-1 .*0\.5000 nats"):
+        publish({"generator-0": SCORES, "generator-1": [[-1.0, -2.0], [-3.5]]})
+
+
+def test_nan_never_passes() -> None:
+    with pytest.raises(WeightsError, match="nan nats"):
+        publish({"generator-0": [[float("nan"), -2.0], [-3.0]]})
+
+
+def test_the_gap_is_the_worst_sequence_not_the_average() -> None:
+    assert largest_gap([[0.0], [0.0]], [[0.1], [0.5]]) == pytest.approx(0.5)
+    with pytest.raises(ValueError, match="argument 2"):
+        largest_gap([[0.0]], [[0.0], [0.0]])

@@ -1,0 +1,73 @@
+"""Run directories and metrics files: one owner, every step once."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from common.config_loader import load_config
+from common.errors import UserError
+from common.metrics import JsonlSink, read_metrics
+from deploy.run_dir import RunDirectory
+
+
+def create(tmp_path: Path, name: str = "mine") -> RunDirectory:
+    return RunDirectory.create(
+        load_config([], ["model.path=x", f"runs_dir={tmp_path}", f"name={name}"])
+    )
+
+
+def test_a_name_is_used_once_and_the_message_says_how_to_go_on(tmp_path: Path) -> None:
+    create(tmp_path)
+    with pytest.raises(UserError, match="resume="):
+        create(tmp_path)
+    with pytest.raises(UserError, match="letters, digits"):
+        create(tmp_path, "../elsewhere")
+
+
+def test_two_processes_never_train_in_one_directory(tmp_path: Path) -> None:
+    run = create(tmp_path)
+    with pytest.raises(UserError, match="another process"):
+        RunDirectory.reopen(str(run.path))
+    (run.path / "metrics.jsonl").touch()
+    run.release()
+    RunDirectory.reopen(str(run.path)).release()
+    with pytest.raises(UserError, match=r"no config\.yaml"):
+        RunDirectory.reopen(str(tmp_path))
+
+
+def test_only_whole_checkpoints_count_and_old_ones_go(tmp_path: Path) -> None:
+    run = create(tmp_path)
+    assert run.checkpoints() == []
+    for step in (5, 10, 20):
+        run.checkpoint(step).mkdir(parents=True)
+    (run.path / "checkpoints" / "step-30.partial").mkdir()
+    assert run.checkpoints() == [5, 10, 20]
+    run.prune_checkpoints(keep_last=2)
+    assert run.checkpoints() == [10, 20]
+    run.prune_checkpoints(keep_last=0)
+    assert run.checkpoints() == [10, 20]
+
+
+def test_metrics_of_steps_after_the_checkpoint_are_taken_back_on_resume(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    sink = JsonlSink(path)
+    for step in range(5):
+        sink.write(step, {"reward/mean": step / 4})
+    sink.close()
+    path.write_text(path.read_text() + '{"step": 5, "rew')  # killed in the middle of a line
+    resumed = JsonlSink(path, last_step=3)
+    resumed.write(4, {"reward/mean": 9.0, "loss/policy": math.nan})
+    resumed.close()
+    records = read_metrics(path)
+    assert [record["step"] for record in records] == [0, 1, 2, 3, 4]
+    assert records[-1] == {"step": 4, "loss/policy": None, "reward/mean": 9.0}
+    assert json.loads(path.read_text().splitlines()[0]) == {"step": 0, "reward/mean": 0.0}
+
+
+def test_a_run_that_never_started_frees_its_name(tmp_path: Path) -> None:
+    create(tmp_path).release()
+    create(tmp_path).release()
