@@ -3,13 +3,17 @@ VENV ?= .venv
 export VENV PYTHON ENGINE
 RUN = $(VENV)/bin/python
 
-.PHONY: train test lint setup clean
+.PHONY: train test lint compare setup clean
 
 train: setup
 	$(RUN) -m deploy.cli train --config deploy/configs/smollm2.yaml $(ARGS)
 
 test: setup
 	$(RUN) -m pytest $(ARGS)
+
+# About two hours on two cores; what is finished is not run again.
+compare: setup
+	$(RUN) tests/bench/compare.py guidance staleness recipes $(ARGS)
 
 lint: setup
 	$(VENV)/bin/ruff check .

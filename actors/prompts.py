@@ -17,7 +17,7 @@ import random
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from actors.chat import Template, Tokenizer
 from actors.data_sources import Row, Rows, load_rows
@@ -25,6 +25,8 @@ from common.config import DataConfig
 from common.errors import UserError
 
 _CHECK_BATCH = 512
+
+PromptOrder = Literal["shuffle", "sequential", "curriculum"]
 
 
 @dataclass(frozen=True)
@@ -53,12 +55,14 @@ class PromptSource:
     their question is held out.
     """
 
-    def __init__(self, rows: Rows, template: Template, seed: int, shuffle: bool = True) -> None:
+    def __init__(
+        self, rows: Rows, template: Template, seed: int, order: PromptOrder = "shuffle"
+    ) -> None:
         self._rows, self._held_out = rows.train, rows.held_out
         self._template = template
-        self._seed, self._shuffle = seed, shuffle
+        self._seed, self._how = seed, order
         self._returned: deque[tuple[int, int]] = deque()
-        self._identity = _identity(rows.train, seed, shuffle)
+        self._identity = _identity(rows.train, seed, order)
         self.size = len(rows.train)
         self.removed = rows.removed
         self._seek(epoch=0, offset=0)
@@ -122,16 +126,18 @@ class PromptSource:
             raise UserError(
                 "the training prompts are not those of the checkpoint "
                 f"(now {self._identity}, then {state['identity']}): resume with the same "
-                "data, seed, data.shuffle and eval.prompts, or start a new run"
+                "data, seed, data.order and eval.prompts, or start a new run"
             )
         self._seek(state["epoch"], state["offset"])
         self._returned = deque((epoch, index) for epoch, index in state["returned"])
 
     def _seek(self, epoch: int, offset: int) -> None:
         order = list(range(self.size))
-        if self._shuffle:
+        if self._how == "shuffle":
             # A string seed is hashed by SHA-512: near seeds and epochs give unrelated orders.
             random.Random(f"{self._seed}/{epoch}").shuffle(order)
+        elif self._how == "curriculum":
+            order.sort(key=lambda index: _difficulty(self._rows[index]))
         self._epoch, self._offset, self._order = epoch, offset, order
 
     def _was_served(self, epoch: int, index: int) -> bool:
@@ -167,7 +173,7 @@ def build_prompt_source(
     template = Template(config, tokenizer)
     rows = load_rows(config, eval_prompts, seed)
     _check_lengths([*rows.train, *rows.held_out], template, max_prompt_tokens)
-    return PromptSource(rows, template, seed, config.shuffle)
+    return PromptSource(rows, template, seed, config.order)
 
 
 def _check_lengths(rows: Sequence[Row], template: Template, limit: int) -> None:
@@ -185,10 +191,19 @@ def _check_lengths(rows: Sequence[Row], template: Template, limit: int) -> None:
                 raise UserError(f"{row.place}: the prompt has no tokens")
 
 
-def _identity(rows: Sequence[Row], seed: int, shuffle: bool) -> str:
+def _difficulty(row: Row) -> float:
+    if row.difficulty is None:
+        raise UserError(
+            f"{row.place} has no difficulty, and data.order=curriculum goes by it: set "
+            "data.difficulty_column (data.source file or hub), or use another data.order"
+        )
+    return row.difficulty
+
+
+def _identity(rows: Sequence[Row], seed: int, how: PromptOrder) -> str:
     """A digest of what an order of serving depends on."""
     content = "\0".join(row.question + "\0" + row.reference for row in rows)
-    order = f"seed {seed}" if shuffle else "in order"
+    order = f"seed {seed}" if how == "shuffle" else how
     return f"{len(rows)} prompts, {order}, {_digest(content)[:16]}"
 
 

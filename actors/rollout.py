@@ -12,14 +12,13 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from actors.guidance import Guidance, num_guided
 from actors.pools import GeneratorPool, VerifierPool
 from actors.prompts import Prompt, PromptSource
 from common.budget import GroupWindow, StalenessBudget
-from common.config import BatchConfig, GeneratorConfig, RolloutConfig
+from common.config import Config
 from common.errors import StallError, UserError
 from common.trajectory import GroupReceipt, GroupRequest
 from common.waits import Waits, until
@@ -39,17 +38,13 @@ class RolloutLoop:
 
     def __init__(
         self,
+        config: Config,
         *,
         source: PromptSource,
         generators: GeneratorPool,
         verifiers: VerifierPool,
         stream: object,
-        batch: BatchConfig,
-        generator: GeneratorConfig,
-        rollout: RolloutConfig,
         guidance: Guidance,
-        encode: Callable[[str], list[int]],
-        verify_timeout_s: float,
         first_group_id: int,
         waits: Waits,
     ) -> None:
@@ -57,15 +52,16 @@ class RolloutLoop:
         self._generators = generators
         self._verifiers = verifiers
         self._stream = stream
-        self._batch = batch
-        self._config = generator
-        self._rollout = rollout
+        self._config = config.generator
+        self._rollout = config.algorithm.rollout
+        self._group_size = config.batch.group_size
+        self._groups_per_step = config.groups_per_step
+        self._verify_timeout_s = config.verify_timeout_s
         self.guidance = guidance
-        self._encode = encode
-        self._verify_timeout_s = verify_timeout_s
         self._waits = waits
-        self._budget = StalenessBudget(generator.max_staleness, batch.prompts_per_step)
-        self._window = GroupWindow(generator.max_staleness, batch.prompts_per_step)
+        staleness = config.generator.max_staleness
+        self._budget = StalenessBudget(staleness, self._groups_per_step)
+        self._window = GroupWindow(staleness, self._groups_per_step)
         self._prompts: dict[int, Prompt] = {}  # of groups not yet trained on
         self._changed = asyncio.Condition()
         self.next_group_id = first_group_id
@@ -80,7 +76,7 @@ class RolloutLoop:
 
     def _dispatch(self, prompt: Prompt) -> GroupRequest:
         guidance_ids = self._guidance_ids(prompt)
-        guided = num_guided(self._batch.group_size, self._rollout.guidance.ratio)
+        guided = num_guided(self._group_size, self._rollout.guidance.ratio)
         request = GroupRequest(
             group_id=self.next_group_id,
             prompt_id=prompt.prompt_id,
@@ -88,7 +84,7 @@ class RolloutLoop:
             prompt_text=prompt.text,
             prompt_ids=prompt.token_ids,
             reference=prompt.reference,
-            num_completions=self._batch.group_size,
+            num_completions=self._group_size,
             max_tokens=self._config.max_completion_tokens,
             temperature=self._config.temperature,
             dispatch_version=self._generators.version,
@@ -113,7 +109,7 @@ class RolloutLoop:
                 f"prompt {prompt.prompt_id} has no reference solution to guide with: set "
                 "data.solution_column, or algorithm.rollout.guidance.ratio=0"
             )
-        return tuple(self._encode(prompt.solution)[:length])
+        return tuple(self._source.encode(prompt.solution)[:length])
 
     async def _group(self, request: GroupRequest) -> None:
         rollout_ref = await self._generators.generate(request, self._config.group_timeout_s)
@@ -145,7 +141,7 @@ class RolloutLoop:
         receipts = await self._waits.on(
             until(self._changed, lambda: self._window.take(version)),
             owner="learner",
-            cause=f"{self._batch.prompts_per_step} verified groups",
+            cause=f"{self._groups_per_step} verified groups",
             deadline_s=deadline_s,
         )
         if not receipts:
@@ -158,7 +154,7 @@ class RolloutLoop:
     async def release(self) -> None:
         """A step's version is held by every generator: its slots are free."""
         async with self._changed:
-            self._budget.release(self._batch.prompts_per_step)
+            self._budget.release(self._groups_per_step)
             self._changed.notify_all()
 
     def observe(self, step: int, metrics: dict[str, float]) -> dict[str, float]:

@@ -51,7 +51,8 @@ class DataConfig:
     template: Literal["chat", "plain"] = "chat"
     plain_template: str = "{prompt}"
     system_prompt: str | None = None
-    shuffle: bool = True
+    order: Literal["shuffle", "sequential", "curriculum"] = "shuffle"
+    """Of an epoch's prompts. `curriculum`: by `difficulty_column`, easy to hard (G2RPO-A)."""
 
 
 @dataclass
@@ -140,6 +141,7 @@ class ObjectiveConfig:
     kl: float = 0.0
     """beta of the k3 estimator to the frozen reference policy."""
     kl_in: Literal["loss", "reward"] = "loss"
+    """`reward`: beta times the one-sample estimate of a completion's KL is taken off its reward."""
 
 
 @dataclass
@@ -193,6 +195,9 @@ class RolloutConfig:
     """PODS: train on this many completions of a group, those of most reward variance. 0 is off."""
     prune_rate: float = 0.0
     """CPPO: the share of a group left out, those of least |advantage|. 0 is off."""
+    refill: bool = False
+    """CPPO: the places that pruning frees are filled with more prompts, so that as many
+    completions are trained on as without it; `batch.prompts_per_step` counts them before."""
     guidance: GuidanceConfig = field(default_factory=GuidanceConfig)
 
 
@@ -222,6 +227,9 @@ class LearnerConfig:
     """Tokens whose logits exist at one time in the fused log-probability head."""
     activation_checkpointing: bool = False
     compile: bool = False
+    credit_probe_every: int = 10
+    """Steps between measurements of the gradient norm under GRPO's credit on the same batch, for
+    recipes whose tokens differ in credit: each is one more forward and backward pass. 0 is off."""
     packing: Literal["shared_prefix", "sequence"] = "shared_prefix"
     """`shared_prefix`: a prompt is computed once for its completions in a micro-batch."""
     threads: int | None = None
@@ -290,13 +298,25 @@ class Config:
     ray: RayConfig = field(default_factory=RayConfig)
 
     @property
+    def groups_per_step(self) -> int:
+        """P: the groups that a learner step takes (CPPO's refill takes more than the batch)."""
+        rollout, prompts = self.algorithm.rollout, self.batch.prompts_per_step
+        return int(prompts / (1.0 - rollout.prune_rate) + 1e-9) if rollout.refill else prompts
+
+    @property
     def completions_per_step(self) -> int:
-        return self.batch.prompts_per_step * self.batch.group_size
+        return self.groups_per_step * self.batch.group_size
 
     @property
     def max_groups_in_flight(self) -> int:
         """(S + 1) * P: the staleness budget."""
-        return (self.generator.max_staleness + 1) * self.batch.prompts_per_step
+        return (self.generator.max_staleness + 1) * self.groups_per_step
+
+    @property
+    def verify_timeout_s(self) -> float:
+        """Of one group. Groups queue for a verifier: all of the budget may stand before it."""
+        verdicts = self.batch.group_size * len(self.verifier.rules)
+        return 60.0 + self.verifier.timeout_s * verdicts * self.max_groups_in_flight
 
     @property
     def canary_tolerance(self) -> float:

@@ -167,6 +167,12 @@ def check_config(config: Config) -> None:
             f"generator.max_completion_tokens={generator.max_completion_tokens} leaves no room for "
             f"a prompt within model.max_length={config.model.max_length}: raise the latter"
         )
+    rollout = config.algorithm.rollout
+    if not 0 <= rollout.prune_rate < 1 or (rollout.refill and rollout.prune_rate == 0):
+        raise UserError(
+            f"algorithm.rollout.prune_rate={rollout.prune_rate} must lie in [0, 1), and above 0 "
+            "for algorithm.rollout.refill"
+        )
     if generator.temperature == 0:
         raise UserError(
             "generator.temperature=0 samples the same completion G times, which gives no "
@@ -179,16 +185,25 @@ def check_config(config: Config) -> None:
         )
     if config.batch.prompts_per_step < 1 or not config.verifier.rules:
         raise UserError("verifier.rules is empty: name at least one verifier")
-    if (
-        config.data.source == "reasoning_gym"
-        and config.eval.prompts >= config.data.reasoning_gym.size
-    ):
+    _check_data(config)
+
+
+def _check_data(config: Config) -> None:
+    data = config.data
+    if data.source == "reasoning_gym":
+        if config.eval.prompts >= data.reasoning_gym.size:
+            raise UserError(
+                f"eval.prompts={config.eval.prompts} leaves no training prompts of "
+                f"data.reasoning_gym.size={data.reasoning_gym.size}"
+            )
+        return
+    if not data.path:
+        raise UserError(f"data.source={data.source} needs data.path")
+    if any(rule.name == "reasoning_gym" for rule in config.verifier.rules):
         raise UserError(
-            f"eval.prompts={config.eval.prompts} leaves no training prompts of "
-            f"data.reasoning_gym.size={config.data.reasoning_gym.size}"
+            "verifier.rules names reasoning_gym, which scores the answers of its own tasks only, "
+            f"and data.source={data.source}: use math_answer or another verifier"
         )
-    if config.data.source in ("file", "hub") and not config.data.path:
-        raise UserError(f"data.source={config.data.source} needs data.path")
 
 
 def _require_positive(config: Config, *keys: str) -> None:

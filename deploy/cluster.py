@@ -27,11 +27,17 @@ LearnerActor = ray.remote(LearnerWorker)
 
 
 @dataclass
-class Actors:
-    """Handles of everything that runs."""
+class Serving:
+    """What samples and scores; several runs may use it one after the other."""
 
     generators: dict[str, Any]
     verifiers: dict[str, Any]
+
+
+@dataclass
+class Training:
+    """What belongs to one run."""
+
     learners: list[Any]
     stream: Any
 
@@ -93,15 +99,12 @@ def _check_address(address: str, timeout_s: float) -> None:
         ) from error
 
 
-def start_actors(
-    config: Config, cores: CorePlan, cuda: bool, run_folder: Path, version: int
-) -> Actors:
-    """Create every actor; they start up on their own, `Run` awaits them.
+def start_serving(config: Config, cores: CorePlan, cuda: bool, version: int) -> Serving:
+    """Create generators and verifiers; they start up on their own, `Run` awaits them.
 
     `config.model.path` is a local folder by now.
     """
     options = actor_options(config, cores, cuda)
-    names = verifier_names(config.verifier)
     generators = {
         f"generator-{index}": GeneratorActor.options(**options.generator).remote(
             f"generator-{index}",
@@ -118,6 +121,13 @@ def start_actors(
         f"verifier-{index}": VerifierActor.options(**options.verifier).remote(config.verifier)
         for index in range(config.verifier.workers)
     }
+    return Serving(generators, verifiers)
+
+
+def start_training(config: Config, cores: CorePlan, cuda: bool, run_folder: Path) -> Training:
+    """Create the learner's ranks and the trajectory stream of a run."""
+    options = actor_options(config, cores, cuda)
+    names = verifier_names(config.verifier)
     learners = [
         LearnerActor.options(**options.learner).remote(
             config.model,
@@ -136,7 +146,7 @@ def start_actors(
         for rank in range(config.learner.ranks)
     ]
     stream = TrajectoryStreamActor.options(**options.stream).remote(str(run_folder), names)
-    return Actors(generators, verifiers, learners, stream)
+    return Training(learners, stream)
 
 
 def disconnect(log_folder: Path) -> None:

@@ -55,14 +55,14 @@ def _batches(config: Config) -> list[str]:
     most_tokens = completions * generator.max_completion_tokens
     in_flight = config.max_groups_in_flight
     return [
-        f"completions a step     {batch.prompts_per_step} prompts x {batch.group_size} completions "
+        f"completions a step     {config.groups_per_step} prompts x {batch.group_size} completions "
         f"= {completions}",
         f"completion tokens      at most {completions} x {generator.max_completion_tokens} "
         f"= {most_tokens} a step",
         f"micro-batches          at least {-(-most_tokens // batch.tokens_per_microbatch)} of "
         f"{batch.tokens_per_microbatch} tokens if every completion is full; prompts come on top",
         f"groups in flight       (max_staleness {generator.max_staleness} + 1) x "
-        f"{batch.prompts_per_step} = {in_flight}, i.e. {in_flight * batch.group_size} completions "
+        f"{config.groups_per_step} = {in_flight}, i.e. {in_flight * batch.group_size} completions "
         f"over {generator.count} generator(s)",
         f"optimiser steps        {config.steps} x {config.algorithm.objective.epochs} epoch(s)",
         f"off-policy correction  {config.correction_kind}",

@@ -9,6 +9,7 @@ a tolerance. The canary catches what the other two cannot: weights that arrived 
 from __future__ import annotations
 
 import time
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -45,6 +46,34 @@ class Canary:
         return cls(prompts, [max(1, len(ids) - scored_tokens) for ids in prompts])
 
 
+Transport = Callable[[int], Awaitable[tuple[float, int]]]
+"""Brings every generator to a version; (longest stall of generation in seconds, bytes sent)."""
+
+
+@dataclass(frozen=True)
+class ThroughObjectStore:
+    """The learner puts buckets into Ray's object store, every generator takes them out."""
+
+    learner: LearnerGroup
+    receivers: WeightReceivers
+    deadline_s: float
+
+    async def __call__(self, version: int) -> tuple[float, int]:
+        buckets = await self.learner.export_weights(version)
+        stall_s = await self.receivers.update_weights(buckets, version, self.deadline_s)
+        return stall_s, sum(bucket.nbytes for bucket in buckets)
+
+
+@dataclass(frozen=True)
+class DeviceToDevice:
+    """vLLM's own transports; the learner group has opened one."""
+
+    learner: LearnerGroup
+
+    async def __call__(self, version: int) -> tuple[float, int]:
+        return await self.learner.send_weights(version)
+
+
 class Publisher:
     """Moves weights from learner to generators, version by version."""
 
@@ -52,12 +81,12 @@ class Publisher:
         self,
         learner: LearnerGroup,
         receivers: WeightReceivers,
+        send: Transport,
         canary: Canary,
         tolerance: float,
         deadline_s: float,
-        on_device: bool = False,
     ) -> None:
-        self._on_device = on_device
+        self._send = send
         self._learner = learner
         self._receivers = receivers
         self._canary = canary
@@ -72,8 +101,7 @@ class Publisher:
             StallError: the deadline passed.
         """
         started = time.monotonic()
-        send = self._from_device if self._on_device else self._through_object_store
-        stall_s, nbytes = await send(version)
+        stall_s, nbytes = await self._send(version)
         self._receivers.version = version
         gap = await self.prove(version)
         return {
@@ -82,14 +110,6 @@ class Publisher:
             "publish/bytes": float(nbytes),
             "canary/gap": gap,
         }
-
-    async def _through_object_store(self, version: int) -> tuple[float, int]:
-        buckets = await self._learner.export_weights(version)
-        stall_s = await self._receivers.update_weights(buckets, version, self._deadline_s)
-        return stall_s, sum(bucket.nbytes for bucket in buckets)
-
-    async def _from_device(self, version: int) -> tuple[float, int]:
-        return await self._learner.send_weights(version)
 
     async def prove(self, version: int) -> float:
         """Score the canary on both sides; the largest mean gap of a sequence, in nats."""

@@ -12,13 +12,13 @@ Legend: B completions of the global batch, all groups.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from common.config import AlgorithmConfig
+from common.config import AlgorithmConfig, CreditConfig
 from common.errors import UserError
 from learner.advantages import check_rewards, group_advantages
 from learner.aggregation import build_aggregation
@@ -75,8 +75,27 @@ class Recipe:
         return self._config.objective.kl > 0
 
     @property
-    def _kl_in_loss(self) -> bool:
+    def kl(self) -> float:
+        """beta of the KL term."""
+        return self._config.objective.kl
+
+    @property
+    def kl_in_loss(self) -> bool:
         return self.needs_reference and self._config.objective.kl_in == "loss"
+
+    @property
+    def kl_in_reward(self) -> bool:
+        return self.needs_reference and self._config.objective.kl_in == "reward"
+
+    @property
+    def shapes_credit(self) -> bool:
+        """Tokens of a completion differ in their weight."""
+        return self._config.credit.kind != "broadcast"
+
+    def broadcast(self) -> Recipe:
+        """This recipe with GRPO's credit, sharing nothing: for `loss` alone."""
+        config = replace(self._config, credit=CreditConfig(kind="broadcast"))
+        return Recipe(config, self._correction_kind, self._max_completion_tokens)
 
     def prepare(
         self,
@@ -115,7 +134,7 @@ class Recipe:
         self._batch = _Batch(kept_B, lengths_V, group_V, scale)
         token_weights_B = torch.zeros_like(advantages_B)
         token_weights_B[kept_B] = scale * self._aggregation.weights(lengths_V, group_V)
-        useful_B = torch.ones_like(kept_B) if self._kl_in_loss else advantages_B != 0
+        useful_B = torch.ones_like(kept_B) if self.kl_in_loss else advantages_B != 0
         return Prepared(advantages_B, token_weights_B, kept_B & useful_B & (lengths_B > 0))
 
     def loss(self, batch: CompletionBatch) -> LossOutput:
@@ -169,8 +188,6 @@ def _check(config: AlgorithmConfig, correction_kind: str, max_completion_tokens:
         f"generator.max_completion_tokens = {max_completion_tokens}]": (
             0 <= rollout.overlong_penalty_tokens <= max_completion_tokens
         ),
-        "objective.kl_in = reward: needs log-probabilities of the reference before the advantages, "
-        "which is not built yet; use loss": objective.kl == 0 or objective.kl_in == "loss",
         f"baseline.min_advantage = {min_advantage}: must be null or <= 0": (
             min_advantage is None or min_advantage <= 0
         ),

@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -27,6 +27,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from common.config import LearnerConfig
 from common.errors import RunError
 from learner import fsdp
+from learner.advantages import kl_penalised_rewards
 from learner.loss import CompletionBatch, Metrics
 from learner.model import Policy
 from learner.packing import (
@@ -39,6 +40,7 @@ from learner.packing import (
 )
 from learner.prefix_sets import prefix_set_sizes
 from learner.recipe import Prepared, Recipe
+from learner.traces import PackedAxis
 
 _TRIM_EVERY = 4
 """Steps between returns of freed memory to the system."""
@@ -123,20 +125,20 @@ class Trainer:
             RunError: a gradient norm is not finite.
         """
         started = time.perf_counter()
+        penalty: dict[str, float] = {}
+        if self.recipe.kl_in_reward:
+            batch, penalty = self._with_kl_in_rewards(batch)
         prepared = self._prepare(batch)
-        plan = plan_packing(
-            batch,
-            prepared.trained_B.numpy(),
-            ranks=self.mesh.size(),
-            budget=self.tokens_per_microbatch,
-            share_prefix=self.config.packing == "shared_prefix",
-            pairs_per_token=6.0 * self.policy.hidden_size,
-        )
+        plan = self._plan(batch, prepared.trained_B.numpy())
         rate = learning_rate(self.config, self.step, self.total_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         metrics = dict.fromkeys(_ZERO_METRICS, 0.0)
+        metrics |= penalty
         metrics |= describe(batch, prepared)
+        probe_every = self.config.credit_probe_every
+        if probe_every and self.step % probe_every == 0 and self.recipe.shapes_credit:
+            metrics["grad_norm/broadcast_credit"] = self._broadcast_grad_norm(batch, prepared, plan)
         metrics |= self._epochs(batch, prepared, plan)
         metrics["learning_rate"] = rate
         metrics["packing/efficiency"] = plan.efficiency
@@ -145,6 +147,67 @@ class Trainer:
         if self.step % _TRIM_EVERY == 0:
             fsdp.release_freed_memory()
         return metrics
+
+    def _plan(self, batch: StepBatch, trained_B: npt.NDArray[np.bool_]) -> PackingPlan:
+        return plan_packing(
+            batch,
+            trained_B,
+            ranks=self.mesh.size(),
+            budget=self.tokens_per_microbatch,
+            share_prefix=self.config.packing == "shared_prefix",
+            pairs_per_token=6.0 * self.policy.hidden_size,
+        )
+
+    def _mine(self, batch: StepBatch, plan: PackingPlan) -> list[_Microbatch]:
+        mine = plan.microbatches[self.mesh.get_local_rank()]
+        return [self._load(batch, segments) for segments in mine]
+
+    def _with_kl_in_rewards(self, batch: StepBatch) -> tuple[StepBatch, dict[str, float]]:
+        """Rewards less beta times each completion's KL to the reference, from the sampler's side.
+
+        The policy's log-probabilities are those it sampled with, which are at hand: the sum over
+        sampled tokens of log mu - log pi_ref is the unbiased one-sample estimate. Collective.
+        """
+        kl_B = np.zeros(len(batch.group_B))
+        plan = self._plan(batch, batch.lengths_B > 0)
+        for microbatch in self._mine(batch, plan):
+            gap_N = microbatch.behaviour_logprobs_N - self._reference_logprobs(microbatch.row)
+            sums_B = PackedAxis(microbatch.lengths_B).sum(gap_N.nan_to_num(0.0))
+            kl_B[microbatch.indices_B.numpy()] = sums_B.cpu().numpy()
+        kl_B = np.sum(fsdp.gather_objects(kl_B), axis=0)
+        rewards_B = kl_penalised_rewards(
+            torch.from_numpy(batch.rewards_B), torch.from_numpy(kl_B), self.recipe.kl
+        )
+        penalty = {"reward/kl_penalty": float(self.recipe.kl * kl_B.mean())}
+        return replace(batch, rewards_B=rewards_B.numpy()), penalty
+
+    @torch.no_grad()
+    def _reference_logprobs(self, row: PackedRow) -> Tensor:
+        assert self.reference is not None
+        return self.reference.logprobs(row, temperature=self.temperature)[0]
+
+    def _broadcast_grad_norm(
+        self, batch: StepBatch, prepared: Prepared, plan: PackingPlan
+    ) -> float:
+        """Norm of this batch's gradient under GRPO's credit, all else equal. Collective.
+
+        Against `grad_norm` it says how far the traces blow the gradient up. One more forward and
+        backward pass, hence only every `learner.credit_probe_every` steps.
+        """
+        microbatches = self._mine(batch, plan)
+        for i, microbatch in enumerate(microbatches):
+            self._before_backward(i, microbatches)
+            self._accumulate(microbatch, prepared, None, _totals_of(batch), self.recipe.broadcast())
+        norm = fsdp.clip_gradients(self.policy.model, math.inf) if microbatches else 0.0
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def _before_backward(self, index: int, microbatches: Sequence[_Microbatch]) -> None:
+        fsdp.before_backward(
+            self.policy.model,
+            last=index == len(microbatches) - 1,
+            keep_gathered=self.keep_gathered,
+        )
 
     def _prepare(self, batch: StepBatch) -> Prepared:
         return self.recipe.prepare(
@@ -158,23 +221,18 @@ class Trainer:
 
     def _epochs(self, batch: StepBatch, prepared: Prepared, plan: PackingPlan) -> dict[str, float]:
         """Every optimiser step of the batch, and the metrics that come from them."""
-        mine = plan.microbatches[self.mesh.get_local_rank()]
-        microbatches = [self._load(batch, segments) for segments in mine]
+        microbatches = self._mine(batch, plan)
         old_logprobs: list[Tensor] = []
-        totals = _Totals()
+        totals = _totals_of(batch)
         metrics = {"grad_norm": 0.0}
         for epoch in range(self.epochs):
             if epoch:  # the weights follow what `end_step` learned
                 prepared = self._prepare(batch)
             totals.surrogate_sums_B = np.zeros(len(batch.group_B))
             for i, microbatch in enumerate(microbatches):
-                fsdp.before_backward(
-                    self.policy.model,
-                    last=i == len(microbatches) - 1,
-                    keep_gathered=self.keep_gathered,
-                )
+                self._before_backward(i, microbatches)
                 old_N = old_logprobs[i] if epoch else None
-                logprobs_N = self._accumulate(microbatch, prepared, old_N, totals)
+                logprobs_N = self._accumulate(microbatch, prepared, old_N, totals, self.recipe)
                 if not epoch:
                     old_logprobs.append(logprobs_N)
             # Without a gradient AdamW's momentum must not move the weights.
@@ -207,31 +265,33 @@ class Trainer:
         )
 
     def _accumulate(
-        self, microbatch: _Microbatch, prepared: Prepared, old_N: Tensor | None, totals: _Totals
+        self,
+        microbatch: _Microbatch,
+        prepared: Prepared,
+        old_N: Tensor | None,
+        totals: _Totals,
+        recipe: Recipe,
     ) -> Tensor:
         """Forward and backward of one micro-batch; returns its detached log-probabilities."""
         reference_N = None
-        if self.reference is not None:
-            with torch.no_grad():
-                reference_N, _ = self.reference.logprobs(
-                    microbatch.row, temperature=self.temperature
-                )
+        if recipe.kl_in_loss:
+            reference_N = self._reference_logprobs(microbatch.row)
         logprobs_N, entropy_N = self.policy.logprobs(
             microbatch.row,
             temperature=self.temperature,
-            with_entropy=self.recipe.needs_entropy,
+            with_entropy=recipe.needs_entropy,
         )
         if not microbatch.row.completions:  # takes part in the collectives, and adds nothing
             logprobs_N.sum().backward()
             return logprobs_N.detach()
         chosen = microbatch.indices_B
-        output = self.recipe.loss(
+        output = recipe.loss(
             CompletionBatch(
                 logprobs_N=logprobs_N,
                 old_logprobs_N=logprobs_N.detach() if old_N is None else old_N,
                 behaviour_logprobs_N=microbatch.behaviour_logprobs_N,
                 reference_logprobs_N=reference_N,
-                entropy_N=entropy_N.detach() if self.recipe.needs_entropy else None,
+                entropy_N=entropy_N.detach() if recipe.needs_entropy else None,
                 loss_mask_N=microbatch.loss_mask_N,
                 lengths_B=microbatch.lengths_B,
                 advantages_B=prepared.advantages_B[chosen].to(self.device),
@@ -251,6 +311,10 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return grad_norm
+
+
+def _totals_of(batch: StepBatch) -> _Totals:
+    return _Totals({}, np.zeros(len(batch.group_B)))
 
 
 def describe(batch: StepBatch, prepared: Prepared) -> dict[str, float]:

@@ -64,6 +64,7 @@ def test_every_recipe_loads_is_short_and_names_its_paper(path: Path) -> None:
         ("generator.temperature=0", "generator.temperature=0"),
         ("eval.prompts=5000", "eval.prompts=5000 leaves no training prompts"),
         ("data.source=file", "data.source=file needs data.path"),
+        ("algorithm.rollout.refill=true", "prune_rate=0.0 must lie in"),
         ("recipe=grpo_lamda", "recipe=grpo_lamda.*did you mean grpo_lambda"),
         ("steps", "'steps' is not an override"),
     ],
@@ -129,3 +130,15 @@ def test_there_are_three_batch_knobs_and_no_more() -> None:
         "batch.group_size",
         "batch.tokens_per_microbatch",
     ]
+
+
+def test_cppo_refills_the_places_that_pruning_frees() -> None:
+    config = load("recipe=cppo", "batch.prompts_per_step=6")
+    assert config.groups_per_step == 12
+    assert config.max_groups_in_flight == 24
+    assert load("batch.prompts_per_step=6").groups_per_step == 6
+
+
+def test_a_reasoning_gym_scorer_needs_reasoning_gym_prompts() -> None:
+    with pytest.raises(UserError, match="verifier.rules names reasoning_gym"):
+        load("data.source=file", "data.path=some.jsonl")

@@ -10,7 +10,7 @@ import pytest
 from test_budget import receipt
 
 from common.errors import RunError
-from deploy.launch import until_learner_ends
+from deploy.run import until_learner_ends
 from learner.loop import LearnerLoop, Schedule
 
 SCHEDULE = Schedule(

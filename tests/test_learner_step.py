@@ -20,6 +20,7 @@ from common.config import AlgorithmConfig, LearnerConfig, ModelConfig
 from common.errors import RunError, UserError, WeightsError
 from common.weights import pack_tensors, unpack_tensors
 from learner.model import Policy, check_policy, load_policy
+from learner.packing import StepBatch
 from learner.step import learning_rate
 from learner.worker import LearnerWorker
 
@@ -219,6 +220,42 @@ def test_reference_policy_holds_the_first_weights(folder: Path) -> None:
     metrics, *_ = train(folder, kl=0.1, learning_rate=1e-2)
     assert metrics[0]["loss/kl"] == pytest.approx(0.0, abs=1e-6)
     assert metrics[1]["loss/kl"] > 1e-5
+
+
+def test_kl_in_the_reward_is_the_sampler_against_the_reference(folder: Path) -> None:
+    batches = trajectories(SHAPES)
+    step = StepBatch.from_record_batches(batches)
+    model = tiny_model("llama_tied")
+    expected = []
+    for b, group in enumerate(step.group_B):
+        tokens = step.tokens_of(b)
+        prompt, ids = step.prompts[group].tolist(), step.token_ids[tokens].tolist()
+        logits = model(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1] / 0.9
+        reference = logits.log_softmax(-1).gather(1, torch.tensor(ids)[:, None])[:, 0]
+        sampled = torch.from_numpy(step.behaviour_logprobs[tokens])
+        expected.append(float((sampled - reference.detach()).nansum()))
+    plain, *_ = train(folder, steps=1)
+    results = on_ranks(2, _train_target, folder, {"kl": 0.01, "kl_in": "reward"})
+    with worker(folder, kl=0.01, kl_in="reward") as made:
+        shaped, found = made.trainer._with_kl_in_rewards(step)
+        alone = _train_work(made)
+    np.testing.assert_allclose(shaped.rewards_B, step.rewards_B - 0.01 * np.array(expected), 1e-4)
+    assert found["reward/kl_penalty"] == pytest.approx(0.01 * np.mean(expected), rel=1e-4)
+    assert alone[0][0]["grad_norm"] != pytest.approx(plain[0]["grad_norm"], rel=1e-3)
+    assert_same_training(results[0], alone)
+
+
+def test_the_credit_probe_is_the_gradient_norm_that_grpo_would_have(folder: Path, baseline) -> None:
+    grpo = baseline[0][0]["grad_norm"]
+    assert "grad_norm/broadcast_credit" not in baseline[0][0]
+    for decay in (0.0, 0.9):
+        algorithm = AlgorithmConfig()
+        algorithm.credit.kind, algorithm.credit.lambda_ = "lambda_trace", decay
+        every_step = train(folder, algorithm=algorithm, credit_probe_every=1)
+        never = train(folder, algorithm=algorithm, credit_probe_every=0)
+        assert every_step[0][0]["grad_norm/broadcast_credit"] == pytest.approx(grpo, rel=1e-5)
+        assert (every_step[0][0]["grad_norm"] == pytest.approx(grpo, rel=1e-5)) == (decay == 0)
+        assert_same_training(every_step, never)  # measuring changes nothing
 
 
 def test_prefix_sets_and_entropy_reach_the_recipe(folder: Path) -> None:

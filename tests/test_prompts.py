@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from actors.chat import Template
 from actors.data_sources import Row, Rows, question_key
-from actors.prompts import Prompt, PromptSource, build_prompt_source
+from actors.prompts import Prompt, PromptOrder, PromptSource, build_prompt_source
 from common.config import DataConfig, ReasoningGymConfig
 from common.errors import UserError
 from common.split import is_held_out
@@ -304,10 +304,10 @@ class LetterTokenizer:
         raise NotImplementedError
 
 
-def small_source(size: int, seed: int = 0, shuffle: bool = True) -> PromptSource:
+def small_source(size: int, seed: int = 0, order: PromptOrder = "shuffle") -> PromptSource:
     rows = [Row(f"q{i}", "{}", None, None, f"row {i}") for i in range(size)]
     template = Template(DataConfig(template="plain"), LetterTokenizer())
-    return PromptSource(Rows(rows, [], 0), template, seed, shuffle)
+    return PromptSource(Rows(rows, [], 0), template, seed, order)
 
 
 def test_order_is_a_function_of_seed_and_epoch() -> None:
@@ -317,7 +317,19 @@ def test_order_is_a_function_of_seed_and_epoch() -> None:
     assert epochs[0] != epochs[1]
     assert epochs[0] != [p.index for p in one_epoch(other)]
     assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(20))
-    assert [p.index for p in one_epoch(small_source(5, shuffle=False))] == list(range(5))
+    assert [p.index for p in one_epoch(small_source(5, order="sequential"))] == list(range(5))
+
+
+def test_a_curriculum_goes_from_easy_to_hard_in_every_epoch() -> None:
+    template = Template(DataConfig(template="plain"), LetterTokenizer())
+    grades = [3.0, 1.0, 2.0, 1.0]
+    rows = [Row(f"q{i}", "{}", None, grade, f"row {i}") for i, grade in enumerate(grades)]
+    source = PromptSource(Rows(rows, [], 0), template, 5, "curriculum")
+    for _ in range(2):
+        assert [p.index for p in one_epoch(source)] == [1, 3, 2, 0]
+    rows[2] = Row("q2", "{}", None, None, "file.jsonl line 3")
+    with pytest.raises(UserError, match="file.jsonl line 3 has no difficulty"):
+        PromptSource(Rows(rows, [], 0), template, 5, "curriculum")
 
 
 @settings(max_examples=200, deadline=None)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from common.errors import WeightsError
-from learner.publish import Canary, Publisher, largest_gap
+from learner.publish import Canary, Publisher, ThroughObjectStore, largest_gap
 
 CANARY = Canary.from_prompts([[1, 2, 3, 4], [5, 6]], scored_tokens=2)
 SCORES = [[-1.0, -2.0], [-3.0]]
@@ -43,7 +43,9 @@ class FakeGenerators:
 
 
 def publish(scores: dict[str, list[list[float]]], tolerance: float = 0.1) -> dict[str, float]:
-    publisher = Publisher(FakeLearner(), FakeGenerators(scores), CANARY, tolerance, 1.0)  # type: ignore[arg-type]
+    learner, generators = FakeLearner(), FakeGenerators(scores)
+    send = ThroughObjectStore(learner, generators, 1.0)  # type: ignore[arg-type]
+    publisher = Publisher(learner, generators, send, CANARY, tolerance, 1.0)  # type: ignore[arg-type]
     return asyncio.run(publisher.publish(3))
 
 

@@ -309,8 +309,8 @@ def test_needs() -> None:
     assert recipe(selective).needs_entropy
     assert recipe(algorithm(credit={"kind": "prefix_sets"})).needs_prefix_counts
     assert recipe(algorithm(objective={"kl": 0.1})).needs_reference
-    with pytest.raises(UserError, match="kl_in = reward"):
-        recipe(algorithm(objective={"kl": 0.1, "kl_in": "reward"}))
+    in_reward = recipe(algorithm(objective={"kl": 0.1, "kl_in": "reward"}))
+    assert in_reward.kl_in_reward and in_reward.needs_reference and not in_reward.kl_in_loss
 
 
 def test_the_rollout_axis_reaches_advantages_and_denominators() -> None:

@@ -1,77 +1,198 @@
 """Recipes against each other on the tiny preset: equal rollout budgets, several seeds.
 
-    python tests/bench/compare.py --recipes grpo grpo_lambda_recent --seeds 5
+    python tests/bench/compare.py recipes staleness guidance --seeds 5
 
-Every run is `grpo-lambda train` in a process of its own; a finished one is not run again. Writes
-`compare.json` and `compare.md` into `--out`: final held-out accuracy and the area under the
-training curve (mean reward over all steps), each a mean over seeds with a 95 % bootstrap interval.
+Every run is a real one (Ray, vLLM, FSDP); the runs of a table share their generators. A finished
+run is not run again. Each table becomes `NAME.md`, `NAME.json` and `NAME.png` in `--out`:
+held-out accuracy after training and the area under the training curve (mean accuracy of the
+sampled completions over all steps), means over seeds with 95 % bootstrap intervals.
 
-Why this task: an answer of the tiny preset is either worked out in steps or blurted, which its
-first token decides, and only the number at its end is paid for. A rule that moves credit towards
-early tokens has something to gain here.
+The task: an answer of the tiny preset is either worked out in steps or blurted, which its first
+tokens decide, and only the number at its end is paid for. A rule that moves credit towards early
+tokens has something to gain here. `guidance` asks for sums of five digits, where the warm start
+has seen only three: without help almost no completion is right.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import subprocess
+import random
+import shutil
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 
+from common.config import Config
+from common.config_loader import load_config
 from common.metrics import read_metrics
+from deploy.launch import train_each
+from deploy.warm_start import solution
 
 ROOT = Path(__file__).resolve().parents[2]
-TINY = ROOT / "deploy" / "configs" / "tiny.yaml"
-RUN_TIMEOUT_S = 900
+CONFIGS = ROOT / "deploy" / "configs"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a table: a recipe and what differs from it."""
+
+    label: str
+    recipe: str
+    overrides: tuple[str, ...] = ()
+
+
+def rows_of(table: str, runs: Path) -> list[Row]:
+    """The rows of `table`. Raises `SystemExit` for an unknown one."""
+    if table == "recipes":
+        return [*_baselines(), *_traces(), *_beyond()]
+    if table == "staleness":
+        return [
+            Row(f"{label}, S = {staleness}", recipe, (f"generator.max_staleness={staleness}",))
+            for staleness in (0, 2, 8)
+            for label, recipe in (
+                ("plain traces", "grpo_lambda_recent"),
+                ("cut traces", "grpo_lambda_cut"),
+            )
+        ]
+    if table == "guidance":
+        task = _hard_task(runs / "five-digits.jsonl")
+        guided = "algorithm.rollout.guidance"
+        return [
+            Row("GRPO", "grpo", task),
+            Row(
+                "G2RPO-A, 1/4 guided",
+                "g2rpo_a",
+                (*task, f"{guided}.max_tokens=24"),
+            ),
+            Row(
+                "G2RPO-A, 3/4 guided",
+                "g2rpo_a",
+                (*task, f"{guided}.max_tokens=24", f"{guided}.ratio=0.75"),
+            ),
+        ]
+    raise SystemExit(f"no table {table!r}: use recipes, staleness or guidance")
+
+
+def _baselines() -> list[Row]:
+    # The recipe's window of 8 tokens would punish right answers of 17 and more out of 24 tokens.
+    window = ("algorithm.rollout.overlong_penalty_tokens=2",)
+    return [
+        Row("GRPO", "grpo"),
+        Row("Dr. GRPO", "dr_grpo"),
+        Row("DAPO", "dapo", window),
+    ]
+
+
+def _traces() -> list[Row]:
+    """GRPO-lambda: the trace's two shapes, inside the ratio or as a weight, clamp on or off."""
+    unclamped = ("algorithm.baseline.min_advantage=null",)
+    return [
+        Row(f"GRPO-λ {shape} {application}{suffix}", f"grpo_lambda_{shape}{name}", overrides)
+        for shape in ("recent", "both")
+        for application, name in (("ε-trace", ""), ("ε-weight", "_weight"))
+        for suffix, overrides in (("", ()), (", no clamp", unclamped))
+    ]
+
+
+def _beyond() -> list[Row]:
+    return [
+        Row("λ-GRPO (2510.06870)", "lambda_grpo"),
+        Row("λ-GRPO, prefix sets (2509.21154)", "lambda_grpo_prefix"),
+        Row("selective traces", "grpo_lambda_selective"),
+        Row("terminal trace (ablation)", "grpo_lambda_terminal"),
+        # What else the recipe of GRPO-lambda brings, and whether one rate suits both.
+        Row("GRPO, advantages clamped", "grpo", ("algorithm.baseline.min_advantage=-0.1",)),
+        Row("GRPO, twice the learning rate", "grpo", ("learner.learning_rate=3.0e-4",)),
+    ]
+
+
+def _hard_task(path: Path) -> tuple[str, ...]:
+    """Sums of five digits with worked solutions, as a file; the keys that train on it."""
+    draw = random.Random(0)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        for _ in range(2500):
+            terms = [str(draw.randint(0, 9)) for _ in range(5)]
+            expression = terms[0] + "".join(f" {draw.choice('+-')} {t}" for t in terms[1:])
+            worked = solution(expression)
+            row = {
+                "prompt": f"State the final answer to the following arithmetic problem: "
+                f"{expression} =",
+                "answer": worked.rpartition("=")[2],
+                "solution": f" {worked}",
+            }
+            file.write(json.dumps(row) + "\n")
+    return (
+        "data.source=file",
+        f"data.path={path}",
+        "data.solution_column=solution",
+        "verifier.rules=[{name: math_answer, args: {extract: last_number}}]",
+        "generator.max_completion_tokens=40",
+    )
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """One finished run."""
+    """One finished run; accuracies are shares."""
 
-    recipe: str
+    label: str
     seed: int
     before: float
     after: float
-    area: float
-    seconds: float
+    curve: list[float]
+    length: float
+    grad_ratio: float | None
+    """Gradient norm over that of broadcast credit on the same batch, median; None for those."""
+
+    @property
+    def area(self) -> float:
+        return float(np.mean(self.curve))
 
 
-def run(recipe: str, seed: int, runs: Path, overrides: list[str]) -> Outcome:
-    """Train, unless this run is finished already; raises `CalledProcessError` when it fails."""
-    folder = runs / f"{recipe}-{seed}"
-    if not (folder / "checkpoints").is_dir():
-        if folder.exists():
-            raise SystemExit(f"{folder} is an unfinished run: remove it and start again")
-        subprocess.run(
-            [
-                *(sys.executable, "-m", "deploy.cli", "train", "--config", str(TINY)),
-                *(f"recipe={recipe}", f"seed={seed}", f"runs_dir={runs}", f"name={folder.name}"),
-                *overrides,
-            ],
-            cwd=ROOT,
-            check=True,
-            timeout=RUN_TIMEOUT_S,
-            stdout=subprocess.DEVNULL,
-        )
-    return outcome(recipe, seed, folder)
+def config_of(table: str, row: Row, seed: int, runs: Path, more: list[str]) -> Config:
+    """The configuration of one run."""
+    slug = "".join(letter if letter.isalnum() else "-" for letter in row.label)
+    return load_config(
+        [CONFIGS / "tiny.yaml"],
+        [
+            f"recipe={row.recipe}",
+            f"seed={seed}",
+            f"runs_dir={runs}",
+            f"name={table}-{slug}-{seed}",
+            "eval.every=0",
+            "eval.prompts=400",
+            *row.overrides,
+            *more,
+        ],
+        CONFIGS / "recipes",
+    )
 
 
-def outcome(recipe: str, seed: int, folder: Path) -> Outcome:
+def folder_of(config: Config) -> Path:
+    return Path(config.runs_dir) / str(config.name)
+
+
+def is_finished(config: Config) -> bool:
+    return (folder_of(config) / "checkpoints" / f"step-{config.steps}").is_dir()
+
+
+def outcome(row: Row, config: Config) -> Outcome:
     """Sum a finished run up from its metrics."""
-    records = read_metrics(folder / "metrics.jsonl")
-    steps = [record for record in records if "reward/mean" in record]
+    records = read_metrics(folder_of(config) / "metrics.jsonl")
+    steps = [record for record in records if "reward/accuracy" in record]
+    probed = [r for r in steps if r.get("grad_norm/broadcast_credit")]
+    ratios = [r["grad_norm"] / r["grad_norm/broadcast_credit"] for r in probed]
     return Outcome(
-        recipe=recipe,
-        seed=seed,
+        label=row.label,
+        seed=config.seed,
         before=records[0]["eval/accuracy"],
         after=records[-1]["eval/accuracy"],
-        area=float(np.mean([record["reward/mean"] for record in steps])),
-        seconds=float(sum(record["time/step"] for record in steps)),
+        curve=[record["reward/accuracy"] for record in steps],
+        length=float(np.mean([r["completion_length/mean"] for r in steps[-10:]])),
+        grad_ratio=float(np.median(ratios)) if ratios else None,
     )
 
 
@@ -83,50 +204,75 @@ def interval(values: list[float], draws: int = 10_000) -> tuple[float, float, fl
     return float(data.mean()), float(low), float(high)
 
 
-def table(outcomes: list[Outcome]) -> str:
-    """Markdown, best final accuracy first."""
-    rows = []
-    for recipe in sorted({each.recipe for each in outcomes}):
-        mine = [each for each in outcomes if each.recipe == recipe]
-        after, area = (
-            interval([each.after for each in mine]),
-            interval([each.area for each in mine]),
-        )
-        rows.append((after[0], recipe, len(mine), after, area))
+def markdown(rows: list[Row], outcomes: list[Outcome]) -> str:
+    """The table, rows in their own order."""
     lines = [
-        "| recipe | seeds | held-out accuracy, % | mean training reward |",
-        "|---|---|---|---|",
+        "| recipe | seeds | held-out accuracy, % | area under the training curve, % "
+        "| tokens an answer at the end | gradient norm against broadcast credit |",
+        "|---|---|---|---|---|---|",
     ]
-    for _, recipe, seeds, after, area in sorted(rows, reverse=True):
-        accuracy = "{:.1f} [{:.1f}, {:.1f}]".format(*(100 * value for value in after))
-        reward = "{:.3f} [{:.3f}, {:.3f}]".format(*area)
-        lines.append(f"| {recipe} | {seeds} | {accuracy} | {reward} |")
+    for row in rows:
+        mine = [each for each in outcomes if each.label == row.label]
+        if not mine:
+            continue
+        after = interval([100 * each.after for each in mine])
+        area = interval([100 * each.area for each in mine])
+        ratios = [each.grad_ratio for each in mine if each.grad_ratio is not None]
+        lines.append(
+            f"| {row.label} | {len(mine)} | {after[0]:.1f} [{after[1]:.1f}, {after[2]:.1f}] "
+            f"| {area[0]:.1f} [{area[1]:.1f}, {area[2]:.1f}] "
+            f"| {np.mean([each.length for each in mine]):.1f} "
+            f"| {f'{np.median(ratios):.1f}' if ratios else '1'} |"
+        )
     return "\n".join(lines)
+
+
+def write(table: str, rows: list[Row], outcomes: list[Outcome], out: Path) -> None:
+    """Table, data and plot of what is finished."""
+    from curves import plot
+
+    out.mkdir(parents=True, exist_ok=True)
+    (out / f"{table}.json").write_text(
+        json.dumps([asdict(each) for each in outcomes], indent=0) + "\n"
+    )
+    command = " ".join(["python tests/bench/compare.py", *sys.argv[1:]])
+    before = interval([100 * each.before for each in outcomes])[0]
+    (out / f"{table}.md").write_text(
+        f"`{command}`\n\nHeld-out accuracy before training: {before:.1f} %. "
+        f"Means over seeds, 95 % bootstrap intervals in brackets.\n\n{markdown(rows, outcomes)}\n"
+    )
+    plot(
+        {row.label: [e.curve for e in outcomes if e.label == row.label] for row in rows}, out, table
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--recipes", nargs="+", required=True)
+    parser.add_argument("tables", nargs="+", help="recipes, staleness, guidance; or key=value")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "compare")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
     options = parser.parse_args()
-    outcomes = []
-    for seed in range(options.seeds):  # all recipes of a seed first: a table can be made early
-        for recipe in options.recipes:
-            outcomes.append(run(recipe, seed, options.runs, options.overrides))
-            print(outcomes[-1], flush=True)
-    options.out.mkdir(parents=True, exist_ok=True)
-    records = [vars(each) for each in outcomes]
-    (options.out / "compare.json").write_text(json.dumps(records, indent=1) + "\n")
-    command = " ".join(["python tests/bench/compare.py", *sys.argv[1:]])
-    start = interval([each.before for each in outcomes])[0]
-    (options.out / "compare.md").write_text(
-        f"`{command}`\n\nHeld-out accuracy before training: {100 * start:.1f} %. "
-        f"Mean over seeds, 95 % bootstrap interval in brackets.\n\n{table(outcomes)}\n"
-    )
-    print(table(outcomes))
+    more = [word for word in options.tables if "=" in word]
+    for table in [word for word in options.tables if "=" not in word]:
+        rows = rows_of(table, options.runs)
+        # All rows of a seed first: an early table already compares them.
+        jobs = [
+            (row, config_of(table, row, seed, options.runs, more))
+            for seed in range(options.seeds)
+            for row in rows
+        ]
+        missing = [config for _, config in jobs if not is_finished(config)]
+        for config in missing:
+            shutil.rmtree(folder_of(config), ignore_errors=True)  # begun and not finished
+        try:
+            if missing:
+                train_each(missing)
+        finally:
+            done = [outcome(row, config) for row, config in jobs if is_finished(config)]
+            if done:
+                write(table, rows, done, options.out)
+                print(markdown(rows, done))
 
 
 if __name__ == "__main__":

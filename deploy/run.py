@@ -1,0 +1,259 @@
+"""One run: its parts made and connected, its two loops side by side until the learner is done.
+
+The coordinator is this process. Only the learner's loop may end without an error; whatever ends
+first ends the run.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from actors.evaluate import Evaluator
+from actors.guidance import Guidance
+from actors.pools import GeneratorPool, VerifierPool
+from actors.prompts import PromptSource, build_prompt_source
+from actors.rollout import RolloutLoop
+from common.config import Config
+from common.errors import RunError, UserError
+from common.metrics import JsonlSink, Metrics, TensorBoardSink
+from deploy.cluster import Serving, Training
+from deploy.display import Display, make_display
+from deploy.models import resolve_model
+from deploy.run_dir import RunDirectory
+from deploy.service import Service
+from learner.group import LearnerGroup
+from learner.loop import LearnerLoop, Schedule
+from learner.publish import Canary, DeviceToDevice, Publisher, ThroughObjectStore
+
+
+class Run:
+    """One run in its directory. `main` is its life."""
+
+    def __init__(self, config: Config, run: RunDirectory, service: Service) -> None:
+        self._config = config
+        self._run = run
+        self._service = service
+        self._waits = service.waits
+        self._rollout: RolloutLoop | None = None
+        self._display: Display = make_display(config.steps, self._waits, self._status)
+        self._first_step = 0
+
+    async def main(self) -> dict[str, float]:
+        """Start what is missing, train, end what is this run's own."""
+        with self._display:
+            self._display.event(f"run directory {self._run.path}")
+            folder = self._model_folder()
+            source = self._prompt_source(folder)
+            serving, used = self._service.open(
+                self._config, folder, self._first_step, self._display.event
+            )
+            training = self._service.train(self._config, folder, self._run.path)
+            try:
+                return await self._train(serving, training, source, used)
+            except ExceptionGroup as group:
+                raise first_cause(group) from group
+            finally:
+                await self._service.end_training(training)
+
+    def _model_folder(self) -> str:
+        """The model's folder, or on resume the newest checkpoint."""
+        if not self._config.resume:
+            self._display.event(f"model {self._config.model.path}")
+            return str(resolve_model(self._config.model.path))
+        steps = self._run.checkpoints()
+        if not steps:
+            raise UserError(
+                f"{self._run.path} has no checkpoint to resume from: start anew with another name="
+            )
+        self._first_step = steps[-1]
+        if self._first_step >= self._config.steps:
+            raise UserError(
+                f"{self._run.path} is at step {self._first_step} and steps={self._config.steps}: "
+                f"give a larger steps= to go on"
+            )
+        self._display.event(f"resuming from step {self._first_step}")
+        return str(self._run.checkpoint(self._first_step))
+
+    def _prompt_source(self, folder: str) -> PromptSource:
+        from transformers import AutoTokenizer
+
+        config = self._config
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=config.model.trust_remote_code
+        )
+        return build_prompt_source(
+            config.data,
+            config.eval.prompts,
+            config.seed,
+            tokenizer,
+            config.model.max_length - config.generator.max_completion_tokens,
+        )
+
+    async def _train(
+        self, serving: Serving, training: Training, source: PromptSource, used: bool
+    ) -> dict[str, float]:
+        """`used`: the generators hold the weights of a run before this one."""
+        config = self._config
+        generators = GeneratorPool(serving.generators, self._waits, self._first_step)
+        verifiers = VerifierPool(serving.verifiers, self._waits)
+        learner = LearnerGroup(training.learners, self._waits, config.learner.step_timeout_s)
+        await self._start(generators, verifiers, learner, used)
+        guidance = Guidance(config.algorithm.rollout.guidance, config.steps)
+        first_group_id = await self._restore(learner, source, guidance)
+        publisher = await self._publisher(learner, generators, source)
+        if used:
+            await publisher.publish(self._first_step)
+        self._display.event("all parts are up")
+        self._rollout = RolloutLoop(
+            config,
+            source=source,
+            generators=generators,
+            verifiers=verifiers,
+            stream=training.stream,
+            guidance=guidance,
+            first_group_id=first_group_id,
+            waits=self._waits,
+        )
+        metrics = self._metrics()
+        loop = LearnerLoop(
+            learner=learner,
+            publisher=publisher,
+            groups=self._rollout,
+            evaluation=Evaluator(
+                prompts=source.eval_prompts(config.eval.prompts),
+                generators=generators,
+                verifiers=verifiers,
+                stream=training.stream,
+                config=config.eval,
+                max_tokens=config.generator.max_completion_tokens,
+                waits=self._waits,
+            ),
+            save=self._saver(learner),
+            record=self._recorder(metrics),
+            schedule=self._schedule(),
+        )
+        try:
+            return await until_learner_ends(loop.run(), self._rollout.run())
+        finally:
+            metrics.close()
+
+    async def _start(
+        self, generators: GeneratorPool, verifiers: VerifierPool, learner: LearnerGroup, used: bool
+    ) -> None:
+        config = self._config
+        starts: list[Awaitable[Any]] = [learner.setup(config.learner.start_timeout_s)]
+        if not used:
+            deadline_s = config.generator.start_timeout_s
+            starts += [
+                generators.call_all("start", owner="start-up", deadline_s=deadline_s),
+                verifiers.call_all("warm_up", owner="start-up", deadline_s=deadline_s),
+            ]
+        await asyncio.gather(*starts)
+
+    async def _restore(
+        self, learner: LearnerGroup, source: PromptSource, guidance: Guidance
+    ) -> int:
+        """Load learner and prompt cursor on resume; returns the first group id."""
+        if self._first_step == 0:
+            return 0
+        folder = str(self._run.checkpoint(self._first_step))
+        extra = await learner.load_checkpoint(folder, self._config.checkpoint.timeout_s)
+        source.load_state_dict(extra["prompts"])
+        guidance.load_state_dict(extra["guidance"])
+        return int(extra["next_group_id"])
+
+    async def _publisher(
+        self, learner: LearnerGroup, generators: GeneratorPool, source: PromptSource
+    ) -> Publisher:
+        weights, generator = self._config.weights, self._config.generator
+        send: ThroughObjectStore | DeviceToDevice
+        send = ThroughObjectStore(learner, generators, weights.publish_timeout_s)
+        if weights.transport != "object_store":
+            send = DeviceToDevice(learner)
+            await learner.open_transport(
+                weights.transport,
+                list(generators.handles.values()),
+                generator.tensor_parallel,
+                weights.publish_timeout_s,
+            )
+        prompts = source.eval_prompts(self._config.eval.prompts)[: weights.canary_sequences]
+        canary = Canary.from_prompts(
+            [prompt.token_ids for prompt in prompts], weights.canary_tokens
+        )
+        return Publisher(
+            learner,
+            generators,
+            send,
+            canary,
+            self._config.canary_tolerance,
+            weights.publish_timeout_s,
+        )
+
+    def _metrics(self) -> Metrics:
+        last_step = self._first_step if self._first_step else None
+        return Metrics(
+            [
+                JsonlSink(self._run.path / "metrics.jsonl", last_step),
+                TensorBoardSink(self._run.path / "tensorboard", last_step),
+            ]
+        )
+
+    def _recorder(self, metrics: Metrics) -> Callable[[int, dict[str, float]], None]:
+        def record(step: int, values: dict[str, float]) -> None:
+            metrics.write(step, values)
+            self._display.step(step, values)
+
+        return record
+
+    def _saver(self, learner: LearnerGroup) -> Callable[[int], Any]:
+        async def save(step: int) -> None:
+            assert self._rollout is not None
+            folder = self._run.checkpoint(step)
+            folder.parent.mkdir(exist_ok=True)
+            await learner.save_checkpoint(
+                str(folder), self._rollout.state_dict(), self._config.checkpoint.timeout_s
+            )
+            self._run.prune_checkpoints(self._config.checkpoint.keep_last)
+            self._display.event(f"checkpoint {folder}")
+
+        return save
+
+    def _schedule(self) -> Schedule:
+        config = self._config
+        return Schedule(
+            first_step=self._first_step,
+            last_step=config.steps,
+            eval_every=config.eval.every,
+            checkpoint_every=config.checkpoint.every,
+            max_staleness=config.generator.max_staleness,
+            take_timeout_s=2 * config.generator.group_timeout_s,
+        )
+
+    def _status(self) -> str:
+        return self._rollout.status() if self._rollout else "starting"
+
+
+async def until_learner_ends(learner: Any, generation: Any) -> dict[str, float]:
+    """Run both loops; the learner's result, or the error of whichever ended first."""
+    tasks = [asyncio.create_task(learner), asyncio.create_task(generation)]
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        if tasks[1].done():
+            await tasks[1]
+            raise RunError("the generation loop returned, which it never should")
+        result: dict[str, float] = await tasks[0]
+        return result
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def first_cause(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """The first error inside nested groups."""
+    error: BaseException = group
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
