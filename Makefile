@@ -3,13 +3,17 @@ VENV ?= .venv
 export VENV PYTHON ENGINE
 RUN = $(VENV)/bin/python
 
-.PHONY: train test lint compare setup clean
+.PHONY: train test test-recipes lint compare setup clean
 
 train: setup
 	$(RUN) -m deploy.cli train --config deploy/configs/smollm2.yaml $(ARGS)
 
 test: setup
 	$(RUN) -m pytest $(ARGS)
+
+# Every recipe, ten steps on real parts: some eight minutes on two cores.
+test-recipes: setup
+	$(RUN) -m pytest -m long $(ARGS)
 
 # About two hours on two cores; what is finished is not run again.
 compare: setup

@@ -78,14 +78,17 @@ class Engine:
         return engine
 
     async def generate(
-        self, request_id: str, prompt_ids: list[int], n: int, sampling: dict[str, Any]
-    ) -> list[Completion]:
-        """Sample n completions; `sampling` holds temperature, max_tokens and seed."""
+        self, request_id: str, prompt_ids: list[int], sampling: dict[str, Any]
+    ) -> Completion:
+        """Sample one completion; `sampling` holds temperature and max_tokens.
+
+        The completions of a group are requests of their own, so that each is there when it ends;
+        they share their prompt through vLLM's prefix cache. Cancelling aborts the request.
+        """
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
         parameters = SamplingParams(
-            n=n,
             logprobs=0,
             flat_logprobs=True,
             detokenize=False,
@@ -97,9 +100,9 @@ class Engine:
             {"prompt_token_ids": prompt_ids}, parameters, request_id
         ):
             final = output
-        if final is None or len(final.outputs) != n:
+        if final is None or len(final.outputs) != 1:
             raise RunError(f"vLLM returned no final output for request {request_id}")
-        return [_completion(output) for output in sorted(final.outputs, key=lambda o: o.index)]
+        return _completion(final.outputs[0])
 
     async def score(self, request_id: str, token_ids: list[int], prompt_length: int) -> list[float]:
         """Log-probabilities, at temperature 1, of `token_ids[prompt_length:]`."""

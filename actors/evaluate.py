@@ -70,5 +70,6 @@ class Evaluator:
             dispatch_version=self._generators.version,
             dispatched_s=time.time(),
         )
-        rollout_ref = await self._generators.generate(request, self._config.timeout_s)
+        rollouts = self._generators.generate(request, self._config.timeout_s)
+        (rollout_ref,) = [ref async for ref in rollouts]  # one completion, one batch
         return await self._verifiers.score(request.group_id, rollout_ref, self._config.timeout_s)

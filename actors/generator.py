@@ -10,6 +10,7 @@ import asyncio
 import math
 import os
 import time
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,9 @@ from common.trajectory import GroupRequest
 from common.weights import WeightBucket
 
 _SHARED_MEMORY = Path("/dev/shm")
+
+_GATHER_S = 1.0
+"""Completions that end within this time of each other are verified together."""
 
 
 class Generator:
@@ -69,38 +73,50 @@ class Generator:
             raise RuntimeError(f"{self._name} was used before start()")
         return self._engine
 
-    async def generate_group(self, request: GroupRequest) -> tuple[pa.RecordBatch, int]:
-        """Sample one group: its batch (`common.schema.rollout_schema`) and its token count."""
-        completions = await self._sample(request)
-        texts = self._tokenizer.batch_decode(
-            [completion.token_ids for completion in completions], skip_special_tokens=True
-        )
-        num_tokens = sum(len(completion.token_ids) for completion in completions)
-        return rollout_batch(request, completions, texts, self._name), num_tokens
+    async def generate_group(self, request: GroupRequest) -> AsyncIterator[pa.RecordBatch]:
+        """Sample one group; its completions under `common.schema.rollout_schema` as they end.
 
-    async def _sample(self, request: GroupRequest) -> list[Completion]:
-        """Plain completions first, then guided ones, whose tokens begin with the guidance."""
-        name = f"group-{request.group_id}-{request.dispatched_s}"
-        guidance = list(request.guidance_ids)
-        num_plain = request.num_completions - request.num_guided
-        samples = []
-        if num_plain:
-            sampling = {"temperature": request.temperature, "max_tokens": request.max_tokens}
-            samples.append(self.engine.generate(name, request.prompt_ids, num_plain, sampling))
-        if request.num_guided:
-            prompt_ids = request.prompt_ids + guidance
-            sampling = {
+        A batch holds those that ended within a second, so that a straggler holds up the
+        verification of no other, and a group of equal lengths is one batch. With
+        `generator.group_cap_s` those not done by then are aborted and are in no batch.
+        """
+        tasks = {
+            asyncio.create_task(self._sample(request, index)): index
+            for index in range(request.num_completions)
+        }
+        cap_s = self._config.group_cap_s
+        ends = math.inf if cap_s is None else time.monotonic() + cap_s
+        pending = set(tasks)
+        try:
+            while pending and (left_s := ends - time.monotonic()) > 0:
+                done, pending = await _finished(pending, left_s)
+                sampled = {tasks[task]: task.result() for task in done}
+                if sampled:
+                    yield self._batch(request, dict(sorted(sampled.items())))
+        finally:
+            for task in pending:
+                task.cancel()
+
+    async def _sample(self, request: GroupRequest, index: int) -> Completion:
+        """Completion `index`; the last `num_guided` ones begin with the guidance."""
+        guidance: list[int] = []
+        if index >= request.num_completions - request.num_guided:
+            guidance = list(request.guidance_ids)
+        sampled = await self.engine.generate(
+            f"group-{request.group_id}-{index}-{request.dispatched_s}",
+            request.prompt_ids + guidance,
+            {
                 "temperature": request.temperature,
                 "max_tokens": request.max_tokens - len(guidance),
-            }
-            samples.append(
-                self.engine.generate(f"{name}-guided", prompt_ids, request.num_guided, sampling)
-            )
-        parts = await asyncio.gather(*samples)
-        version = request.dispatch_version
-        guided = [with_guidance(sample, guidance, version) for sample in parts[-1]]
-        plain = parts[0] if num_plain else []
-        return [*plain, *guided] if request.num_guided else plain
+            },
+        )
+        return with_guidance(sampled, guidance, request.dispatch_version) if guidance else sampled
+
+    def _batch(self, request: GroupRequest, sampled: dict[int, Completion]) -> pa.RecordBatch:
+        texts = self._tokenizer.batch_decode(
+            [completion.token_ids for completion in sampled.values()], skip_special_tokens=True
+        )
+        return rollout_batch(request, sampled, texts, self._name)
 
     async def score(
         self, sequences: list[list[int]], prompt_lengths: list[int]
@@ -184,14 +200,29 @@ def _update_info(bucket: WeightBucket, path: Path) -> dict[str, Any]:
     }
 
 
+async def _finished(
+    pending: set[asyncio.Task[Completion]], timeout_s: float
+) -> tuple[set[asyncio.Task[Completion]], set[asyncio.Task[Completion]]]:
+    """The next to end, and what ends within `_GATHER_S` after it; then those still pending."""
+    timeout = None if math.isinf(timeout_s) else timeout_s
+    done, pending = await asyncio.wait(
+        pending, timeout=timeout, return_when=asyncio.FIRST_COMPLETED
+    )
+    if done and pending:
+        more, pending = await asyncio.wait(pending, timeout=min(_GATHER_S, timeout_s))
+        done |= more
+    return done, pending
+
+
 def rollout_batch(
-    request: GroupRequest, completions: list[Completion], texts: list[str], generator: str
+    request: GroupRequest, sampled: dict[int, Completion], texts: list[str], generator: str
 ) -> pa.RecordBatch:
-    """The G completions of a group as one record batch."""
+    """Completions of a group, by their index in it, as one record batch."""
+    completions = list(sampled.values())
     count = len(completions)
     columns: dict[str, list[Any]] = {
         "group_id": [request.group_id] * count,
-        "completion_index": list(range(count)),
+        "completion_index": list(sampled),
         "prompt_id": [request.prompt_id] * count,
         "epoch": [request.epoch] * count,
         "prompt_text": [request.prompt_text] * count,

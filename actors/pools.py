@@ -7,6 +7,9 @@ call goes through `Waits` with a deadline.
 from __future__ import annotations
 
 import asyncio
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from common.trajectory import GroupRequest
@@ -22,24 +25,13 @@ class Pool:
         self.waits = waits
         self._load = dict.fromkeys(handles, 0)
 
-    async def produce(
-        self, method: str, *args: Any, owner: str, cause: str, deadline_s: float
-    ) -> Any:
-        """Call `method` on the least loaded member; a reference to the batch it made.
-
-        The method returns (batch, acknowledgement). Only the acknowledgement is fetched: the
-        batch stays in the object store of the node that made it.
-        """
+    @contextmanager
+    def least_loaded(self) -> Iterator[str]:
+        """The name of the member with the least under way; one more is, inside the context."""
         name = min(self._load, key=self._load.__getitem__)
         self._load[name] += 1
         try:
-            batch_ref, done = (
-                getattr(self.handles[name], method).options(num_returns=2).remote(*args)
-            )
-            await self.waits.on(
-                done, owner=owner, cause=f"{cause} from {name}", deadline_s=deadline_s
-            )
-            return batch_ref
+            yield name
         finally:
             self._load[name] -= 1
 
@@ -66,15 +58,25 @@ class GeneratorPool(Pool):
         super().__init__(handles, waits)
         self.version = version
 
-    async def generate(self, request: GroupRequest, deadline_s: float) -> Any:
-        """Reference to the rollout batch of one group."""
-        return await self.produce(
-            "generate_group",
-            request,
-            owner=f"group {request.group_id}",
-            cause="its completions",
-            deadline_s=deadline_s,
-        )
+    async def generate(self, request: GroupRequest, deadline_s: float) -> AsyncIterator[Any]:
+        """References to rollout batches of one group, as its completions end.
+
+        An error of the generator is raised by whoever fetches the reference it came in.
+        """
+        ends = time.monotonic() + deadline_s
+        with self.least_loaded() as name:
+            method = self.handles[name].generate_group
+            batches = method.options(num_returns="streaming").remote(request)
+            while True:
+                try:
+                    yield await self.waits.on(
+                        anext(batches),
+                        owner=f"group {request.group_id}",
+                        cause=f"its completions from {name}",
+                        deadline_s=ends - time.monotonic(),
+                    )
+                except StopAsyncIteration:
+                    return
 
     async def score(
         self, sequences: list[list[int]], prompt_lengths: list[int], deadline_s: float
@@ -98,11 +100,18 @@ class VerifierPool(Pool):
     """Verifiers."""
 
     async def score(self, group_id: int, rollout_ref: Any, deadline_s: float) -> Any:
-        """Reference to the trajectory batch of one group."""
-        return await self.produce(
-            "score_group",
-            rollout_ref,
-            owner=f"group {group_id}",
-            cause="its verdicts",
-            deadline_s=deadline_s,
-        )
+        """Reference to the trajectory batch of a rollout batch.
+
+        The method returns (batch, acknowledgement). Only the acknowledgement is fetched: the
+        batch stays in the object store of the node that made it.
+        """
+        with self.least_loaded() as name:
+            method = self.handles[name].score_group
+            batch_ref, done = method.options(num_returns=2).remote(rollout_ref)
+            await self.waits.on(
+                done,
+                owner=f"group {group_id}",
+                cause=f"its verdicts from {name}",
+                deadline_s=deadline_s,
+            )
+            return batch_ref

@@ -5,7 +5,8 @@
 
 Slots are given back by the learner's loop through `release`, once a new version is published.
 A group without a usable reward, or (with dynamic sampling) without a difference in reward, is
-dropped: its slot is free at once and another prompt goes out.
+dropped, and so is one that ran into `generator.group_cap_s`: its slot is free at once and another
+prompt goes out.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ class RolloutCounts:
 
     groups_dispatched: int = 0
     groups_filtered: int = 0
+    groups_abandoned: int = 0
     tokens_generated: int = 0
 
 
@@ -112,25 +114,43 @@ class RolloutLoop:
         return tuple(self._source.encode(prompt.solution)[:length])
 
     async def _group(self, request: GroupRequest) -> None:
-        rollout_ref = await self._generators.generate(request, self._config.group_timeout_s)
-        trajectory_ref = await self._verifiers.score(
-            request.group_id, rollout_ref, self._verify_timeout_s
-        )
-        receipt = await self._waits.on(
-            self._stream.append.remote([trajectory_ref]),  # type: ignore[attr-defined]
-            owner=f"group {request.group_id}",
-            cause="the trajectory log",
-            deadline_s=self._verify_timeout_s,
-        )
+        receipt = await self._verified(request)
         self.counts.tokens_generated += receipt.num_tokens
         async with self._changed:
             self._window.complete(receipt)
-            if self._is_filtered(receipt):
+            if receipt.num_completions < request.num_completions:
+                self.counts.groups_abandoned += 1
+                self._drop(receipt.group_id)
+            elif self._is_filtered(receipt):
                 self.counts.groups_filtered += 1
-                self._window.drop(receipt.group_id)
-                del self._prompts[receipt.group_id]
-                self._budget.release(1)
+                self._drop(receipt.group_id)
             self._changed.notify_all()
+
+    async def _verified(self, request: GroupRequest) -> GroupReceipt:
+        """Completions are verified while others of the group are still being sampled."""
+        owner = f"group {request.group_id}"
+        async with asyncio.TaskGroup() as verdicts:
+            parts = [
+                verdicts.create_task(
+                    self._verifiers.score(request.group_id, rollout_ref, self._verify_timeout_s)
+                )
+                async for rollout_ref in self._generators.generate(
+                    request, self._config.group_timeout_s
+                )
+            ]
+        receipt: GroupReceipt = await self._waits.on(
+            self._stream.append.remote(request, [part.result() for part in parts]),  # type: ignore[attr-defined]
+            owner=owner,
+            cause="the trajectory log",
+            deadline_s=self._verify_timeout_s,
+        )
+        return receipt
+
+    def _drop(self, group_id: int) -> None:
+        """The group is not trained on; another prompt takes its place."""
+        self._window.drop(group_id)
+        del self._prompts[group_id]
+        self._budget.release(1)
 
     def _is_filtered(self, receipt: GroupReceipt) -> bool:
         no_reward = receipt.num_unscored == receipt.num_completions

@@ -82,6 +82,10 @@ class GeneratorConfig:
     tensor_parallel: int = 1
     start_timeout_s: float = 600.0
     group_timeout_s: float = 600.0
+    """A group that takes longer ends the run: something hangs."""
+    group_cap_s: float | None = None
+    """A group still generating after this long is abandoned and its place given to another prompt.
+    It bounds how long a straggler is held, at the price of training on fewer long answers."""
 
 
 @dataclass

@@ -17,7 +17,7 @@ import ray
 
 from common.log_store import TrajectoryLog
 from common.schema import trajectory_schema
-from common.trajectory import GroupReceipt
+from common.trajectory import GroupReceipt, GroupRequest
 
 
 class TrajectoryStream:
@@ -32,19 +32,25 @@ class TrajectoryStream:
         """Answers once the actor has started."""
         return True
 
-    def append(self, refs: list[Any]) -> GroupReceipt:
-        """Log one verified group, given as a one-element list so that Ray passes the reference.
+    def append(self, request: GroupRequest, refs: list[Any]) -> GroupReceipt:
+        """Log one verified group, given as references (in a list, so that Ray passes them so).
 
         Raises:
-            ValueError: the batch does not have the run's schema.
+            ValueError: a batch does not have the run's schema.
             OSError: the log cannot be written.
         """
-        (ref,) = refs
-        batch = ray.get(ref, timeout=60.0)
-        if not batch.schema.equals(self._schema, check_metadata=False):
-            raise ValueError(f"group has schema {batch.schema}, the log has {self._schema}")
-        self._log.append(batch)
-        return receipt(batch, ref)
+        batches = ray.get(refs, timeout=60.0)
+        for batch in batches:
+            if not batch.schema.equals(self._schema, check_metadata=False):
+                raise ValueError(f"group has schema {batch.schema}, the log has {self._schema}")
+        if not batches:
+            return nothing(request)
+        group, ref = batches[0], refs[0]
+        if len(batches) > 1:
+            group = pa.concat_batches(batches).sort_by("completion_index")
+            ref = ray.put(group)
+        self._log.append(group)
+        return receipt(group, ref)
 
     def write_evaluation(self, step: int, refs: list[Any]) -> dict[str, float]:
         """Keep the held-out completions of one evaluation as `evaluations/step-N.parquet`.
@@ -68,6 +74,13 @@ class TrajectoryStream:
         self._log.close()
 
 
+def nothing(request: GroupRequest) -> GroupReceipt:
+    """The receipt of a group none of whose completions ended in time."""
+    version = request.dispatch_version
+    nan = float("nan")
+    return GroupReceipt(request.group_id, None, version, version, version, 0, 0, nan, True, 0, nan)
+
+
 def receipt(batch: pa.RecordBatch, ref: Any) -> GroupReceipt:
     """Sum a verified group up for the control plane."""
     rewards_G = batch.column("reward").to_numpy(zero_copy_only=False).astype(np.float64)
@@ -79,12 +92,14 @@ def receipt(batch: pa.RecordBatch, ref: Any) -> GroupReceipt:
         batch_ref=ref,
         dispatch_version=dispatch_version,
         min_version=pc.min(versions).as_py() if len(versions) else dispatch_version,
+        max_version=pc.max(versions).as_py() if len(versions) else dispatch_version,
         num_completions=batch.num_rows,
         num_tokens=len(batch.column("token_ids").flatten()),
         reward_mean=float(scored.mean()) if scored.size else float("nan"),
         rewards_equal=bool(scored.size == 0 or scored.min() == scored.max()),
         num_unscored=int(np.isnan(rewards_G).sum()),
-        generate_s=batch.column("finished_s")[0].as_py() - batch.column("dispatched_s")[0].as_py(),
+        generate_s=pc.max(batch.column("finished_s")).as_py()
+        - batch.column("dispatched_s")[0].as_py(),
     )
 
 

@@ -40,6 +40,8 @@ class GroupReceipt:
     dispatch_version: int
     min_version: int
     """Oldest weight version any token was sampled with."""
+    max_version: int
+    """Newest."""
     num_completions: int
     num_tokens: int
     reward_mean: float

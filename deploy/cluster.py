@@ -17,8 +17,14 @@ from actors.verifiers.registry import verifier_names
 from common.config import Config
 from common.errors import UserError
 from common.stream import TrajectoryStreamActor
-from deploy.placement import CorePlan, actor_options, cpus_needed, object_store_bytes
-from learner.worker import LearnerWorker
+from deploy.placement import (
+    STREAM_OPTIONS,
+    CorePlan,
+    actor_options,
+    cpus_needed,
+    object_store_bytes,
+)
+from learner.worker import LearnerJob, LearnerWorker
 
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
 
@@ -27,19 +33,12 @@ LearnerActor = ray.remote(LearnerWorker)
 
 
 @dataclass
-class Serving:
-    """What samples and scores; several runs may use it one after the other."""
+class Actors:
+    """What several runs may use one after the other."""
 
     generators: dict[str, Any]
     verifiers: dict[str, Any]
-
-
-@dataclass
-class Training:
-    """What belongs to one run."""
-
     learners: list[Any]
-    stream: Any
 
 
 def connect(config: Config, cores: CorePlan) -> None:
@@ -99,10 +98,10 @@ def _check_address(address: str, timeout_s: float) -> None:
         ) from error
 
 
-def start_serving(config: Config, cores: CorePlan, cuda: bool, version: int) -> Serving:
-    """Create generators and verifiers; they start up on their own, `Run` awaits them.
+def start_actors(config: Config, cores: CorePlan, cuda: bool, version: int) -> Actors:
+    """Create every actor but the stream; they start up on their own, `Run` awaits them.
 
-    `config.model.path` is a local folder by now.
+    `config.model.path` is a local folder by now, with the weights of `version`.
     """
     options = actor_options(config, cores, cuda)
     generators = {
@@ -121,32 +120,35 @@ def start_serving(config: Config, cores: CorePlan, cuda: bool, version: int) -> 
         f"verifier-{index}": VerifierActor.options(**options.verifier).remote(config.verifier)
         for index in range(config.verifier.workers)
     }
-    return Serving(generators, verifiers)
-
-
-def start_training(config: Config, cores: CorePlan, cuda: bool, run_folder: Path) -> Training:
-    """Create the learner's ranks and the trajectory stream of a run."""
-    options = actor_options(config, cores, cuda)
-    names = verifier_names(config.verifier)
+    job = learner_job(config)
     learners = [
-        LearnerActor.options(**options.learner).remote(
-            config.model,
-            config.learner,
-            config.algorithm,
-            config.correction_kind,
-            config.generator.max_completion_tokens,
-            config.generator.temperature,
-            config.seed,
-            rank,
-            config.steps,
-            names[0],
-            config.weights.bucket_mib,
-            config.batch.tokens_per_microbatch,
-        )
+        LearnerActor.options(**options.learner).remote(job, rank)
         for rank in range(config.learner.ranks)
     ]
-    stream = TrajectoryStreamActor.options(**options.stream).remote(str(run_folder), names)
-    return Training(learners, stream)
+    return Actors(generators, verifiers, learners)
+
+
+def learner_job(config: Config) -> LearnerJob:
+    """What a run with a local `config.model.path` asks of the learner."""
+    return LearnerJob(
+        model=config.model,
+        learner=config.learner,
+        algorithm=config.algorithm,
+        correction_kind=config.correction_kind,
+        max_completion_tokens=config.generator.max_completion_tokens,
+        temperature=config.generator.temperature,
+        seed=config.seed,
+        total_steps=config.steps,
+        primary_verifier=verifier_names(config.verifier)[0],
+        bucket_mib=config.weights.bucket_mib,
+        tokens_per_microbatch=config.batch.tokens_per_microbatch,
+    )
+
+
+def start_stream(config: Config, run_folder: Path) -> Any:
+    """The trajectory stream of one run."""
+    names = verifier_names(config.verifier)
+    return TrajectoryStreamActor.options(**STREAM_OPTIONS).remote(str(run_folder), names)
 
 
 def disconnect(log_folder: Path) -> None:

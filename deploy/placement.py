@@ -18,6 +18,7 @@ from common.config import Config
 
 MIB = 2**20
 _FEWEST_TO_DIVIDE = 4
+STREAM_OPTIONS: dict[str, object] = {"num_cpus": 0.1}
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,6 @@ class ActorOptions:
     generator: dict[str, object]
     learner: dict[str, object]
     verifier: dict[str, object]
-    stream: dict[str, object]
 
 
 def actor_options(config: Config, cores: CorePlan, cuda: bool) -> ActorOptions:
@@ -122,7 +122,6 @@ def actor_options(config: Config, cores: CorePlan, cuda: bool) -> ActorOptions:
             "runtime_env": {"env_vars": learner_environment},
         },
         verifier={"num_cpus": 0.5, "max_concurrency": 1000},
-        stream={"num_cpus": 0.1},
     )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from typing import Any
 
 from actors.evaluate import Evaluator
@@ -18,14 +19,14 @@ from actors.rollout import RolloutLoop
 from common.config import Config
 from common.errors import RunError, UserError
 from common.metrics import JsonlSink, Metrics, TensorBoardSink
-from deploy.cluster import Serving, Training
+from deploy.cluster import Actors, start_stream
 from deploy.display import Display, make_display
 from deploy.models import resolve_model
 from deploy.run_dir import RunDirectory
 from deploy.service import Service
 from learner.group import LearnerGroup
 from learner.loop import LearnerLoop, Schedule
-from learner.publish import Canary, DeviceToDevice, Publisher, ThroughObjectStore
+from learner.publish import Canary, DeviceToDevice, Publisher, ThroughObjectStore, Transport
 
 
 class Run:
@@ -46,16 +47,15 @@ class Run:
             self._display.event(f"run directory {self._run.path}")
             folder = self._model_folder()
             source = self._prompt_source(folder)
-            serving, used = self._service.open(
-                self._config, folder, self._first_step, self._display.event
-            )
-            training = self._service.train(self._config, folder, self._run.path)
+            config = replace(self._config, model=replace(self._config.model, path=folder))
+            actors, used = await self._service.open(config, self._first_step, self._display.event)
+            stream = start_stream(config, self._run.path)
             try:
-                return await self._train(serving, training, source, used)
+                return await self._train(actors, stream, source, used)
             except ExceptionGroup as group:
                 raise first_cause(group) from group
             finally:
-                await self._service.end_training(training)
+                await self._service.end_run(stream)
 
     def _model_folder(self) -> str:
         """The model's folder, or on resume the newest checkpoint."""
@@ -92,26 +92,26 @@ class Run:
         )
 
     async def _train(
-        self, serving: Serving, training: Training, source: PromptSource, used: bool
+        self, actors: Actors, stream: Any, source: PromptSource, used: bool
     ) -> dict[str, float]:
         """`used`: the generators hold the weights of a run before this one."""
         config = self._config
-        generators = GeneratorPool(serving.generators, self._waits, self._first_step)
-        verifiers = VerifierPool(serving.verifiers, self._waits)
-        learner = LearnerGroup(training.learners, self._waits, config.learner.step_timeout_s)
+        generators = GeneratorPool(actors.generators, self._waits, self._first_step)
+        verifiers = VerifierPool(actors.verifiers, self._waits)
+        learner = LearnerGroup(actors.learners, self._waits, config.learner.step_timeout_s)
         await self._start(generators, verifiers, learner, used)
         guidance = Guidance(config.algorithm.rollout.guidance, config.steps)
         first_group_id = await self._restore(learner, source, guidance)
         publisher = await self._publisher(learner, generators, source)
         if used:
-            await publisher.publish(self._first_step)
+            await publisher.deliver(await publisher.export(self._first_step))
         self._display.event("all parts are up")
         self._rollout = RolloutLoop(
             config,
             source=source,
             generators=generators,
             verifiers=verifiers,
-            stream=training.stream,
+            stream=stream,
             guidance=guidance,
             first_group_id=first_group_id,
             waits=self._waits,
@@ -125,7 +125,7 @@ class Run:
                 prompts=source.eval_prompts(config.eval.prompts),
                 generators=generators,
                 verifiers=verifiers,
-                stream=training.stream,
+                stream=stream,
                 config=config.eval,
                 max_tokens=config.generator.max_completion_tokens,
                 waits=self._waits,
@@ -168,10 +168,10 @@ class Run:
         self, learner: LearnerGroup, generators: GeneratorPool, source: PromptSource
     ) -> Publisher:
         weights, generator = self._config.weights, self._config.generator
-        send: ThroughObjectStore | DeviceToDevice
-        send = ThroughObjectStore(learner, generators, weights.publish_timeout_s)
+        transport: Transport
+        transport = ThroughObjectStore(learner, generators, weights.publish_timeout_s)
         if weights.transport != "object_store":
-            send = DeviceToDevice(learner)
+            transport = DeviceToDevice(learner)
             await learner.open_transport(
                 weights.transport,
                 list(generators.handles.values()),
@@ -185,7 +185,7 @@ class Run:
         return Publisher(
             learner,
             generators,
-            send,
+            transport,
             canary,
             self._config.canary_tolerance,
             weights.publish_timeout_s,

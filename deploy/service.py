@@ -1,7 +1,8 @@
-"""Ray, the generators and the verifiers: the part of a run that the next run can use again.
+"""Ray and the actors: the part of a run that the next run can use again.
 
 Starting vLLM takes most of a short run's time. A comparison of many recipes therefore keeps one
-`Service` and sends each run's first weights to the generators that the last run left behind.
+`Service`: each run loads its own learner into the processes that the last run left behind, and
+sends its first weights to their generators.
 """
 
 from __future__ import annotations
@@ -17,10 +18,11 @@ import ray
 from common.config import Config
 from common.errors import UserError
 from common.waits import Waits
-from deploy.cluster import Serving, Training, connect, disconnect, start_serving, start_training
+from deploy.cluster import Actors, connect, disconnect, learner_job, start_actors
 from deploy.cpu_runtime import preload_libraries
 from deploy.memory import check_memory
 from deploy.placement import CorePlan, available_cores, plan_cores, uses_cuda
+from learner.group import LearnerGroup
 
 SHUTDOWN_S = 30.0
 
@@ -30,54 +32,50 @@ class Service:
 
     def __init__(self) -> None:
         self.waits = Waits()
-        self._serving: Serving | None = None
+        self._actors: Actors | None = None
         self._served: object = None
 
-    def open(
-        self, config: Config, folder: str, version: int, say: Callable[[str], None]
-    ) -> tuple[Serving, bool]:
-        """Generators and verifiers for `config`, and whether they already hold other weights.
+    async def open(
+        self, config: Config, version: int, say: Callable[[str], None]
+    ) -> tuple[Actors, bool]:
+        """Actors for `config`, and whether they served another run before.
 
-        `folder` holds the model's weights, `version` is theirs.
+        `config.model.path` is a local folder with the weights of `version`.
 
         Raises:
-            UserError: the configuration cannot run here, or needs other generators than the runs
+            UserError: the configuration cannot run here, or needs other actors than the runs
                 before it.
         """
-        config = replace(config, model=replace(config.model, path=folder))
         wanted = _sections(config)
-        if self._serving is not None:
+        if self._actors is not None:
             if wanted != self._served:
                 raise UserError(
-                    "runs that share generators must have the same model, generator, verifier, "
-                    "weights and ray sections (generator.max_staleness may differ)"
+                    "runs that share actors must have the same model, generator, verifier, "
+                    "weights.transport and ray sections and as many learner ranks "
+                    "(generator.max_staleness may differ)"
                 )
-            return self._serving, True
+            learner = LearnerGroup(self._actors.learners, self.waits, SHUTDOWN_S)
+            await learner.begin(learner_job(config), SHUTDOWN_S)
+            return self._actors, True
         cuda = _check(config)
         cores = plan_cores(config, available_cores(), [] if cuda else preload_libraries())
         say(_described(config, cores))
         connect(config, cores)
-        self._serving, self._served = start_serving(config, cores, cuda, version), wanted
-        return self._serving, False
+        self._actors, self._served = start_actors(config, cores, cuda, version), wanted
+        return self._actors, False
 
-    def train(self, config: Config, folder: str, run_folder: Path) -> Training:
-        """The learner and the stream of one run."""
-        config = replace(config, model=replace(config.model, path=folder))
-        cores = plan_cores(config, available_cores(), [])
-        return start_training(config, cores, uses_cuda(config), run_folder)
-
-    async def end_training(self, training: Training) -> None:
-        """Close a run's own actors, then kill them."""
-        calls = [handle.shutdown.remote() for handle in training.learners]
-        await self._all_answered([*calls, training.stream.close.remote()])
-        for handle in [*training.learners, training.stream]:
-            ray.kill(handle)
+    async def end_run(self, stream: Any) -> None:
+        """Close what belongs to one run; the learner lets go of its policy."""
+        assert self._actors is not None
+        calls = [handle.shutdown.remote() for handle in self._actors.learners]
+        await self._all_answered([*calls, stream.close.remote()])
+        ray.kill(stream)
 
     async def end(self, log_folder: Path) -> None:
-        """End generators, verifiers and Ray; the logs of all processes go to `log_folder`."""
-        if self._serving is not None:
-            generators, verifiers = self._serving.generators, self._serving.verifiers
-            self._serving = None
+        """End every actor and Ray; the logs of all processes go to `log_folder`."""
+        if self._actors is not None:
+            generators, verifiers = self._actors.generators, self._actors.verifiers
+            self._actors = None
             await self._all_answered(
                 [handle.shutdown.remote() for handle in generators.values()]
                 + [handle.close.remote() for handle in verifiers.values()]
@@ -97,9 +95,11 @@ class Service:
 
 
 def _sections(config: Config) -> object:
-    """What generators and verifiers are made from."""
+    """What the actors are made from."""
     generator = replace(config.generator, max_staleness=0)
-    return config.model, generator, config.verifier, config.weights.transport, config.ray
+    learner = (config.learner.ranks, config.learner.threads, config.learner.device)
+    transport = config.weights.transport
+    return config.model, generator, config.verifier, learner, transport, config.ray
 
 
 def _check(config: Config) -> bool:

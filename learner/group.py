@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from common.trajectory import GroupReceipt
 from common.waits import Waits
 from common.weights import WeightBucket
+
+if TYPE_CHECKING:
+    from learner.worker import LearnerJob
 
 
 class LearnerGroup:
@@ -79,6 +82,10 @@ class LearnerGroup:
         loaded = await self._all("load_checkpoint", folder, deadline_s=deadline_s)
         extra: dict[str, Any] = loaded[0]
         return extra
+
+    async def begin(self, job: LearnerJob, deadline_s: float) -> None:
+        """Another run in the same processes; `setup` follows."""
+        await self._all("begin", job, deadline_s=deadline_s)
 
     async def shutdown(self, deadline_s: float) -> None:
         await self._all("shutdown", deadline_s=deadline_s)

@@ -1,9 +1,14 @@
-"""The learner's loop, the only finite one: take groups, step, publish, release; now and then
-evaluate and save. Its clock is the step; the policy's version is the number of steps taken.
+"""The learner's loop, the only finite one: take groups, step, export the weights, sometimes save.
+Its clock is the step; the policy's version is the number of steps taken.
+
+What does not need the learner goes on beside its next step, one version at a time: the generators
+load the weights and are proved, the step's slots are released, now and then they are evaluated, and
+the step is recorded. A group with a token of a version still unproved waits for its proof.
 """
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -11,7 +16,7 @@ from typing import Any, Protocol
 
 from common.trajectory import GroupReceipt
 from learner.group import LearnerGroup
-from learner.publish import Publisher
+from learner.publish import Exported, Publisher
 
 
 class GroupSource(Protocol):
@@ -72,41 +77,62 @@ class LearnerLoop:
     async def run(self) -> dict[str, float]:
         """Steps are numbered from 1; the record of step 0 is the evaluation before training."""
         schedule = self._schedule
-        metrics: dict[str, float] = {}
-        if schedule.first_step == 0:
-            metrics = await self._before_training()
-        for step in range(schedule.first_step + 1, schedule.last_step + 1):
-            metrics = await self._step(step)
-            if schedule.evaluates(step):
-                metrics |= await self._evaluation.run(step)
-            self._record(step, metrics)
-            if schedule.checkpoints(step):
-                await self._save(step)
-        return metrics
+        await self._before_training()
+        self._delivery = _nothing()
+        async with asyncio.TaskGroup() as beside:
+            for step in range(schedule.first_step + 1, schedule.last_step + 1):
+                exported, metrics = await self._step(step)
+                self._delivery = beside.create_task(self._deliver(exported, metrics))
+                if schedule.checkpoints(step):
+                    await self._save(step)
+        return await self._delivery
 
-    async def _before_training(self) -> dict[str, float]:
-        metrics = {"policy_version": 0.0, "canary/gap": await self._publisher.prove(0)}
-        metrics |= await self._evaluation.run(0)
-        self._record(0, metrics)
-        return metrics
+    async def _before_training(self) -> None:
+        first = self._schedule.first_step
+        metrics = {"policy_version": float(first), "canary/gap": await self._publisher.prove(first)}
+        if first == 0:
+            self._record(0, metrics | await self._evaluation.run(0))
 
-    async def _step(self, step: int) -> dict[str, float]:
+    async def _step(self, step: int) -> tuple[Exported, dict[str, float]]:
         schedule, version = self._schedule, step - 1
         started = time.monotonic()
         receipts = await self._groups.take(version, schedule.take_timeout_s)
+        if max(receipt.max_version for receipt in receipts) > self._publisher.proved:
+            await self._delivery
         taken = time.monotonic()
         metrics = await self._learner.step(receipts, version, schedule.max_staleness)
         trained = time.monotonic()
-        metrics |= await self._publisher.publish(step)
+        await self._delivery  # of the step before: versions reach the generators one by one
+        delivered = time.monotonic()
+        exported = await self._publisher.export(step)
         metrics |= self._groups.observe(step, metrics)
-        await self._groups.release()
-        return metrics | {
+        return exported, metrics | {
             "policy_version": float(step),
             "time/wait_data": taken - started,
             "time/train": trained - taken,
+            "time/wait_delivery": delivered - trained,
             "time/step": time.monotonic() - started,
             **_summary(receipts),
         }
+
+    async def _deliver(self, exported: Exported, metrics: dict[str, float]) -> dict[str, float]:
+        """The generators' half of a step; returns its whole record."""
+        step = exported.version
+        metrics = metrics | await self._publisher.deliver(exported)
+        await self._groups.release()
+        if self._schedule.evaluates(step):
+            metrics |= await self._evaluation.run(step)
+        self._record(step, metrics)
+        return metrics
+
+
+async def _done() -> dict[str, float]:
+    return {}
+
+
+def _nothing() -> asyncio.Task[dict[str, float]]:
+    """A delivery before the first one."""
+    return asyncio.ensure_future(_done())
 
 
 def _summary(receipts: list[GroupReceipt]) -> dict[str, Any]:

@@ -9,9 +9,8 @@ a tolerance. The canary catches what the other two cannot: weights that arrived 
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from common.errors import WeightsError
 from common.weights import WeightBucket
@@ -46,8 +45,14 @@ class Canary:
         return cls(prompts, [max(1, len(ids) - scored_tokens) for ids in prompts])
 
 
-Transport = Callable[[int], Awaitable[tuple[float, int]]]
-"""Brings every generator to a version; (longest stall of generation in seconds, bytes sent)."""
+class Transport(Protocol):
+    """Moves weights. What needs the learner is done by `export`, the rest by `deliver`."""
+
+    async def export(self, version: int) -> Any: ...
+
+    async def deliver(self, exported: Any, version: int) -> tuple[float, int]:
+        """Bring every generator to `version`; (longest stall of generation, seconds; bytes)."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -58,54 +63,83 @@ class ThroughObjectStore:
     receivers: WeightReceivers
     deadline_s: float
 
-    async def __call__(self, version: int) -> tuple[float, int]:
-        buckets = await self.learner.export_weights(version)
-        stall_s = await self.receivers.update_weights(buckets, version, self.deadline_s)
-        return stall_s, sum(bucket.nbytes for bucket in buckets)
+    async def export(self, version: int) -> list[WeightBucket]:
+        return await self.learner.export_weights(version)
+
+    async def deliver(self, exported: list[WeightBucket], version: int) -> tuple[float, int]:
+        stall_s = await self.receivers.update_weights(exported, version, self.deadline_s)
+        return stall_s, sum(bucket.nbytes for bucket in exported)
 
 
 @dataclass(frozen=True)
 class DeviceToDevice:
-    """vLLM's own transports; the learner group has opened one."""
+    """vLLM's own transports, which the learner group has opened: a collective of both sides."""
 
     learner: LearnerGroup
 
-    async def __call__(self, version: int) -> tuple[float, int]:
+    async def export(self, version: int) -> tuple[float, int]:
         return await self.learner.send_weights(version)
+
+    async def deliver(self, exported: tuple[float, int], version: int) -> tuple[float, int]:
+        return exported
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A version on its way: it no longer needs the learner."""
+
+    version: int
+    weights: Any
+    canary_scores: list[list[float]]
+    seconds: float
 
 
 class Publisher:
-    """Moves weights from learner to generators, version by version."""
+    """Moves weights from learner to generators, version by version.
+
+    In two halves, so that the learner's next step may begin while the generators still load:
+    `export` needs the learner as it is, `deliver` does not.
+    """
 
     def __init__(
         self,
         learner: LearnerGroup,
         receivers: WeightReceivers,
-        send: Transport,
+        transport: Transport,
         canary: Canary,
         tolerance: float,
         deadline_s: float,
     ) -> None:
-        self._send = send
         self._learner = learner
         self._receivers = receivers
+        self._transport = transport
         self._canary = canary
         self._tolerance = tolerance
         self._deadline_s = deadline_s
+        self.proved = -1
+        """The newest version whose canary every generator has passed."""
 
-    async def publish(self, version: int) -> dict[str, float]:
-        """Bring every generator to `version` and prove it.
+    async def export(self, version: int) -> Exported:
+        """Take the learner's weights and its own scores of the canary under them."""
+        started = time.monotonic()
+        weights = await self._transport.export(version)
+        scores = await self._learner.score(self._canary.sequences, self._canary.prompt_lengths)
+        return Exported(version, weights, scores, time.monotonic() - started)
+
+    async def deliver(self, exported: Exported) -> dict[str, float]:
+        """Bring every generator to the exported version and prove it.
 
         Raises:
             WeightsError: a generator does not reproduce the learner's log-probabilities.
             StallError: the deadline passed.
         """
         started = time.monotonic()
-        stall_s, nbytes = await self._send(version)
-        self._receivers.version = version
-        gap = await self.prove(version)
+        stall_s, nbytes = await self._transport.deliver(exported.weights, exported.version)
+        self._receivers.version = exported.version
+        gap = await self._prove(exported.version, exported.canary_scores)
         return {
-            "time/publish": time.monotonic() - started,
+            "time/export": exported.seconds,
+            "time/publish": exported.seconds + time.monotonic() - started,
             "publish/stall": stall_s,
             "publish/bytes": float(nbytes),
             "canary/gap": gap,
@@ -113,9 +147,12 @@ class Publisher:
 
     async def prove(self, version: int) -> float:
         """Score the canary on both sides; the largest mean gap of a sequence, in nats."""
+        ours = await self._learner.score(self._canary.sequences, self._canary.prompt_lengths)
+        return await self._prove(version, ours)
+
+    async def _prove(self, version: int, ours: list[list[float]]) -> float:
         sequences, lengths = self._canary.sequences, self._canary.prompt_lengths
         theirs = await self._receivers.score(sequences, lengths, self._deadline_s)
-        ours = await self._learner.score(sequences, lengths)
         gaps = {name: largest_gap(ours, scores) for name, scores in theirs.items()}
         worst = max(gaps, key=gaps.__getitem__)
         if not gaps[worst] <= self._tolerance:
@@ -127,6 +164,7 @@ class Publisher:
                 "Its weights are not the learner's: the run stops before a token of them is "
                 "trained on."
             )
+        self.proved = version
         return gaps[worst]
 
 

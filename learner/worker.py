@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,47 +50,46 @@ def _ray_put(value: Any) -> Any:
     return ray.put(value)
 
 
+@dataclass(frozen=True)
+class LearnerJob:
+    """What a run asks of the learner; the same on every rank."""
+
+    model: ModelConfig
+    learner: LearnerConfig
+    algorithm: AlgorithmConfig
+    correction_kind: str
+    max_completion_tokens: int
+    temperature: float
+    """Of sampling; log-probabilities in the loss are taken at it."""
+    seed: int
+    total_steps: int
+    """Learner steps of the run, for the learning-rate schedule."""
+    primary_verifier: str
+    """Name used in errors about rewards."""
+    bucket_mib: int
+    """Largest weight bucket of `export_weights`."""
+    tokens_per_microbatch: int
+    """The row budget (`batch.tokens_per_microbatch`)."""
+
+
 class LearnerWorker:
     """A rank: construct, `setup`, then `step` and `export_weights` in turns.
 
     Args:
-        tokens_per_microbatch: the row budget (`batch.tokens_per_microbatch`).
-        temperature: of sampling; log-probabilities in the loss are taken at it.
-        total_steps: learner steps of the run, for the learning-rate schedule.
-        primary_verifier: name used in errors about rewards.
-        bucket_mib: largest weight bucket of `export_weights`.
         put: stores a weight buffer and returns its reference.
     """
 
-    def __init__(
-        self,
-        model: ModelConfig,
-        learner: LearnerConfig,
-        algorithm: AlgorithmConfig,
-        correction_kind: str,
-        max_completion_tokens: int,
-        temperature: float,
-        seed: int,
-        rank: int,
-        total_steps: int,
-        primary_verifier: str,
-        bucket_mib: int,
-        tokens_per_microbatch: int = 4096,
-        put: Callable[[Any], Any] = _ray_put,
-    ) -> None:
-        self._model_config = model
-        self._config = learner
-        self._algorithm = algorithm
-        self._recipe = Recipe(algorithm, correction_kind, max_completion_tokens)
-        self._temperature = temperature
-        self._seed = seed
+    def __init__(self, job: LearnerJob, rank: int, put: Callable[[Any], Any] = _ray_put) -> None:
         self._rank = rank
-        self._total_steps = total_steps
-        self._primary_verifier = primary_verifier
-        self._bucket_bytes = bucket_mib * 2**20
-        self._tokens_per_microbatch = tokens_per_microbatch
         self._put = put
-        self._dtype = DTYPES[model.dtype]
+        self.begin(job)
+
+    def begin(self, job: LearnerJob) -> None:
+        """Start over for another run in the same process; `setup` follows."""
+        self._job = job
+        self._config = job.learner
+        self._recipe = Recipe(job.algorithm, job.correction_kind, job.max_completion_tokens)
+        self._dtype = DTYPES[job.model.dtype]
         self._device = torch.device("cpu")
         self._store: TCPStore | None = None
         self._trainer: Trainer | None = None
@@ -116,7 +115,7 @@ class LearnerWorker:
         """
         if self._config.threads is not None:
             torch.set_num_threads(self._config.threads)
-        fsdp.seed_everything(self._seed + self._rank)
+        fsdp.seed_everything(self._job.seed + self._rank)
         self._device = fsdp.pick_device(self._config.device, self._rank)
         if self._device.type == "cpu":
             fsdp.keep_freed_memory()
@@ -146,14 +145,14 @@ class LearnerWorker:
         """Rank 0 reads the weights and hands out the shards; `dtype` is that of the shards."""
         reader = self._rank == 0
         policy, gap = load_policy(
-            self._model_config,
+            self._job.model,
             dtype,
             chunk_tokens=self._config.vocabulary_chunk_tokens,
-            temperature=self._temperature,
+            temperature=self._job.temperature,
             weights=reader,
         )
         gap = fsdp.gather_objects(gap)[0]
-        check_policy(gap, dtype, self._model_config.path)
+        check_policy(gap, dtype, self._job.model.path)
         policy.model.requires_grad_(trainable)
         if trainable and self._config.activation_checkpointing:
             checkpoint_activations(policy.layers)
@@ -179,12 +178,12 @@ class LearnerWorker:
             config=self._config,
             mesh=mesh,
             device=self._device,
-            temperature=self._temperature,
-            tokens_per_microbatch=self._tokens_per_microbatch,
-            epochs=self._algorithm.objective.epochs,
-            total_steps=self._total_steps,
+            temperature=self._job.temperature,
+            tokens_per_microbatch=self._job.tokens_per_microbatch,
+            epochs=self._job.algorithm.objective.epochs,
+            total_steps=self._job.total_steps,
             keep_gathered=fsdp.gather_once(policy.model, mesh),
-            primary_verifier=self._primary_verifier,
+            primary_verifier=self._job.primary_verifier,
         )
 
     @property
@@ -222,7 +221,7 @@ class LearnerWorker:
             return []
         buckets = [
             replace(bucket, ref=self._put(bucket.ref))
-            for bucket in pack_tensors(tensors, self._bucket_bytes)
+            for bucket in pack_tensors(tensors, self._job.bucket_mib * 2**20)
         ]
         log.debug("weights %d: %d buckets", version, len(buckets))
         return buckets
@@ -272,7 +271,7 @@ class LearnerWorker:
         schedule = {
             "kind": self._config.schedule,
             "warmup_steps": self._config.warmup_steps,
-            "total_steps": self._total_steps,
+            "total_steps": self._job.total_steps,
             "learning_rate": self._config.learning_rate,
         }
         state = TrainerState(trainer.step, schedule, self._recipe.state_dict(), extra)
@@ -281,7 +280,7 @@ class LearnerWorker:
             trainer.policy,
             trainer.optimizer,
             state,
-            source=self._model_config.path,
+            source=self._job.model.path,
             dtype=self._dtype,
         )
 
@@ -294,9 +293,11 @@ class LearnerWorker:
         return state.extra
 
     def shutdown(self) -> None:
-        """Leave the process group."""
+        """Leave the process group and let go of the policy; `begin` may follow."""
+        self._trainer = self._transport = None
         if dist.is_initialized():
             dist.destroy_process_group()
+        fsdp.release_freed_memory()
 
 
 def _fetch(batches: Sequence[Any]) -> list[pa.RecordBatch]:

@@ -16,6 +16,7 @@ def receipt(group_id: int, dispatched_at: int, oldest_token: int) -> GroupReceip
         batch_ref=None,
         dispatch_version=dispatched_at,
         min_version=oldest_token,
+        max_version=oldest_token,
         num_completions=2,
         num_tokens=10,
         reward_mean=0.5,

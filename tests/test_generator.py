@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from actors.engine import Completion
@@ -31,16 +32,23 @@ def request(**changes: Any) -> GroupRequest:
 
 
 class FakeEngine:
-    """Answers with the prompt's length, so that a test sees what was asked."""
+    """Answers with the prompt's length after `delays[i]` seconds, in order of asking."""
 
-    def __init__(self) -> None:
-        self.asked: list[tuple[list[int], int, dict[str, Any]]] = []
+    def __init__(self, delays: Sequence[float] = ()) -> None:
+        self.asked: list[tuple[list[int], dict[str, Any]]] = []
+        self.delays = list(delays)
+        self.aborted = 0
 
     async def generate(
-        self, request_id: str, prompt_ids: list[int], n: int, sampling: dict[str, Any]
-    ) -> list[Completion]:
-        self.asked.append((prompt_ids, n, sampling))
-        return [Completion([len(prompt_ids)] * 2, [-0.5, -0.25], [3, 4], "stop")] * n
+        self, request_id: str, prompt_ids: list[int], sampling: dict[str, Any]
+    ) -> Completion:
+        self.asked.append((prompt_ids, sampling))
+        try:
+            await asyncio.sleep(self.delays.pop(0) if self.delays else 0.0)
+        except asyncio.CancelledError:
+            self.aborted += 1
+            raise
+        return Completion([len(prompt_ids)] * 2, [-0.5, -0.25], [3, 4], "stop")
 
 
 class FakeTokenizer:
@@ -48,26 +56,53 @@ class FakeTokenizer:
         return [" ".join(map(str, tokens)) for tokens in ids]
 
 
-def sample(group: GroupRequest) -> tuple[Any, FakeEngine]:
-    generator = Generator("g", ModelConfig(path="x"), GeneratorConfig(), "object_store", 0, 0, None)
-    engine = FakeEngine()
+def batches_of(
+    group: GroupRequest, engine: FakeEngine, config: GeneratorConfig | None = None
+) -> list[Any]:
+    generator = Generator(
+        "g", ModelConfig(path="x"), config or GeneratorConfig(), "object_store", 0, 0, None
+    )
     generator._engine = engine  # type: ignore[assignment]
     generator._tokenizer = FakeTokenizer()
-    batch, num_tokens = asyncio.run(generator.generate_group(group))
-    assert num_tokens == len(batch.column("token_ids").flatten())
+
+    async def collect() -> list[Any]:
+        return [batch async for batch in generator.generate_group(group)]
+
+    return asyncio.run(collect())
+
+
+def sample(group: GroupRequest) -> tuple[Any, FakeEngine]:
+    engine = FakeEngine()
+    (batch,) = batches_of(group, engine)
     return batch, engine
 
 
-def test_a_plain_group_is_one_request_of_n_completions() -> None:
+def test_a_plain_group_is_one_batch_of_n_completions() -> None:
     batch, engine = sample(request())
-    assert engine.asked == [([1, 2], 4, {"temperature": 1.0, "max_tokens": 10})]
+    assert engine.asked == [([1, 2], {"temperature": 1.0, "max_tokens": 10})] * 4
     assert batch.schema.equals(rollout_schema())
+    assert batch.column("completion_index").to_pylist() == [0, 1, 2, 3]
     assert batch.column("guidance_length").to_pylist() == [0] * 4
+
+
+def test_a_straggler_does_not_hold_up_the_verification_of_the_others() -> None:
+    first, last = batches_of(request(), FakeEngine([0.0, 1.3, 0.1, 0.0]))
+    assert first.column("completion_index").to_pylist() == [0, 2, 3]
+    assert last.column("completion_index").to_pylist() == [1]
+
+
+def test_beyond_the_cap_what_is_unfinished_is_aborted_and_left_out() -> None:
+    engine = FakeEngine([0.0, 60.0, 0.0, 60.0])
+    config = GeneratorConfig(group_cap_s=0.2)
+    (batch,) = batches_of(request(), engine, config)
+    assert batch.column("completion_index").to_pylist() == [0, 2]
+    assert engine.aborted == 2
+    assert batches_of(request(), FakeEngine([60.0] * 4), config) == []
 
 
 def test_guidance_leads_the_last_completions_and_counts_towards_their_length() -> None:
     batch, engine = sample(request(guidance_ids=(7, 8, 9), num_guided=1))
-    assert engine.asked[1] == ([1, 2, 7, 8, 9], 1, {"temperature": 1.0, "max_tokens": 7})
+    assert engine.asked[3] == ([1, 2, 7, 8, 9], {"temperature": 1.0, "max_tokens": 7})
     rows = batch.to_pylist()
     assert [row["token_ids"] for row in rows] == [[2, 2]] * 3 + [[7, 8, 9, 5, 5]]
     guided = rows[3]
@@ -87,7 +122,7 @@ def test_unmasked_guidance_is_trained_on_but_has_no_behaviour_logprob() -> None:
 
 
 def test_an_empty_completion_keeps_its_row() -> None:
-    batch = rollout_batch(request(), [Completion([], [], [], "stop")], [""], "g")
+    batch = rollout_batch(request(), {0: Completion([], [], [], "stop")}, [""], "g")
     assert batch.column("token_ids").to_pylist() == [[]]
     guided = with_guidance(Completion([], [], [], "stop"), [4], 3)
     assert len(guided.weight_versions) == len(guided.token_ids) == 1

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 from test_budget import receipt
 
-from common.errors import RunError
-from deploy.run import until_learner_ends
+from common.errors import RunError, WeightsError
+from deploy.run import first_cause, until_learner_ends
 from learner.loop import LearnerLoop, Schedule
+from learner.publish import Exported
 
 SCHEDULE = Schedule(
     first_step=0,
@@ -29,10 +30,14 @@ class Recorder:
     def __init__(self) -> None:
         self.calls: list[str] = []
         self.records: dict[int, dict[str, float]] = {}
+        self.proved = -1
+        self.deliverable = asyncio.Event()
+        self.deliverable.set()
+        self.newest_token = 0
 
     async def take(self, version: int, deadline_s: float) -> list[Any]:
         self.calls.append(f"take {version}")
-        return [receipt(0, version, version)]
+        return [receipt(0, version, self.newest_token)]
 
     def observe(self, step: int, metrics: dict[str, float]) -> dict[str, float]:
         assert "loss/policy" in metrics
@@ -45,12 +50,19 @@ class Recorder:
         self.calls.append(f"step {version}")
         return {"loss/policy": 0.5}
 
-    async def publish(self, version: int) -> dict[str, float]:
-        self.calls.append(f"publish {version}")
+    async def export(self, version: int) -> Exported:
+        self.calls.append(f"export {version}")
+        return Exported(version, None, [], 0.1)
+
+    async def deliver(self, exported: Exported) -> dict[str, float]:
+        await self.deliverable.wait()
+        self.calls.append(f"deliver {exported.version}")
+        self.proved = exported.version
         return {"time/publish": 0.1}
 
     async def prove(self, version: int) -> float:
         self.calls.append(f"prove {version}")
+        self.proved = version
         return 0.0
 
     async def run(self, step: int) -> dict[str, float]:
@@ -65,9 +77,8 @@ class Recorder:
         self.records[step] = metrics
 
 
-def run(schedule: Schedule) -> Recorder:
-    parts: Any = Recorder()
-    loop = LearnerLoop(
+def loop_over(parts: Any, schedule: Schedule) -> LearnerLoop:
+    return LearnerLoop(
         learner=parts,
         publisher=parts,
         groups=parts,
@@ -76,15 +87,68 @@ def run(schedule: Schedule) -> Recorder:
         record=parts.record,
         schedule=schedule,
     )
-    asyncio.run(loop.run())
+
+
+def run(schedule: Schedule) -> Recorder:
+    parts = Recorder()
+    asyncio.run(loop_over(parts, schedule).run())
     return parts
 
 
-def test_a_step_takes_trains_publishes_and_only_then_releases() -> None:
+def test_a_step_takes_trains_exports_delivers_and_only_then_releases() -> None:
     calls = run(replace(SCHEDULE, last_step=1, eval_every=0, checkpoint_every=0)).calls
     assert calls == [
-        *("prove 0", "eval 0", "take 0", "step 0", "publish 1", "release", "eval 1", "save 1")
+        *("prove 0", "eval 0", "take 0", "step 0", "export 1", "save 1"),
+        *("deliver 1", "release", "eval 1"),
     ]
+
+
+def calls_while_the_first_delivery_hangs(newest_token: int) -> list[str]:
+    """What the loop does until it can do no more, with version 1 not arriving."""
+
+    async def main() -> list[str]:
+        parts = Recorder()
+        parts.deliverable.clear()
+        parts.newest_token = newest_token
+        task = asyncio.create_task(
+            loop_over(parts, replace(SCHEDULE, eval_every=0, checkpoint_every=0)).run()
+        )
+        for _ in range(100):
+            await asyncio.sleep(0)
+        calls = list(parts.calls)
+        parts.deliverable.set()
+        await task
+        assert [c for c in parts.calls if c.startswith("deliver")] == [
+            f"deliver {version}" for version in range(1, 5)
+        ]
+        return calls
+
+    return asyncio.run(main())
+
+
+def test_the_next_step_trains_while_the_generators_still_load() -> None:
+    calls = calls_while_the_first_delivery_hangs(newest_token=0)
+    assert calls[2:] == ["take 0", "step 0", "export 1", "take 1", "step 1"]
+
+
+def test_a_token_of_an_unproved_version_waits_for_its_proof() -> None:
+    calls = calls_while_the_first_delivery_hangs(newest_token=1)
+    assert calls[2:] == ["take 0", "step 0", "export 1", "take 1"]
+
+
+def test_a_failed_delivery_ends_the_loop_even_while_it_waits_for_groups() -> None:
+    class Broken(Recorder):
+        async def deliver(self, exported: Exported) -> dict[str, float]:
+            raise WeightsError("corrupt")
+
+        async def take(self, version: int, deadline_s: float) -> list[Any]:
+            if version > 0:
+                await asyncio.sleep(60.0)
+            return await super().take(version, deadline_s)
+
+    with pytest.raises(ExceptionGroup) as caught:
+        asyncio.run(asyncio.wait_for(loop_over(Broken(), SCHEDULE).run(), 5.0))
+    assert isinstance(first_cause(caught.value), WeightsError)
 
 
 def test_evaluations_and_checkpoints_fall_on_their_steps_and_on_the_last() -> None:
@@ -101,7 +165,7 @@ def test_evaluations_and_checkpoints_fall_on_their_steps_and_on_the_last() -> No
 
 def test_a_resumed_run_does_not_evaluate_or_train_its_past_again() -> None:
     parts = run(replace(SCHEDULE, first_step=3))
-    assert parts.calls[0] == "take 3"
+    assert parts.calls[:2] == ["prove 3", "take 3"]
     assert sorted(parts.records) == [4]
 
 

@@ -22,7 +22,7 @@ from common.weights import pack_tensors, unpack_tensors
 from learner.model import Policy, check_policy, load_policy
 from learner.packing import StepBatch
 from learner.step import learning_rate
-from learner.worker import LearnerWorker
+from learner.worker import LearnerJob, LearnerWorker
 
 SHAPES = [(9, [5, 12, 3, 7]), (4, [20, 2]), (17, [3, 3, 8]), (6, [10] * 4)]
 DEADLINE_S = 120.0
@@ -35,21 +35,20 @@ def make_worker(folder: Path, rank: int = 0, ranks: int = 1, **changes: Any) -> 
         section = learner if hasattr(learner, name) else algorithm.objective
         if hasattr(section, name):
             setattr(section, name, value)
-    return LearnerWorker(
-        ModelConfig(path=str(folder), dtype=changes.get("dtype", "float32")),
-        learner,
-        changes.get("algorithm", algorithm),
-        "tis",
+    job = LearnerJob(
+        model=ModelConfig(path=str(folder), dtype=changes.get("dtype", "float32")),
+        learner=learner,
+        algorithm=changes.get("algorithm", algorithm),
+        correction_kind="tis",
         max_completion_tokens=48,
         temperature=0.9,
         seed=0,
-        rank=rank,
         total_steps=10,
         primary_verifier="test",
         bucket_mib=1,
         tokens_per_microbatch=changes.get("tokens_per_microbatch", 64),
-        put=lambda buffer: buffer,
     )
+    return LearnerWorker(job, rank, put=lambda buffer: buffer)
 
 
 @contextmanager
@@ -198,6 +197,18 @@ def test_two_ranks_equal_one(folder: Path, baseline, budget: int) -> None:
         }
     assert results[1][1] == {}
     assert_same_training(results[0], baseline)
+
+
+def test_a_second_run_in_the_same_process_knows_nothing_of_the_first(
+    folder: Path, baseline
+) -> None:
+    with worker(folder, kl=0.1, learning_rate=1e-2, seed=5) as made:
+        _train_work(made)
+        made.shutdown()
+        made.begin(make_worker(folder)._job)
+        made.setup(*made.rendezvous_address())
+        again = _train_work(made)
+    assert_same_training(again, baseline)
 
 
 def test_bfloat16_follows_float32(folder: Path, baseline) -> None:

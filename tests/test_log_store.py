@@ -30,10 +30,10 @@ def group(group_id: int, tokens: int = 3) -> pa.RecordBatch:
         dispatch_version=4,
         dispatched_s=100.0,
     )
-    completions = [
-        Completion([7] * tokens, [-0.5] * tokens, [4] * (tokens - 1) + [5], "stop"),
-        Completion([8], [-1.5], [4], "length"),
-    ]
+    completions = {
+        0: Completion([7] * tokens, [-0.5] * tokens, [4] * (tokens - 1) + [5], "stop"),
+        1: Completion([8], [-1.5], [4], "length"),
+    }
     return rollout_batch(request, completions, ["a", "b"], "generator-0")
 
 

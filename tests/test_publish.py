@@ -46,7 +46,15 @@ def publish(scores: dict[str, list[list[float]]], tolerance: float = 0.1) -> dic
     learner, generators = FakeLearner(), FakeGenerators(scores)
     send = ThroughObjectStore(learner, generators, 1.0)  # type: ignore[arg-type]
     publisher = Publisher(learner, generators, send, CANARY, tolerance, 1.0)  # type: ignore[arg-type]
-    return asyncio.run(publisher.publish(3))
+
+    async def both_halves() -> dict[str, float]:
+        exported = await publisher.export(3)
+        assert (learner.exported, generators.updated) == ([3], [])
+        return await publisher.deliver(exported)
+
+    metrics = asyncio.run(both_halves())
+    assert publisher.proved == generators.version == 3
+    return metrics
 
 
 def test_the_canary_scores_the_end_of_each_prompt_but_never_its_first_token() -> None:

@@ -12,27 +12,19 @@ from pathlib import Path
 
 from common.config_loader import load_config
 from common.log_store import read_log
+from deploy.cluster import learner_job
 from deploy.models import resolve_model
 from learner.worker import LearnerWorker
 
 
 def main(run: Path) -> None:
     config = load_config([run / "config.yaml"], [], resolved=True)
-    learner = replace(config.learner, ranks=1, threads=1)
-    worker = LearnerWorker(
-        replace(config.model, path=str(resolve_model(config.model.path))),
-        learner,
-        config.algorithm,
-        config.correction_kind,
-        config.generator.max_completion_tokens,
-        config.generator.temperature,
-        config.seed,
-        0,
-        config.steps,
-        config.verifier.rules[0].name,
-        config.weights.bucket_mib,
-        config.batch.tokens_per_microbatch,
+    config = replace(
+        config,
+        model=replace(config.model, path=str(resolve_model(config.model.path))),
+        learner=replace(config.learner, ranks=1, threads=1),
     )
+    worker = LearnerWorker(learner_job(config), 0)
     worker.setup(*worker.rendezvous_address())
     groups = [
         b for b in read_log(run / "trajectories") if b.column("dispatch_version")[0].as_py() == 0
