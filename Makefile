@@ -3,7 +3,7 @@ VENV ?= .venv
 export VENV PYTHON ENGINE
 RUN = $(VENV)/bin/python
 
-.PHONY: train test test-recipes lint compare setup clean
+.PHONY: train test test-recipes lint compare bench bench-long setup clean
 
 train: setup
 	$(RUN) -m deploy.cli train --config deploy/configs/smollm2.yaml $(ARGS)
@@ -18,6 +18,15 @@ test-recipes: setup
 # About two hours on two cores; what is finished is not run again.
 compare: setup
 	$(RUN) tests/bench/compare.py guidance staleness recipes $(ARGS)
+
+# Every figure of speed as a ratio to something measured beside it.
+bench: setup
+	@bash tests/bench/peer_setup.sh
+	$(RUN) tests/bench/bench.py $(ARGS)
+
+bench-long: setup
+	@bash tests/bench/peer_setup.sh
+	$(RUN) tests/bench/bench.py --long $(ARGS)
 
 lint: setup
 	$(VENV)/bin/ruff check .

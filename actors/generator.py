@@ -25,7 +25,7 @@ from common.weights import WeightBucket
 
 _SHARED_MEMORY = Path("/dev/shm")
 
-_GATHER_S = 1.0
+_GATHER_S = 2.0
 """Completions that end within this time of each other are verified together."""
 
 
@@ -76,7 +76,7 @@ class Generator:
     async def generate_group(self, request: GroupRequest) -> AsyncIterator[pa.RecordBatch]:
         """Sample one group; its completions under `common.schema.rollout_schema` as they end.
 
-        A batch holds those that ended within a second, so that a straggler holds up the
+        A batch holds those that ended within two seconds, so that a straggler holds up the
         verification of no other, and a group of equal lengths is one batch. With
         `generator.group_cap_s` those not done by then are aborted and are in no batch.
         """

@@ -18,8 +18,10 @@ from omegaconf import MISSING
 class ModelConfig:
     path: str = MISSING
     """A Hugging Face folder, a hub name, or `builtin:NAME` (see `deploy.models`)."""
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Compute type of learner and generator; master weights are always float32."""
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    """Compute type of learner and generator; master weights are always float32. `auto`: bfloat16 on
+    CUDA and on CPUs that multiply in it (AVX512-BF16, AMX), float32 on others, where bfloat16 is
+    emulated and several times slower."""
     max_length: int = 512
     """Context: prompt plus completion, in tokens."""
     trust_remote_code: bool = False
@@ -271,6 +273,13 @@ class CheckpointConfig:
 
 
 @dataclass
+class PlacementConfig:
+    cores: Literal["auto", "split", "shared"] = "auto"
+    """CPU only. `split`: disjoint cores for generators and learner; `shared`: all cores to both;
+    `auto` decides (see `deploy.placement`)."""
+
+
+@dataclass
 class RayConfig:
     address: str = "local"
     """`local` starts a cluster of its own; `auto` inside a Ray job; `host:port` or `ray://`."""
@@ -299,6 +308,7 @@ class Config:
     weights: WeightsConfig = field(default_factory=WeightsConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    placement: PlacementConfig = field(default_factory=PlacementConfig)
     ray: RayConfig = field(default_factory=RayConfig)
 
     @property
@@ -326,7 +336,7 @@ class Config:
     def canary_tolerance(self) -> float:
         if self.weights.canary_tolerance is not None:
             return self.weights.canary_tolerance
-        return 0.2 if self.model.dtype == "bfloat16" else 1e-3
+        return 1e-3 if self.model.dtype == "float32" else 0.2
 
     @property
     def correction_kind(self) -> str:

@@ -81,9 +81,10 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _plan(options: argparse.Namespace) -> int:
-    config = _load(options)
-    from deploy.placement import available_cores, plan_cores
+    from deploy.placement import available_cores, plan_cores, with_compute_dtype
     from deploy.plan import describe
+
+    config = with_compute_dtype(_load(options))
 
     cores = available_cores()
     print(describe(config, plan_cores(config, cores, []), len(cores)))

@@ -122,7 +122,9 @@ def start_actors(config: Config, cores: CorePlan, cuda: bool, version: int) -> A
     }
     job = learner_job(config)
     learners = [
-        LearnerActor.options(**options.learner).remote(job, rank)
+        LearnerActor.options(**options.learner).remote(
+            job, rank, cores.learner_cores[rank] if not cuda else None
+        )
         for rank in range(config.learner.ranks)
     ]
     return Actors(generators, verifiers, learners)

@@ -22,6 +22,7 @@ from common.metrics import JsonlSink, Metrics, TensorBoardSink
 from deploy.cluster import Actors, start_stream
 from deploy.display import Display, make_display
 from deploy.models import resolve_model
+from deploy.placement import with_compute_dtype
 from deploy.run_dir import RunDirectory
 from deploy.service import Service
 from learner.group import LearnerGroup
@@ -47,9 +48,12 @@ class Run:
             self._display.event(f"run directory {self._run.path}")
             folder = self._model_folder()
             source = self._prompt_source(folder)
-            config = replace(self._config, model=replace(self._config.model, path=folder))
-            actors, used = await self._service.open(config, self._first_step, self._display.event)
-            stream = start_stream(config, self._run.path)
+            config = with_compute_dtype(self._config)
+            self._config = replace(config, model=replace(config.model, path=folder))
+            actors, used = await self._service.open(
+                self._config, self._first_step, self._display.event
+            )
+            stream = start_stream(self._config, self._run.path)
             try:
                 return await self._train(actors, stream, source, used)
             except ExceptionGroup as group:

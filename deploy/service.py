@@ -119,5 +119,6 @@ def _described(config: Config, cores: CorePlan) -> str:
     return (
         f"starting {config.generator.count} generator(s) of {cores.generator_threads} "
         f"thread(s), {config.learner.ranks} learner rank(s) of {cores.learner_threads} "
-        f"thread(s), {config.verifier.workers} verifier(s) ({cores.reason})"
+        f"thread(s), {config.verifier.workers} verifier(s), in {config.model.dtype} "
+        f"({cores.reason})"
     )

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -22,11 +22,13 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from common.config import ModelConfig
 from common.errors import UserError
 from learner.attention import ATTENTION_NAME
 from learner.logprobs import HeadRequest, LogitTransform, LogprobHead
 from learner.packing import PackedRow, pack_row
+
+if TYPE_CHECKING:
+    from common.config import ModelConfig
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 

@@ -20,15 +20,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 import torch
 from torch import Tensor
 
 from learner.attention import PackedLayout, SegmentLengths, build_layout
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
@@ -98,7 +100,7 @@ def _flat(batches: Sequence[pa.RecordBatch], name: str) -> npt.NDArray[Any]:
 
 
 def _nullable(batches: Sequence[pa.RecordBatch], name: str) -> Floats:
-    columns = [b.column(name).cast(pa.float64()).to_numpy(zero_copy_only=False) for b in batches]
+    columns = [b.column(name).cast("float64").to_numpy(zero_copy_only=False) for b in batches]
     return np.concatenate(columns)
 
 

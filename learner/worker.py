@@ -76,10 +76,19 @@ class LearnerWorker:
     """A rank: construct, `setup`, then `step` and `export_weights` in turns.
 
     Args:
+        cores: CPU cores of this process; None leaves it where it is.
         put: stores a weight buffer and returns its reference.
     """
 
-    def __init__(self, job: LearnerJob, rank: int, put: Callable[[Any], Any] = _ray_put) -> None:
+    def __init__(
+        self,
+        job: LearnerJob,
+        rank: int,
+        cores: list[int] | None = None,
+        put: Callable[[Any], Any] = _ray_put,
+    ) -> None:
+        if cores is not None:
+            os.sched_setaffinity(0, cores)
         self._rank = rank
         self._put = put
         self.begin(job)

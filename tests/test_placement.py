@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from common.config_loader import load_config
+from common.errors import UserError
 from deploy.placement import CorePlan, actor_options, cpus_needed, plan_cores
 
 
@@ -25,6 +26,14 @@ def test_small_machines_share_every_core_and_turns_need_no_division() -> None:
     for found in (plan(2), plan(8, "generator.max_staleness=0")):
         assert found.generator_cores == found.learner_cores
         assert found.generator_threads == found.learner_threads == len(found.learner_cores[0] or [])
+
+
+def test_a_split_can_be_forced_and_is_refused_where_it_cannot_be() -> None:
+    found = plan(2, "placement.cores=split")
+    assert (found.generator_cores, found.learner_cores) == ([[0]], [[1]])
+    assert plan(8, "placement.cores=shared").learner_threads == 8
+    with pytest.raises(UserError, match="1 generator.s. and 2 learner"):
+        plan(2, "placement.cores=split", "learner.ranks=2")
 
 
 def test_ranks_that_share_cores_share_their_threads_too() -> None:

@@ -1,0 +1,76 @@
+"""Every figure of the project's speed as a ratio: `make bench`, `make bench-long`.
+
+    python tests/bench/bench.py [--long] [--only NAME ...] [--save-baseline]
+
+Each script of rows runs in a process of its own with a deadline. Exit status 1 when a row misses
+its target or falls behind its committed baseline.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from harness import RESULTS, ROOT, Baseline, Row, machine, table
+
+HERE = Path(__file__).parent
+SHORT = ("maths", "learner", "stream", "generator", "overlap", "peer")
+LONG = ("memory", "peer_accuracy")
+DEADLINE_S = {"peer": 1200, "memory": 3600, "peer_accuracy": 10_800}
+
+
+def run(name: str) -> list[Row]:
+    """The rows of one script; a failed script is one failed row."""
+    print(f"... {name}", flush=True)
+    deadline_s = DEADLINE_S.get(name, 600)
+    failure = f"the script gave nothing within {deadline_s} s"
+    try:
+        done = subprocess.run(
+            [sys.executable, str(HERE / f"rows_{name}.py")],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=deadline_s,
+        )
+    except subprocess.TimeoutExpired:
+        return [Row(name, "", [], 0.0, True, failure=failure)]
+    if done.returncode != 0:
+        lines = [line for line in done.stderr.splitlines() if line.strip()]
+        return [Row(name, "", [], 0.0, True, failure=lines[-1] if lines else "no message")]
+    return [Row(**row) for row in json.loads(done.stdout.splitlines()[-1])]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--long", action="store_true")
+    parser.add_argument("--only", nargs="+", default=[])
+    parser.add_argument("--save-baseline", action="store_true")
+    options = parser.parse_args()
+    kind = "long" if options.long else "short"
+    names = options.only or (LONG if options.long else SHORT)
+    rows = [row for name in names for row in run(name)]
+    name = f"cpu-{kind}"
+    baseline = Baseline.load(name)
+    text = table(rows, baseline)
+    holding = sum(row.meets_target() for row in rows)
+    regressed = [row.name for row in rows if row.regressed(baseline.values.get(row.name))]
+    last = f"{holding} of {len(rows)} rows hold"
+    if regressed:
+        last += f"; fallen behind their baseline: {', '.join(regressed)}"
+    print(f"\n{text}\n\n{last}")
+    if not options.only:
+        RESULTS.mkdir(exist_ok=True)
+        data = {"machine": machine(), "rows": [vars(row) for row in rows]}
+        (RESULTS / f"bench-{kind}.json").write_text(json.dumps(data, indent=1) + "\n")
+        (RESULTS / f"bench-{kind}.md").write_text(f"{json.dumps(machine())}\n\n{text}\n\n{last}\n")
+        if options.save_baseline:
+            Baseline.save(name, rows)
+    return 0 if holding == len(rows) and not regressed else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,157 @@
+"""The generator actor against vLLM offline, and how long a weight update stops it.
+
+The tiny model is the hard case: a token costs it so little that everything else shows.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from pathlib import Path
+
+import numpy as np
+import ray
+from harness import Row, emit
+
+os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"
+from common.config_loader import load_config
+from common.trajectory import GroupRequest
+from common.weights import pack_tensors
+from deploy.cluster import connect, disconnect, start_actors
+from deploy.cpu_runtime import preload_libraries
+from deploy.models import resolve_model
+from deploy.placement import available_cores, plan_cores
+
+CONFIGS = Path(__file__).resolve().parents[2] / "deploy" / "configs"
+GROUPS, SIZE, TOKENS, REPEATS = 32, 8, 96, 5
+
+
+def main() -> None:
+    folder = str(resolve_model("builtin:tiny-chain-sum"))
+    config = load_config([CONFIGS / "tiny.yaml"], [f"model.path={folder}"], CONFIGS / "recipes")
+    cores = plan_cores(config, available_cores(), preload_libraries())
+    connect(config, cores)
+    actors = start_actors(config, cores, cuda=False, version=0)
+    (generator,) = actors.generators.values()
+    ray.get(generator.start.remote(), timeout=300)
+    draw = np.random.default_rng(0)
+    prompts = [draw.integers(3, 250, 24).tolist() for _ in range(GROUPS)]
+    rates = {"actor": [], "offline": []}
+    offline = Offline(folder, cores.generator_threads)
+    for repeat in range(REPEATS + 1):
+        for name, rate in (
+            ("offline", offline.rate(prompts)),
+            ("actor", actor_rate(generator, prompts, repeat)),
+        ):
+            if repeat:
+                rates[name].append(rate)
+    stalls, copies = publish_stalls(generator, folder)
+    ray.get(generator.shutdown.remote(), timeout=30)
+    disconnect(Path("/tmp"))
+    emit(
+        [
+            Row(
+                "generator actor, tokens per second, tiny model",
+                "vLLM offline, the same batch",
+                [a / b for a, b in zip(rates["actor"], rates["offline"], strict=True)],
+                0.85,
+                True,
+                f"{statistics.median(rates['actor']):.0f} against "
+                f"{statistics.median(rates['offline']):.0f} tokens/s, {GROUPS} x {SIZE}",
+            ),
+            Row(
+                "stall of generation per publish, tiny model",
+                "copy of the weights + 20 ms",
+                [stall / (copy + 0.02) for stall, copy in zip(stalls, copies, strict=True)],
+                2.0,
+                False,
+                f"{1e3 * statistics.median(stalls):.0f} ms against "
+                f"{1e3 * (statistics.median(copies) + 0.02):.0f} ms",
+            ),
+        ]
+    )
+
+
+class Offline:
+    """`LLM.generate` in this process, set up as the actor's engine is."""
+
+    def __init__(self, folder: str, threads: int) -> None:
+        os.environ |= {
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            "OMP_NUM_THREADS": str(threads),
+            "OMP_WAIT_POLICY": "PASSIVE",
+        }
+        from vllm import LLM
+
+        self._llm = LLM(
+            folder,
+            dtype="float32",
+            max_model_len=128,
+            max_num_seqs=256,
+            enforce_eager=True,
+            block_size=32,
+            kv_cache_memory_bytes=2**28,
+            distributed_executor_backend="uni",
+            disable_log_stats=True,
+        )
+
+    def rate(self, prompts: list[list[int]]) -> float:
+        from vllm import SamplingParams
+
+        sampling = SamplingParams(
+            n=SIZE, temperature=1.0, max_tokens=TOKENS, logprobs=0, detokenize=False
+        )
+        self._llm.reset_prefix_cache()
+        started = time.perf_counter()
+        done = self._llm.generate(
+            [{"prompt_token_ids": ids} for ids in prompts], sampling, use_tqdm=False
+        )
+        tokens = sum(len(output.token_ids) for each in done for output in each.outputs)
+        return tokens / (time.perf_counter() - started)
+
+
+def actor_rate(generator: object, prompts: list[list[int]], repeat: int) -> float:
+    """Every group asked for at once, as the loop does; batches stay in the object store."""
+    started = time.perf_counter()
+    streams = [
+        generator.generate_group.options(num_returns="streaming").remote(  # type: ignore[attr-defined]
+            GroupRequest(
+                *(index + GROUPS * repeat, "p", 0, "?", ids, "{}", SIZE, TOKENS, 1.0, 0),
+                time.time(),
+            )
+        )
+        for index, ids in enumerate(prompts)
+    ]
+    refs = [ref for stream in streams for ref in stream]
+    taken = time.perf_counter() - started
+    batches = ray.get(refs)
+    return sum(len(batch.column("token_ids").flatten()) for batch in batches) / taken
+
+
+def publish_stalls(generator: object, folder: str) -> tuple[list[float], list[float]]:
+    """(seconds generation stood still, seconds to copy the same bytes), a repeat each."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32")
+    tensors = [(n, p.detach()) for n, p in model.named_parameters()]
+    buckets = list(pack_tensors(iter(tensors), 2**26))
+    stored = [type(b)(**(vars(b) | {"ref": ray.put(b.ref)})) for b in buckets]
+    stalls, copies = [], []
+    for version in range(1, REPEATS + 2):
+        stall = ray.get(
+            generator.update_weights.remote(stored, version),  # type: ignore[attr-defined]
+            timeout=120,
+        )
+        started = time.perf_counter()
+        for bucket in buckets:
+            np.array(np.frombuffer(bucket.ref, np.uint8))
+        if version > 1:
+            stalls.append(stall)
+            copies.append(time.perf_counter() - started)
+    return stalls, copies
+
+
+if __name__ == "__main__":
+    main()

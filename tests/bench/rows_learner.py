@@ -1,0 +1,123 @@
+"""The learner against bare PyTorch on the same packed tokens."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from harness import Row, emit, ratio_of_times
+from made_up import verified_group
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from common.config import AlgorithmConfig, CreditConfig, LearnerConfig, ModelConfig
+from learner.packing import StepBatch, pack_microbatch
+from learner.traces import LambdaTrace, PackedAxis
+from learner.worker import LearnerJob, LearnerWorker
+
+VOCABULARY = 16_384
+
+
+def model_folder(folder: Path) -> Path:
+    """A Llama of 30M parameters, random."""
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=512,
+        intermediate_size=1408,
+        num_hidden_layers=6,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+    )
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    (folder / "tokenizer.json").write_text("{}")
+    return folder
+
+
+def worker(folder: Path) -> LearnerWorker:
+    job = LearnerJob(
+        model=ModelConfig(path=str(folder), dtype="float32"),
+        learner=LearnerConfig(
+            device="cpu",
+            learning_rate=1e-5,
+            packing="sequence",
+            threads=len(os.sched_getaffinity(0)),
+            credit_probe_every=0,
+        ),
+        algorithm=AlgorithmConfig(credit=CreditConfig(kind="lambda_trace")),
+        correction_kind="tis",
+        max_completion_tokens=512,
+        temperature=1.0,
+        seed=0,
+        total_steps=100,
+        primary_verifier="rule",
+        bucket_mib=64,
+        tokens_per_microbatch=2048,
+    )
+    made = LearnerWorker(job, 0, put=lambda buffer: buffer)
+    made.setup(*made.rendezvous_address())
+    return made
+
+
+def main() -> None:
+    draw = np.random.default_rng(0)
+    lengths = [draw.integers(60, 200, 8).tolist() for _ in range(4)]
+    groups = [verified_group(i, 40, each, VOCABULARY) for i, each in enumerate(lengths)]
+    with tempfile.TemporaryDirectory() as name:
+        folder = model_folder(Path(name))
+        made = worker(folder)
+        batch = StepBatch.from_record_batches(groups)
+        plan = made.trainer._plan(batch, np.ones(len(batch.group_B), dtype=np.bool_))
+        rows = [pack_microbatch(batch, segments, "cpu") for segments in plan.microbatches[0]]
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        tokens = sum(row.input_ids_1T.numel() for row in rows)
+
+        def bare() -> None:
+            """What a row costs without anything of ours: no optimiser, no loss, no boundaries."""
+            model.zero_grad()
+            for row in rows:
+                hidden = model.model(input_ids=row.input_ids_1T, use_cache=False)[0][0]
+                logits = model.lm_head(hidden[row.predictor_rows_N])
+                torch.nn.functional.cross_entropy(logits, row.labels_N).backward()
+
+        ratios, ours, plain = ratio_of_times(
+            lambda: made.step(groups, 0, 0), bare, 5, time.perf_counter
+        )
+        axis = PackedAxis(torch.from_numpy(batch.lengths_B))
+        x_N = torch.randn(len(batch.token_ids)).requires_grad_()
+        started = time.perf_counter()
+        for _ in range(10):
+            LambdaTrace(axis, "recent", 0.99).apply(x_N).sum().backward()
+        trace_share = (time.perf_counter() - started) / 10 / ours
+        made.shutdown()
+    emit(
+        [
+            Row(
+                "learner, packed tokens per second",
+                "bare forward and backward of the same rows",
+                [1 / ratio for ratio in ratios],
+                0.85,
+                True,
+                f"{tokens / ours:.0f} against {tokens / plain:.0f} tokens/s, optimiser included",
+            ),
+            Row(
+                "λ-trace, share of a learner step",
+                "the step",
+                [trace_share],
+                0.01,
+                False,
+                f"{1e3 * trace_share * ours:.2f} ms of {statistics.fmean([ours]):.2f} s",
+            ),
+        ]
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,73 @@
+"""Asynchronous against synchronous operation, generator and learner on a core each.
+
+As separate devices would be: the same pinning in both modes, work chosen so that generation and
+training take about equally long.
+"""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from harness import Row, emit
+from peer import train
+
+STEPS, SKIPPED = 14, 4
+KEYS = (
+    "recipe=grpo",
+    "placement.cores=split",
+    f"steps={STEPS}",
+    "eval.every=0",
+    "eval.prompts=8",
+    "checkpoint.every=0",
+    "batch.prompts_per_step=32",
+    "batch.group_size=16",
+    "batch.tokens_per_microbatch=8192",
+    "learner.vocabulary_chunk_tokens=4096",
+    "algorithm.objective.epochs=1",
+)
+
+
+def steps_of(*overrides: str) -> list[dict[str, Any]]:
+    with tempfile.TemporaryDirectory() as name:
+        _, records = train("tiny", Path(name), *KEYS, *overrides)
+    return [record for record in records if "grad_norm" in record][SKIPPED:]
+
+
+def main() -> None:
+    alone = steps_of("generator.max_staleness=0")
+    both = steps_of("generator.max_staleness=1")
+    generate = statistics.median(r["time/wait_data"] for r in alone)
+    learn = statistics.median(r["time/train"] for r in alone)
+    in_turns = statistics.median(r["time/step"] for r in alone)
+    times = [record["time/step"] for record in both]
+    figures = f"generation {generate:.2f} s, training {learn:.2f} s, in turns {in_turns:.2f} s, "
+    figures += f"overlapped {statistics.median(times):.2f} s a step of 512 completions"
+    # Pairs of steps: one waits when the other does not.
+    pairs = [(a + b) / 2 for a, b in zip(times[::2], times[1::2], strict=False)]
+    emit(
+        [
+            Row(
+                "step time, asynchronous, a core each",
+                "the longer of generation and training",
+                [pair / max(generate, learn) for pair in pairs],
+                1.15,
+                False,
+                figures,
+            ),
+            Row(
+                "completions per second, asynchronous, a core each",
+                "our own synchronous mode",
+                [in_turns / pair for pair in pairs],
+                1.5,
+                True,
+                figures,
+            ),
+        ]
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,41 @@
+"""Completions trained per second on SmolLM2, against TRL on the same prompts."""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+from pathlib import Path
+
+from harness import Row, emit
+from peer import prompts_of, train, trl
+
+from deploy.models import resolve_model
+
+STEPS = 4
+
+
+def main() -> None:
+    keys = (f"steps={STEPS}", "eval.every=0", "eval.prompts=8", "checkpoint.every=0")
+    with tempfile.TemporaryDirectory() as name:
+        config, records = train("smollm2", Path(name), *keys)
+        prompts = prompts_of(Path(name))
+    ours = [record["time/step"] for record in records if "grad_norm" in record][1:]
+    peer = trl(str(resolve_model(config.model.path)), config, prompts, steps=STEPS).seconds[1:]
+    completions = config.completions_per_step
+    emit(
+        [
+            Row(
+                "completions trained per second, SmolLM2",
+                "TRL 1.16 GRPOTrainer, 8 x 8",
+                [theirs / mine for mine, theirs in zip(ours, peer, strict=True)],
+                5.0,
+                True,
+                f"{completions / statistics.median(ours):.2f} against "
+                f"{completions / statistics.median(peer):.2f} completions/s",
+            )
+        ]
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,227 @@
+"""How the coordinator's cost grows: scripted generators and verifiers, everything else real.
+
+    python tests/bench/scaling.py
+
+No model: a scripted generator answers at once with completions of the wanted length. What is left
+is what the control plane and the data plane cost: seconds of the coordinator's processor and wall
+seconds a learner step, and the coordinator's memory. Writes scaling.md, .json and .png.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import time
+from collections.abc import AsyncIterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+import psutil
+import pyarrow as pa
+import ray
+from harness import RESULTS, machine
+
+mpl.use("Agg")
+import matplotlib.pyplot as plt
+
+from actors.engine import Completion
+from actors.generator import rollout_batch
+from actors.guidance import Guidance
+from actors.pools import GeneratorPool, VerifierPool
+from actors.prompts import Prompt
+from actors.rollout import RolloutLoop
+from common.config import Config
+from common.config_loader import load_config
+from common.schema import trajectory_schema
+from common.stream import TrajectoryStreamActor
+from common.trajectory import GroupRequest
+from common.waits import Waits
+
+STEPS, SKIPPED, PROMPTS = 8, 2, 16
+HOSTS = 2
+"""Processes behind the scripted generators: 64 of them would not fit a small machine."""
+
+
+class ScriptedGenerator:
+    """A group of `length` tokens a completion, at once."""
+
+    def __init__(self, length: int) -> None:
+        self._completion = Completion([5] * length, [-0.5] * length, [0] * length, "stop")
+
+    async def generate_group(self, request: GroupRequest) -> AsyncIterator[pa.RecordBatch]:
+        count = request.num_completions
+        yield rollout_batch(
+            request, dict.fromkeys(range(count), self._completion), [""] * count, "s"
+        )
+
+
+class ScriptedVerifier:
+    """Rewards 0 and 1 in turns."""
+
+    async def score_group(self, batch: pa.RecordBatch) -> tuple[pa.RecordBatch, int]:
+        rewards = pa.array([float(i % 2) for i in range(batch.num_rows)], pa.float32())
+        kinds = pa.array(["pass"] * batch.num_rows)
+        columns = [*batch.columns, rewards, kinds, rewards, rewards]
+        verified = pa.RecordBatch.from_arrays(columns, schema=trajectory_schema(["rule"]))
+        return verified, batch.num_rows
+
+
+class Prompts:
+    """One prompt, for ever."""
+
+    def next(self) -> Prompt:
+        return Prompt("p", 0, 0, "?", [1] * 32, "{}", None, None)
+
+    def encode(self, solution: str) -> list[int]:
+        return []
+
+    def state_dict(self, outstanding: object) -> dict[str, Any]:
+        return {}
+
+
+@dataclass(frozen=True)
+class Point:
+    group_size: int
+    tokens: int
+    generators: int
+    step_s: float
+    coordinator_s: float
+    coordinator_mib: float
+
+
+async def measure(config: Config, folder: Path, generators: int, tokens: int) -> Point:
+    hosts = [ray.remote(ScriptedGenerator).options(num_cpus=0, max_concurrency=1000).remote(tokens)]
+    hosts += [
+        ray.remote(ScriptedGenerator).options(num_cpus=0, max_concurrency=1000).remote(tokens)
+        for _ in range(HOSTS - 1)
+    ]
+    verifier = ray.remote(ScriptedVerifier).options(num_cpus=0, max_concurrency=1000).remote()
+    stream = TrajectoryStreamActor.options(num_cpus=0).remote(str(folder), ["rule"])
+    waits = Waits()
+    handles = {f"generator-{i}": hosts[i % HOSTS] for i in range(generators)}
+    loop = RolloutLoop(
+        config,
+        source=Prompts(),  # type: ignore[arg-type]
+        generators=GeneratorPool(handles, waits, 0),
+        verifiers=VerifierPool({"verifier-0": verifier}, waits),
+        stream=stream,
+        guidance=Guidance(config.algorithm.rollout.guidance, 1),
+        first_group_id=0,
+        waits=waits,
+    )
+    running = asyncio.create_task(loop.run())
+    walls, cpus, process = [], [], psutil.Process()
+    for step in range(STEPS):
+        wall, cpu = time.perf_counter(), time.process_time()
+        await loop.take(step, 300.0)
+        await loop.release()
+        if step >= SKIPPED:
+            walls.append(time.perf_counter() - wall)
+            cpus.append(time.process_time() - cpu)
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
+    for actor in (*hosts, verifier, stream):
+        ray.kill(actor)
+    return Point(
+        config.batch.group_size,
+        tokens,
+        generators,
+        float(np.median(walls)),
+        float(np.median(cpus)),
+        process.memory_info().rss / 2**20,
+    )
+
+
+def sweep(folder: Path) -> dict[str, list[Point]]:
+    """One quantity at a time, from 8 completions of 256 tokens on 4 generators."""
+    base = {"group_size": 8, "tokens": 256, "generators": 4}
+    ranges = {
+        "group_size": (2, 4, 8, 16, 32, 64),
+        "tokens": (64, 256, 1024, 4096, 16_384),
+        "generators": (1, 4, 16, 64),
+    }
+    points: dict[str, list[Point]] = {}
+    for name, values in ranges.items():
+        for value in values:
+            at = base | {name: value}
+            config = load_config(
+                [],
+                [
+                    "model.path=none",
+                    f"batch.group_size={at['group_size']}",
+                    f"batch.prompts_per_step={PROMPTS}",
+                    "generator.max_staleness=1",
+                    "model.max_length=32768",
+                ],
+            )
+            run = folder / f"{name}-{value}"
+            run.mkdir(parents=True)
+            point = asyncio.run(measure(config, run, at["generators"], at["tokens"]))
+            points.setdefault(name, []).append(point)
+            print(name, point, flush=True)
+    return points
+
+
+def plot(points: dict[str, list[Point]], path: Path) -> None:
+    figure, axes = plt.subplots(1, 3, figsize=(11, 3.4), layout="constrained", sharey=True)
+    for axis, (name, series) in zip(axes, points.items(), strict=True):
+        x = [getattr(point, name) for point in series]
+        axis.plot(x, [1e3 * p.step_s for p in series], "o-", color="#0f766e", label="step, wall")
+        axis.plot(
+            x, [1e3 * p.coordinator_s for p in series], "s--", color="#c2410c", label="coordinator"
+        )
+        axis.set_xscale("log", base=2)
+        axis.set_yscale("log")
+        axis.set_xlabel(name.replace("_", " "))
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("milliseconds a step")
+    axes[0].legend(frameon=False, fontsize=8)
+    figure.suptitle(f"Cost of a step of {PROMPTS} groups without a model", fontsize=10)
+    figure.savefig(path, dpi=110)
+
+
+def exponent(name: str, series: list[Point], value: str) -> float:
+    """Slope in logarithms from the middle of the range to its end."""
+    first, last = series[len(series) // 2], series[-1]
+    rise = math.log(getattr(last, value) / getattr(first, value))
+    return rise / math.log(getattr(last, name) / getattr(first, name))
+
+
+def main() -> None:
+    import tempfile
+
+    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    with tempfile.TemporaryDirectory() as name:
+        points = sweep(Path(name))
+    ray.shutdown()
+    RESULTS.mkdir(exist_ok=True)
+    lines = [
+        f"{json.dumps(machine())}\n",
+        "| group size | tokens a completion | generators | step, ms | coordinator, ms | MiB |",
+        "|---|---|---|---|---|---|",
+    ]
+    for series in points.values():
+        lines += [
+            f"| {p.group_size} | {p.tokens} | {p.generators} | {1e3 * p.step_s:.0f} "
+            f"| {1e3 * p.coordinator_s:.0f} | {p.coordinator_mib:.0f} |"
+            for p in series
+        ]
+    lines.append("")
+    for name, series in points.items():
+        lines.append(
+            f"- {name}: a step grows as its power {exponent(name, series, 'step_s'):.2f}, the "
+            f"coordinator as {exponent(name, series, 'coordinator_s'):.2f} (upper half)"
+        )
+    (RESULTS / "scaling.md").write_text("\n".join(lines) + "\n")
+    (RESULTS / "scaling.json").write_text(
+        json.dumps({k: [asdict(p) for p in v] for k, v in points.items()}, indent=0) + "\n"
+    )
+    plot(points, RESULTS / "scaling.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,144 @@
+"""The learner alone on one GPU: tokens per second, share of the device's matrix peak, memory.
+
+    python tests/gpu/bench_learner.py [--device cuda] [--layers 28] [--tokens 32768] [--repeats 5]
+
+Needs torch and transformers, nothing else. The shape is Qwen2.5-1.5B with random weights in
+bfloat16; a micro-batch is packed from completions of 1,024 tokens behind shared prompts; a step is
+forward, GRPO-lambda's loss (trace, clip) and backward, with activation checkpointing. The peak is
+measured, not looked up: the fastest of large bfloat16 products on this device.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM, Qwen2Config
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from learner.model import Policy, checkpoint_activations
+from learner.packing import PackedRow, pack_row
+from learner.traces import LambdaTrace, PackedAxis
+
+PROMPT, GROUP = 256, 8
+CHUNK = 2048
+
+
+def seconds(work: Callable[[], object], device: str, repeats: int) -> float:
+    """Median wall time of `work`, the device idle before and after."""
+    times = []
+    for index in range(repeats + 1):
+        wait(device)
+        started = time.perf_counter()
+        work()
+        wait(device)
+        if index:
+            times.append(time.perf_counter() - started)
+    return statistics.median(times)
+
+
+def wait(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def matrix_peak(device: str, size: int, repeats: int) -> float:
+    """FLOP/s of the fastest square bfloat16 product."""
+    best = 0.0
+    for side in (size, size // 2):
+        a, b = (torch.randn(side, side, device=device, dtype=torch.bfloat16) for _ in range(2))
+        best = max(best, 2 * side**3 / seconds(lambda a=a, b=b: a @ b, device, repeats))
+    return best
+
+
+def build(layers: int, device: str) -> Policy:
+    config = Qwen2Config(
+        vocab_size=151_936,
+        hidden_size=1536,
+        intermediate_size=8960,
+        num_hidden_layers=layers,
+        num_attention_heads=12,
+        num_key_value_heads=2,
+        max_position_embeddings=32_768,
+        tie_word_embeddings=True,
+    )
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    policy = Policy(model, CHUNK)
+    checkpoint_activations(policy.layers)
+    return policy
+
+
+def row_of(tokens: int, completion: int, device: str) -> PackedRow:
+    """Groups of `GROUP` completions behind one prompt until the row is full."""
+    draw = np.random.default_rng(0)
+    size = PROMPT + GROUP * completion
+    parts = [
+        (draw.integers(5, 150_000, PROMPT), list(draw.integers(5, 150_000, (GROUP, completion))))
+        for _ in range(max(1, tokens // size))
+    ]
+    return pack_row(parts, range(len(parts) * GROUP), device)
+
+
+def step(policy: Policy, row: PackedRow, axis: PackedAxis, advantages_B: torch.Tensor) -> None:
+    logprobs_N, _ = policy.logprobs(row, temperature=1.0)
+    log_ratio_N = logprobs_N - logprobs_N.detach()
+    ratio_N = LambdaTrace(axis, "recent", 0.99).apply(log_ratio_N).exp()
+    advantages_N = axis.spread(advantages_B)
+    clipped_N = ratio_N.clamp(0.8, 1.2) * advantages_N
+    (-torch.minimum(ratio_N * advantages_N, clipped_N).mean()).backward()
+    policy.model.zero_grad(set_to_none=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--layers", type=int, default=28)
+    parser.add_argument("--tokens", type=int, default=32_768)
+    parser.add_argument("--completion", type=int, default=1024, help="tokens of each")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--matrix", type=int, default=8192)
+    options = parser.parse_args()
+    device, repeats = options.device, options.repeats
+    if device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit(
+            "no CUDA device here; --device cpu --layers 1 --tokens 2048 tries the script"
+        )
+    peak = matrix_peak(device, options.matrix, repeats)
+    policy, row = build(options.layers, device), row_of(options.tokens, options.completion, device)
+    axis = PackedAxis(torch.tensor(row.lengths, device=device))
+    advantages_B = torch.randn(len(row.lengths), device=device)
+    took = seconds(lambda: step(policy, row, axis, advantages_B), device, repeats)
+    x_N = torch.randn(len(row.labels_N), device=device, requires_grad=True)
+    trace = LambdaTrace(axis, "recent", 0.99)
+    traced = seconds(lambda: trace.apply(x_N).sum().backward(), device, repeats)
+    tokens = row.input_ids_1T.numel()
+    matrices = sum(p.numel() for n, p in policy.model.named_parameters() if "embed" not in n)
+    head = policy.head.weight.numel()
+    # 2 forward and 4 backward a weight; recomputed activations are not counted as useful work.
+    useful = 6.0 * (matrices * tokens + head * len(row.labels_N))
+    result = {
+        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+        "torch": torch.__version__,
+        "layers": options.layers,
+        "packed_tokens": tokens,
+        "step_s": took,
+        "tokens_per_s": tokens / took,
+        "matrix_peak_tflops": peak / 1e12,
+        "mfu_of_measured_peak": useful / took / peak,
+        "trace_share": traced / took,
+        "peak_memory_gib": torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else None,
+    }
+    print(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    main()
