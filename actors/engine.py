@@ -1,7 +1,7 @@
 """Everything of vLLM that the project uses, behind one adapter, pinned to vLLM 0.32.
 
 `Engine` owns one `AsyncLLM`. Tokens in, tokens out: no detokenising, no per-token streaming
-(`FINAL_ONLY`), one request of n completions a group, flat log-probabilities. With
+(`FINAL_ONLY`), a request a completion, flat log-probabilities. With
 `processed_logprobs`, top_p = 1 and no top_k the reported log-probabilities are those of the
 distribution sampled from, temperature included.
 
@@ -40,6 +40,7 @@ class Engine:
 
     def __init__(self, llm: AsyncLLM) -> None:
         self._llm = llm
+        self._salt = 0  # counts updates: see `generate`
 
     @classmethod
     async def start(
@@ -96,9 +97,10 @@ class Engine:
             **sampling,
         )
         final = None
-        async for output in self._llm.generate(
-            {"prompt_token_ids": prompt_ids}, parameters, request_id
-        ):
+        # vLLM cannot clear its prefix cache while requests are under way, and with "keep" some
+        # always are: salted, a prefix is shared only with requests of the same weights.
+        prompt = {"prompt_token_ids": prompt_ids, "cache_salt": f"weights-{self._salt}"}
+        async for output in self._llm.generate(prompt, parameters, request_id):
             final = output
         if final is None or len(final.outputs) != 1:
             raise RunError(f"vLLM returned no final output for request {request_id}")
@@ -140,6 +142,7 @@ class Engine:
         unloaded.
         """
         await self._llm.pause_generation(mode="keep", clear_cache=False)
+        self._salt += 1  # a request that comes in from now on runs under the new weights
         await self._llm.start_weight_update()
 
     async def receive_weights(self, update_info: dict[str, Any]) -> None:
@@ -151,8 +154,6 @@ class Engine:
     async def end_update(self, version: int) -> None:
         """Close the update: tokens sampled from now on are stamped `version`."""
         await self._llm.finish_weight_update(str(version))
-        # Cached prefixes hold keys and values of the old weights; requests in flight keep theirs.
-        await self._llm.reset_prefix_cache()
         await self._llm.resume_generation()
 
     async def weight_version(self) -> int:

@@ -1,7 +1,7 @@
 """Held-out evaluation: greedy, through the same generators and verifiers as training.
 
-The prompts never serve in training (see `actors.prompts`). The learner's loop evaluates between
-steps, so every completion of an evaluation comes from one weight version.
+The prompts never serve in training (see `actors.prompts`). An evaluation runs beside the learner's
+next step, and the next version waits for its end: every completion of it comes from one version.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ import asyncio
 import math
 import os
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,7 @@ class Generator:
         seed: int,
         version: int,
         cores: list[int] | None,
+        put: Callable[[Any], Any] = ray.put,
     ) -> None:
         if cores is not None:
             os.sched_setaffinity(0, cores)  # inherited by the engine's processes
@@ -50,6 +51,7 @@ class Generator:
         self._transport = transport
         self._seed = seed
         self._version = version
+        self._put = put
         self._engine: Engine | None = None
         self._tokenizer: Any = None
         self._scored = 0
@@ -73,26 +75,26 @@ class Generator:
             raise RuntimeError(f"{self._name} was used before start()")
         return self._engine
 
-    async def generate_group(self, request: GroupRequest) -> AsyncIterator[pa.RecordBatch]:
+    async def generate_group(self, request: GroupRequest) -> AsyncIterator[list[Any]]:
         """Sample one group; its completions under `common.schema.rollout_schema` as they end.
 
         A batch holds those that ended within two seconds, so that a straggler holds up the
-        verification of no other, and a group of equal lengths is one batch. With
-        `generator.group_cap_s` those not done by then are aborted and are in no batch.
+        verification of no other, and a group of equal lengths is one batch. Those not done after
+        `request.cap_s` are aborted and in no batch. What is yielded is [reference], so that
+        whoever iterates over it does not fetch the tokens.
         """
         tasks = {
             asyncio.create_task(self._sample(request, index)): index
             for index in range(request.num_completions)
         }
-        cap_s = self._config.group_cap_s
-        ends = math.inf if cap_s is None else time.monotonic() + cap_s
+        ends = math.inf if request.cap_s is None else time.monotonic() + request.cap_s
         pending = set(tasks)
         try:
             while pending and (left_s := ends - time.monotonic()) > 0:
                 done, pending = await _finished(pending, left_s)
                 sampled = {tasks[task]: task.result() for task in done}
                 if sampled:
-                    yield self._batch(request, dict(sorted(sampled.items())))
+                    yield [self._put(self._batch(request, dict(sorted(sampled.items()))))]
         finally:
             for task in pending:
                 task.cancel()

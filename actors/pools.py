@@ -59,17 +59,14 @@ class GeneratorPool(Pool):
         self.version = version
 
     async def generate(self, request: GroupRequest, deadline_s: float) -> AsyncIterator[Any]:
-        """References to rollout batches of one group, as its completions end.
-
-        An error of the generator is raised by whoever fetches the reference it came in.
-        """
+        """References to rollout batches of one group, as its completions end."""
         ends = time.monotonic() + deadline_s
         with self.least_loaded() as name:
             method = self.handles[name].generate_group
             batches = method.options(num_returns="streaming").remote(request)
             while True:
                 try:
-                    yield await self.waits.on(
+                    item = await self.waits.on(
                         anext(batches),
                         owner=f"group {request.group_id}",
                         cause=f"its completions from {name}",
@@ -77,6 +74,8 @@ class GeneratorPool(Pool):
                     )
                 except StopAsyncIteration:
                     return
+                (batch_ref,) = await item
+                yield batch_ref
 
     async def score(
         self, sequences: list[list[int]], prompt_lengths: list[int], deadline_s: float

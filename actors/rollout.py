@@ -94,6 +94,7 @@ class RolloutLoop:
             guidance_ids=guidance_ids,
             num_guided=guided if guidance_ids else 0,
             mask_guidance=self._rollout.guidance.mask,
+            cap_s=self._config.group_cap_s,
         )
         self.next_group_id += 1
         self.counts.groups_dispatched += 1
@@ -178,11 +179,19 @@ class RolloutLoop:
             self._changed.notify_all()
 
     def observe(self, step: int, metrics: dict[str, float]) -> dict[str, float]:
-        """Let the rollout axis see a learner step; returns its own state as metrics."""
-        if self._rollout.guidance.ratio == 0:
-            return {}
-        self.guidance.observe(step, metrics["reward/accuracy"])
-        return {"guidance/length": float(self.guidance.length)}
+        """Let the rollout axis see a learner step; returns its own state as metrics.
+
+        Counts of groups are since the run, or its last resume, began.
+        """
+        state = {
+            "groups/dispatched": float(self.counts.groups_dispatched),
+            "groups/filtered": float(self.counts.groups_filtered),
+            "groups/abandoned": float(self.counts.groups_abandoned),
+        }
+        if self._rollout.guidance.ratio > 0:
+            self.guidance.observe(step, metrics["reward/accuracy"])
+            state["guidance/length"] = float(self.guidance.length)
+        return state
 
     def state_dict(self) -> dict[str, object]:
         """Cursor of the prompts, with those not yet trained on, and the next group id."""

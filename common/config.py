@@ -282,7 +282,7 @@ class PlacementConfig:
 @dataclass
 class RayConfig:
     address: str = "local"
-    """`local` starts a cluster of its own; `auto` inside a Ray job; `host:port` or `ray://`."""
+    """`local` starts a cluster of its own; `auto` inside a Ray job; `host:port`."""
     connect_timeout_s: float = 60.0
     object_store_gib: float = 2.0
     """`local` only."""

@@ -29,6 +29,8 @@ class GroupRequest:
     """First tokens of a reference solution; they lead the last `num_guided` completions."""
     num_guided: int = 0
     mask_guidance: bool = True
+    cap_s: float | None = None
+    """Seconds after which completions still being sampled are aborted and left out."""
 
 
 @dataclass(frozen=True)

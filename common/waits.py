@@ -40,8 +40,13 @@ class Waits:
         self._next += 1
         self._waits[key] = Wait(owner, cause, started)
         try:
-            return await asyncio.wait_for(as_future(awaitable), deadline_s)
+            # Not `wait_for`: it may swallow a cancellation, and a time-out of the awaitable's own
+            # must not pass for this deadline.
+            async with asyncio.timeout(deadline_s) as deadline:
+                return await awaitable
         except TimeoutError as error:
+            if not deadline.expired():
+                raise
             raise StallError(
                 f"{owner} waited {deadline_s:.0f} s for {cause}, its deadline.\n{self.report()}"
             ) from error
@@ -59,11 +64,6 @@ class Waits:
             f"  {w.owner} waits for {w.cause}, {now - w.since:.1f} s" for w in self.under_way()
         ]
         return "Who waits for whom:\n" + "\n".join(lines)
-
-
-async def as_future(awaitable: Awaitable[T]) -> T:
-    """`asyncio.wait_for` wants a coroutine or future; Ray's object references are neither."""
-    return await awaitable
 
 
 async def until(condition: asyncio.Condition, predicate: Callable[[], Any]) -> Any:

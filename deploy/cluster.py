@@ -83,11 +83,14 @@ def _python_path() -> str:
 
 def _check_address(address: str, timeout_s: float) -> None:
     """Ray waits for minutes on an address where nothing listens: knock first."""
-    host, _, port = address.removeprefix("ray://").rpartition(":")
     if address == "auto":
         return
-    if not host or not port.isdigit():
-        raise UserError(f"ray.address={address}: use local, auto, HOST:PORT or ray://HOST:PORT")
+    host, _, port = address.rpartition(":")
+    if address.startswith("ray://") or not host or not port.isdigit():
+        raise UserError(
+            f"ray.address={address}: use local, auto or HOST:PORT (Ray Client, ray://, cannot "
+            "stream from actors: submit the run as a job on the cluster instead)"
+        )
     try:
         with socket.create_connection((host, int(port)), timeout=timeout_s):
             return
@@ -104,6 +107,7 @@ def start_actors(config: Config, cores: CorePlan, cuda: bool, version: int) -> A
     `config.model.path` is a local folder by now, with the weights of `version`.
     """
     options = actor_options(config, cores, cuda)
+    bound = config.ray.address == "local" and not cuda  # core numbers mean nothing elsewhere
     generators = {
         f"generator-{index}": GeneratorActor.options(**options.generator).remote(
             f"generator-{index}",
@@ -112,7 +116,7 @@ def start_actors(config: Config, cores: CorePlan, cuda: bool, version: int) -> A
             config.weights.transport,
             config.seed + index,
             version,
-            cores.generator_cores[index] if not cuda else None,
+            cores.generator_cores[index] if bound else None,
         )
         for index in range(config.generator.count)
     }
@@ -123,7 +127,7 @@ def start_actors(config: Config, cores: CorePlan, cuda: bool, version: int) -> A
     job = learner_job(config)
     learners = [
         LearnerActor.options(**options.learner).remote(
-            job, rank, cores.learner_cores[rank] if not cuda else None
+            job, rank, cores.learner_cores[rank] if bound else None
         )
         for rank in range(config.learner.ranks)
     ]

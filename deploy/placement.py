@@ -48,7 +48,7 @@ def plan_cores(config: Config, cores: list[int], preload: list[str]) -> CorePlan
         )
     enough = len(cores) >= max(_FEWEST_TO_DIVIDE, generators + ranks)
     if wanted == "split" or (wanted == "auto" and asynchronous and enough):
-        half = max(generators, len(cores) // 2)
+        half = min(max(generators, len(cores) // 2), len(cores) - ranks)
         generator_cores = _deal(cores[:half], generators)
         learner_cores = _deal(cores[half:], ranks)
         reason = "disjoint cores"
@@ -135,7 +135,7 @@ def actor_options(config: Config, cores: CorePlan, cuda: bool) -> ActorOptions:
         "OMP_WAIT_POLICY": "PASSIVE",
         "TOKENIZERS_PARALLELISM": "false",
     }
-    gpus = max(config.generator.num_gpus, float(config.generator.tensor_parallel)) if cuda else 0
+    gpus = (config.generator.num_gpus or config.generator.tensor_parallel) if cuda else 0
     return ActorOptions(
         generator={
             "num_cpus": cores.generator_threads,

@@ -2,7 +2,8 @@
 
 Starting vLLM takes most of a short run's time. A comparison of many recipes therefore keeps one
 `Service`: each run loads its own learner into the processes that the last run left behind, and
-sends its first weights to their generators.
+sends its first weights to their generators. These keep the random state of the runs before:
+`seed` then decides the prompts and their order, not the samples.
 """
 
 from __future__ import annotations
@@ -99,7 +100,8 @@ def _sections(config: Config) -> object:
     generator = replace(config.generator, max_staleness=0)
     learner = (config.learner.ranks, config.learner.threads, config.learner.device)
     transport = config.weights.transport
-    return config.model, generator, config.verifier, learner, transport, config.ray
+    placement = config.placement
+    return config.model, generator, config.verifier, learner, transport, placement, config.ray
 
 
 def _check(config: Config) -> bool:

@@ -84,6 +84,7 @@ class LearnerLoop:
                 exported, metrics = await self._step(step)
                 self._delivery = beside.create_task(self._deliver(exported, metrics))
                 if schedule.checkpoints(step):
+                    await self._delivery  # a saved step is proved, evaluated and recorded
                     await self._save(step)
         return await self._delivery
 

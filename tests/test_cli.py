@@ -16,6 +16,7 @@ from deploy.cli import main
 from deploy.placement import plan_cores
 
 ROOT = Path(__file__).resolve().parent.parent
+RULE = "verifier.rules=[{name: math_answer}]"
 
 
 def test_plan_prints_everything_and_starts_nothing(capsys: pytest.CaptureFixture[str]) -> None:
@@ -36,7 +37,12 @@ def test_plan_prints_everything_and_starts_nothing(capsys: pytest.CaptureFixture
         (["train", "model.path=/nowhere"], 2, "there is no such folder"),
         (["train", "ray.address=127.0.0.1:1"], 2, "nothing answers at ray.address"),
         (["train", "weights.transport=nccl", "learner.device=cpu"], 2, "object_store"),
-        (["train", "data.source=file", "data.path=nowhere.jsonl"], 2, "nowhere.jsonl does not"),
+        (
+            (["train", "data.source=file", "data.path=no.jsonl", RULE], 2, "no.jsonl does not"),
+            2,
+            "nowhere.jsonl does not",
+        ),
+        (["train", "ray.address=ray://127.0.0.1:1"], 2, "submit the run as a job"),
     ],
 )
 def test_mistakes_end_with_a_status_and_a_message(
@@ -73,5 +79,5 @@ def test_help_is_instant() -> None:
 
 def test_an_address_that_is_none_is_refused_at_once() -> None:
     config = load_config([], ["model.path=x", "ray.address=somewhere"])
-    with pytest.raises(UserError, match="local, auto, HOST:PORT"):
+    with pytest.raises(UserError, match="local, auto or HOST:PORT"):
         cluster.connect(config, plan_cores(config, [0], []))

@@ -56,17 +56,16 @@ class FakeTokenizer:
         return [" ".join(map(str, tokens)) for tokens in ids]
 
 
-def batches_of(
-    group: GroupRequest, engine: FakeEngine, config: GeneratorConfig | None = None
-) -> list[Any]:
+def batches_of(group: GroupRequest, engine: FakeEngine) -> list[Any]:
     generator = Generator(
-        "g", ModelConfig(path="x"), config or GeneratorConfig(), "object_store", 0, 0, None
+        *("g", ModelConfig(path="x"), GeneratorConfig(), "object_store", 0, 0, None),
+        put=lambda batch: batch,
     )
     generator._engine = engine  # type: ignore[assignment]
     generator._tokenizer = FakeTokenizer()
 
     async def collect() -> list[Any]:
-        return [batch async for batch in generator.generate_group(group)]
+        return [batch async for (batch,) in generator.generate_group(group)]
 
     return asyncio.run(collect())
 
@@ -93,11 +92,10 @@ def test_a_straggler_does_not_hold_up_the_verification_of_the_others() -> None:
 
 def test_beyond_the_cap_what_is_unfinished_is_aborted_and_left_out() -> None:
     engine = FakeEngine([0.0, 60.0, 0.0, 60.0])
-    config = GeneratorConfig(group_cap_s=0.2)
-    (batch,) = batches_of(request(), engine, config)
+    (batch,) = batches_of(request(cap_s=0.2), engine)
     assert batch.column("completion_index").to_pylist() == [0, 2]
     assert engine.aborted == 2
-    assert batches_of(request(), FakeEngine([60.0] * 4), config) == []
+    assert batches_of(request(cap_s=0.2), FakeEngine([60.0] * 4)) == []
 
 
 def test_guidance_leads_the_last_completions_and_counts_towards_their_length() -> None:

@@ -98,8 +98,8 @@ def run(schedule: Schedule) -> Recorder:
 def test_a_step_takes_trains_exports_delivers_and_only_then_releases() -> None:
     calls = run(replace(SCHEDULE, last_step=1, eval_every=0, checkpoint_every=0)).calls
     assert calls == [
-        *("prove 0", "eval 0", "take 0", "step 0", "export 1", "save 1"),
-        *("deliver 1", "release", "eval 1"),
+        *("prove 0", "eval 0", "take 0", "step 0", "export 1"),
+        *("deliver 1", "release", "eval 1", "save 1"),
     ]
 
 

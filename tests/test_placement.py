@@ -36,6 +36,12 @@ def test_a_split_can_be_forced_and_is_refused_where_it_cannot_be() -> None:
         plan(2, "placement.cores=split", "learner.ranks=2")
 
 
+def test_no_part_of_a_split_is_left_without_a_core() -> None:
+    found = plan(6, "generator.count=1", "learner.ranks=4")
+    assert [len(cores or []) for cores in found.generator_cores] == [2]
+    assert all(found.learner_cores)
+
+
 def test_ranks_that_share_cores_share_their_threads_too() -> None:
     found = plan(2, "learner.ranks=2", "generator.max_staleness=0")
     assert found.learner_threads == 1

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -27,21 +29,24 @@ def run(name: str) -> list[Row]:
     print(f"... {name}", flush=True)
     deadline_s = DEADLINE_S.get(name, 600)
     failure = f"the script gave nothing within {deadline_s} s"
+    process = subprocess.Popen(
+        [sys.executable, str(HERE / f"rows_{name}.py")],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
     try:
-        done = subprocess.run(
-            [sys.executable, str(HERE / f"rows_{name}.py")],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=deadline_s,
-        )
+        output, errors = process.communicate(timeout=deadline_s)
     except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)  # what it started would disturb the next rows
+        process.communicate()
         return [Row(name, "", [], 0.0, True, failure=failure)]
-    if done.returncode != 0:
-        lines = [line for line in done.stderr.splitlines() if line.strip()]
+    if process.returncode != 0:
+        lines = [line for line in errors.splitlines() if line.strip()]
         return [Row(name, "", [], 0.0, True, failure=lines[-1] if lines else "no message")]
-    return [Row(**row) for row in json.loads(done.stdout.splitlines()[-1])]
+    return [Row(**row) for row in json.loads(output.splitlines()[-1])]
 
 
 def main() -> int:

@@ -9,6 +9,7 @@ import os
 import statistics
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import ray
@@ -21,7 +22,7 @@ from common.weights import pack_tensors
 from deploy.cluster import connect, disconnect, start_actors
 from deploy.cpu_runtime import preload_libraries
 from deploy.models import resolve_model
-from deploy.placement import available_cores, plan_cores
+from deploy.placement import actor_options, available_cores, plan_cores
 
 CONFIGS = Path(__file__).resolve().parents[2] / "deploy" / "configs"
 GROUPS, SIZE, TOKENS, REPEATS = 32, 8, 96, 5
@@ -37,16 +38,17 @@ def main() -> None:
     ray.get(generator.start.remote(), timeout=300)
     draw = np.random.default_rng(0)
     prompts = [draw.integers(3, 250, 24).tolist() for _ in range(GROUPS)]
-    rates = {"actor": [], "offline": []}
-    offline = Offline(folder, cores.generator_threads)
+    # The same environment, threads and cores as the actor's.
+    options = actor_options(config, cores, cuda=False).generator | {"num_cpus": 0}
+    offline = ray.remote(Offline).options(**options).remote(folder, cores.generator_cores[0])
+    rates: dict[str, list[float]] = {"actor": [], "offline": []}
     for repeat in range(REPEATS + 1):
-        for name, rate in (
-            ("offline", offline.rate(prompts)),
-            ("actor", actor_rate(generator, prompts, repeat)),
-        ):
-            if repeat:
-                rates[name].append(rate)
-    stalls, copies = publish_stalls(generator, folder)
+        plain = ray.get(offline.rate.remote(prompts), timeout=300)
+        ours = actor_rate(generator, prompts, repeat)
+        if repeat:
+            rates["offline"].append(plain)
+            rates["actor"].append(ours)
+    stalls, copies = publish_stalls(generator, folder, prompts)
     ray.get(generator.shutdown.remote(), timeout=30)
     disconnect(Path("/tmp"))
     emit(
@@ -74,15 +76,12 @@ def main() -> None:
 
 
 class Offline:
-    """`LLM.generate` in this process, set up as the actor's engine is."""
+    """`LLM.generate`, engine and worker in one process; an actor only to have its environment."""
 
-    def __init__(self, folder: str, threads: int) -> None:
-        os.environ |= {
-            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-            "OMP_NUM_THREADS": str(threads),
-            "OMP_WAIT_POLICY": "PASSIVE",
-        }
+    def __init__(self, folder: str, cores: list[int] | None) -> None:
+        if cores:
+            os.sched_setaffinity(0, cores)
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         from vllm import LLM
 
         self._llm = LLM(
@@ -112,26 +111,32 @@ class Offline:
         return tokens / (time.perf_counter() - started)
 
 
-def actor_rate(generator: object, prompts: list[list[int]], repeat: int) -> float:
-    """Every group asked for at once, as the loop does; batches stay in the object store."""
-    started = time.perf_counter()
-    streams = [
-        generator.generate_group.options(num_returns="streaming").remote(  # type: ignore[attr-defined]
-            GroupRequest(
-                *(index + GROUPS * repeat, "p", 0, "?", ids, "{}", SIZE, TOKENS, 1.0, 0),
-                time.time(),
-            )
+def ask(generator: Any, prompts: list[list[int]], first: int) -> list[Any]:
+    """Every group asked for at once, as the loop does; streams of batches."""
+    return [
+        generator.generate_group.options(num_returns="streaming").remote(
+            GroupRequest(first + i, "p", 0, "?", ids, "{}", SIZE, TOKENS, 1.0, 0, time.time())
         )
-        for index, ids in enumerate(prompts)
+        for i, ids in enumerate(prompts)
     ]
-    refs = [ref for stream in streams for ref in stream]
+
+
+def actor_rate(generator: Any, prompts: list[list[int]], repeat: int) -> float:
+    """Tokens a second, the batches left in the object store."""
+    started = time.perf_counter()
+    refs = [ref for stream in ask(generator, prompts, GROUPS * repeat) for ref in stream]
     taken = time.perf_counter() - started
-    batches = ray.get(refs)
+    batches = ray.get([batch for (batch,) in ray.get(refs)])
     return sum(len(batch.column("token_ids").flatten()) for batch in batches) / taken
 
 
-def publish_stalls(generator: object, folder: str) -> tuple[list[float], list[float]]:
-    """(seconds generation stood still, seconds to copy the same bytes), a repeat each."""
+def publish_stalls(
+    generator: Any, folder: str, prompts: list[list[int]]
+) -> tuple[list[float], list[float]]:
+    """(seconds generation stood still, seconds to copy the same bytes), a repeat each.
+
+    Groups are under way during every update, and go on after it.
+    """
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32")
@@ -140,13 +145,14 @@ def publish_stalls(generator: object, folder: str) -> tuple[list[float], list[fl
     stored = [type(b)(**(vars(b) | {"ref": ray.put(b.ref)})) for b in buckets]
     stalls, copies = [], []
     for version in range(1, REPEATS + 2):
-        stall = ray.get(
-            generator.update_weights.remote(stored, version),  # type: ignore[attr-defined]
-            timeout=120,
-        )
+        streams = ask(generator, prompts, 1000 * version)
+        time.sleep(0.3)
+        stall = ray.get(generator.update_weights.remote(stored, version), timeout=120)
         started = time.perf_counter()
         for bucket in buckets:
             np.array(np.frombuffer(bucket.ref, np.uint8))
+        for stream in streams:
+            list(stream)
         if version > 1:
             stalls.append(stall)
             copies.append(time.perf_counter() - started)

@@ -52,11 +52,10 @@ class ScriptedGenerator:
     def __init__(self, length: int) -> None:
         self._completion = Completion([5] * length, [-0.5] * length, [0] * length, "stop")
 
-    async def generate_group(self, request: GroupRequest) -> AsyncIterator[pa.RecordBatch]:
+    async def generate_group(self, request: GroupRequest) -> AsyncIterator[list[Any]]:
         count = request.num_completions
-        yield rollout_batch(
-            request, dict.fromkeys(range(count), self._completion), [""] * count, "s"
-        )
+        sampled = dict.fromkeys(range(count), self._completion)
+        yield [ray.put(rollout_batch(request, sampled, [""] * count, "scripted"))]
 
 
 class ScriptedVerifier:
@@ -103,10 +102,11 @@ async def measure(config: Config, folder: Path, generators: int, tokens: int) ->
     stream = TrajectoryStreamActor.options(num_cpus=0).remote(str(folder), ["rule"])
     waits = Waits()
     handles = {f"generator-{i}": hosts[i % HOSTS] for i in range(generators)}
+    pool = GeneratorPool(handles, waits, 0)
     loop = RolloutLoop(
         config,
         source=Prompts(),  # type: ignore[arg-type]
-        generators=GeneratorPool(handles, waits, 0),
+        generators=pool,
         verifiers=VerifierPool({"verifier-0": verifier}, waits),
         stream=stream,
         guidance=Guidance(config.algorithm.rollout.guidance, 1),
@@ -118,6 +118,7 @@ async def measure(config: Config, folder: Path, generators: int, tokens: int) ->
     for step in range(STEPS):
         wall, cpu = time.perf_counter(), time.process_time()
         await loop.take(step, 300.0)
+        pool.version = step + 1
         await loop.release()
         if step >= SKIPPED:
             walls.append(time.perf_counter() - wall)

@@ -1,0 +1,46 @@
+"""How a benchmark row is judged: by its median, its target, its baseline and its own noise."""
+
+from __future__ import annotations
+
+import pytest
+from bench.harness import Row, ratio_of_times
+
+
+def row(*ratios: float, target: float = 1.0, higher: bool = True, failure: str = "") -> Row:
+    return Row("name", "other", list(ratios), target, higher, failure=failure)
+
+
+def test_a_row_holds_by_its_median_in_the_direction_it_names() -> None:
+    assert row(0.2, 1.1, 5.0).meets_target()
+    assert not row(0.2, 0.9, 5.0).meets_target()
+    assert row(0.2, 0.9, 5.0, higher=False).meets_target()
+    assert not row(1.1, 1.1, higher=False).meets_target()
+
+
+def test_a_row_without_a_figure_never_holds() -> None:
+    assert not row(failure="no interpreter").meets_target()
+    assert not row(failure="no interpreter").regressed(2.0)
+
+
+@pytest.mark.parametrize("higher", [True, False])
+def test_a_tenth_below_the_baseline_fails_unless_the_repeats_are_that_noisy(higher: bool) -> None:
+    worse = 0.85 if higher else 1.18
+    assert row(worse, worse, worse, higher=higher).regressed(1.0)
+    assert not row(1.0, 1.0, 1.0, higher=higher).regressed(1.0)
+    assert not row(worse - 0.2, worse, worse + 0.2, higher=higher).regressed(1.0)
+    assert not row(worse, higher=higher).regressed(None)
+
+
+def test_times_are_taken_in_turns_and_the_warm_up_does_not_count() -> None:
+    now, order = [0.0], []
+
+    def spend(name: str, seconds: list[float]) -> None:
+        order.append(name)
+        now[0] += seconds.pop(0)
+
+    mine, theirs = [100.0, 2.0, 3.0], [100.0, 1.0, 1.0]
+    ratios, ours, other = ratio_of_times(
+        lambda: spend("a", mine), lambda: spend("b", theirs), 2, lambda: now[0]
+    )
+    assert order == ["a", "b"] * 3
+    assert (ratios, ours, other) == ([2.0, 3.0], 2.5, 1.0)
