@@ -37,11 +37,7 @@ def test_plan_prints_everything_and_starts_nothing(capsys: pytest.CaptureFixture
         (["train", "model.path=/nowhere"], 2, "there is no such folder"),
         (["train", "ray.address=127.0.0.1:1"], 2, "nothing answers at ray.address"),
         (["train", "weights.transport=nccl", "learner.device=cpu"], 2, "object_store"),
-        (
-            (["train", "data.source=file", "data.path=no.jsonl", RULE], 2, "no.jsonl does not"),
-            2,
-            "nowhere.jsonl does not",
-        ),
+        (["train", "data.source=file", "data.path=no.jsonl", RULE], 2, "no.jsonl does not"),
         (["train", "ray.address=ray://127.0.0.1:1"], 2, "submit the run as a job"),
     ],
 )
