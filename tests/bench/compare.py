@@ -1,11 +1,14 @@
-"""Recipes against each other on the tiny preset: equal rollout budgets, several seeds.
+"""Recipes against each other on the tiny preset: as many trained groups, several seeds.
 
     python tests/bench/compare.py recipes staleness guidance --seeds 5
 
 Every run is a real one (Ray, vLLM, FSDP); the runs of a table share their generators. A finished
 run is not run again. Each table becomes `NAME.md`, `NAME.json` and `NAME.png` in `--out`:
 held-out accuracy after training and the area under the training curve (mean accuracy of the
-sampled completions over all steps), means over seeds with 95 % bootstrap intervals.
+completions that were trained on, over all steps), means over seeds with 95 % bootstrap intervals.
+Every step trains on as many groups; a recipe that filters samples more, which `sampled` shows, and
+sees itself in its curve only what it kept. G2RPO-A's curve counts guided completions too: compare
+those rows by their held-out accuracy, which no guidance touches.
 
 The task: an answer of the tiny preset is either worked out in steps or blurted, which its first
 tokens decide, and only the number at its end is paid for. A rule that moves credit towards early
@@ -27,6 +30,7 @@ import numpy as np
 
 from common.config import Config
 from common.config_loader import load_config
+from common.log_store import read_log
 from common.metrics import read_metrics
 from deploy.launch import train_each
 from deploy.warm_start import solution
@@ -144,6 +148,8 @@ class Outcome:
     after: float
     curve: list[float]
     length: float
+    sampled: float
+    """Groups sampled for every group trained on."""
     grad_ratio: float | None
     """Gradient norm over that of broadcast credit on the same batch, median; None for those."""
 
@@ -192,6 +198,8 @@ def outcome(row: Row, config: Config) -> Outcome:
         after=records[-1]["eval/accuracy"],
         curve=[record["reward/accuracy"] for record in steps],
         length=float(np.mean([r["completion_length/mean"] for r in steps[-10:]])),
+        sampled=sum(1 for _ in read_log(folder_of(config) / "trajectories"))
+        / (config.steps * config.groups_per_step),
         grad_ratio=float(np.median(ratios)) if ratios else None,
     )
 
@@ -208,8 +216,8 @@ def markdown(rows: list[Row], outcomes: list[Outcome]) -> str:
     """The table, rows in their own order."""
     lines = [
         "| recipe | seeds | held-out accuracy, % | area under the training curve, % "
-        "| tokens an answer at the end | gradient norm against broadcast credit |",
-        "|---|---|---|---|---|---|",
+        "| tokens an answer at the end | sampled | gradient norm against broadcast credit |",
+        "|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         mine = [each for each in outcomes if each.label == row.label]
@@ -222,6 +230,7 @@ def markdown(rows: list[Row], outcomes: list[Outcome]) -> str:
             f"| {row.label} | {len(mine)} | {after[0]:.1f} [{after[1]:.1f}, {after[2]:.1f}] "
             f"| {area[0]:.1f} [{area[1]:.1f}, {area[2]:.1f}] "
             f"| {np.mean([each.length for each in mine]):.1f} "
+            f"| {np.mean([each.sampled for each in mine]):.2f} "
             f"| {f'{np.median(ratios):.1f}' if ratios else '1'} |"
         )
     return "\n".join(lines)
@@ -250,12 +259,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("tables", nargs="+", help="recipes, staleness, guidance; or key=value")
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--rows", nargs="+", default=[], help="labels; default: all of a table")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "compare")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     options = parser.parse_args()
     more = [word for word in options.tables if "=" in word]
     for table in [word for word in options.tables if "=" not in word]:
         rows = rows_of(table, options.runs)
+        rows = [row for row in rows if not options.rows or row.label in options.rows]
         # All rows of a seed first: an early table already compares them.
         jobs = [
             (row, config_of(table, row, seed, options.runs, more))
