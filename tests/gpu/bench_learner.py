@@ -49,18 +49,18 @@ def wait(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def matrix_peak(device: str, size: int, repeats: int) -> float:
-    """FLOP/s of the fastest square bfloat16 product."""
+def matrix_peak(device: str, dtype: torch.dtype, size: int, repeats: int) -> float:
+    """FLOP/s of the fastest square product."""
     best = 0.0
     for side in (size, size // 2):
-        a, b = (torch.randn(side, side, device=device, dtype=torch.bfloat16) for _ in range(2))
+        a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
         best = max(best, 2 * side**3 / seconds(lambda a=a, b=b: a @ b, device, repeats))
     return best
 
 
-def build(layers: int, device: str) -> Policy:
+def build(layers: int, vocabulary: int, dtype: torch.dtype, device: str) -> Policy:
     config = Qwen2Config(
-        vocab_size=151_936,
+        vocab_size=vocabulary,
         hidden_size=1536,
         intermediate_size=8960,
         num_hidden_layers=layers,
@@ -71,18 +71,21 @@ def build(layers: int, device: str) -> Policy:
     )
     torch.manual_seed(0)
     with torch.device(device):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     policy = Policy(model, CHUNK)
     checkpoint_activations(policy.layers)
     return policy
 
 
-def row_of(tokens: int, completion: int, device: str) -> PackedRow:
+def row_of(tokens: int, completion: int, vocabulary: int, device: str) -> PackedRow:
     """Groups of `GROUP` completions behind one prompt until the row is full."""
     draw = np.random.default_rng(0)
     size = PROMPT + GROUP * completion
     parts = [
-        (draw.integers(5, 150_000, PROMPT), list(draw.integers(5, 150_000, (GROUP, completion))))
+        (
+            draw.integers(5, vocabulary, PROMPT),
+            list(draw.integers(5, vocabulary, (GROUP, completion))),
+        )
         for _ in range(max(1, tokens // size))
     ]
     return pack_row(parts, range(len(parts) * GROUP), device)
@@ -103,6 +106,8 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--layers", type=int, default=28)
     parser.add_argument("--tokens", type=int, default=32_768)
+    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
+    parser.add_argument("--vocabulary", type=int, default=151_936)
     parser.add_argument("--completion", type=int, default=1024, help="tokens of each")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--matrix", type=int, default=8192)
@@ -112,8 +117,12 @@ def main() -> None:
         raise SystemExit(
             "no CUDA device here; --device cpu --layers 1 --tokens 2048 tries the script"
         )
-    peak = matrix_peak(device, options.matrix, repeats)
-    policy, row = build(options.layers, device), row_of(options.tokens, options.completion, device)
+    dtype = getattr(torch, options.dtype)
+    peak = matrix_peak(device, dtype, options.matrix, repeats)
+    policy, row = (
+        build(options.layers, options.vocabulary, dtype, device),
+        row_of(options.tokens, options.completion, options.vocabulary, device),
+    )
     axis = PackedAxis(torch.tensor(row.lengths, device=device))
     advantages_B = torch.randn(len(row.lengths), device=device)
     took = seconds(lambda: step(policy, row, axis, advantages_B), device, repeats)
