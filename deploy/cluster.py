@@ -15,7 +15,7 @@ from actors.generator import GeneratorActor
 from actors.verifier_pool import VerifierActor
 from actors.verifiers.registry import verifier_names
 from common.config import Config
-from common.errors import UserError
+from common.errors import RunError, UserError
 from common.stream import TrajectoryStreamActor
 from deploy.placement import (
     STREAM_OPTIONS,
@@ -53,15 +53,21 @@ def connect(config: Config, cores: CorePlan) -> None:
     address = config.ray.address
     environment = {"env_vars": {"PYTHONPATH": _python_path()}}
     if address == "local":
-        ray.init(
-            address="local",
-            num_cpus=cpus_needed(config, cores),
-            object_store_memory=object_store_bytes(config),
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level="ERROR",
-            runtime_env=environment,
-        )
+        try:
+            ray.init(
+                address="local",
+                num_cpus=cpus_needed(config, cores),
+                object_store_memory=object_store_bytes(config),
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level="ERROR",
+                runtime_env=environment,
+            )
+        except Exception as error:  # Ray raises just that when its node is not up in 30 s
+            raise RunError(
+                f"Ray did not start on this machine: {error} If the machine is busy, try again; "
+                "else see Ray's logs under /tmp/ray/session_latest/logs"
+            ) from error
         return
     _check_address(address, config.ray.connect_timeout_s)
     try:

@@ -21,7 +21,8 @@ def test_parameters_are_counted_from_the_headers(tmp_path: Path) -> None:
 
 def test_the_estimate_grows_with_what_it_is_made_of() -> None:
     def total(*overrides: str) -> float:
-        return memory.estimate(load_config([], ["model.path=x", *overrides]), 10**9).total
+        keys = ["model.path=x", "model.dtype=bfloat16", *overrides]
+        return memory.estimate(load_config([], keys), 10**9).total
 
     base = total()
     assert total("generator.kv_cache_gib=3") - base == pytest.approx(2 * memory.GIB)

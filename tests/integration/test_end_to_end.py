@@ -207,10 +207,11 @@ def test_the_run_goes_on_from_its_checkpoint(run: Path) -> None:
 def test_ctrl_c_ends_everything_and_says_so(tmp_path: Path) -> None:
     before = set(psutil.pids())
     process = start(f"runs_dir={tmp_path}", "name=stopped", "eval.prompts=20")
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 200
     metrics = tmp_path / "stopped" / "metrics.jsonl"
     while not (metrics.exists() and len(read_metrics(metrics)) > 1):
-        assert time.monotonic() < deadline, "no step within two minutes"
+        if time.monotonic() > deadline:
+            pytest.fail(f"no step within 200 s:\n{finish(process, 0)}")
         assert process.poll() is None
         time.sleep(0.2)
     process.send_signal(signal.SIGINT)
