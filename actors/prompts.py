@@ -17,16 +17,14 @@ import random
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from actors.chat import Template, Tokenizer
 from actors.data_sources import Row, Rows, load_rows
-from common.config import DataConfig
+from common.config import DataConfig, PromptOrder
 from common.errors import UserError
 
 _CHECK_BATCH = 512
-
-PromptOrder = Literal["shuffle", "sequential", "curriculum"]
 
 
 @dataclass(frozen=True)

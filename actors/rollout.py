@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import time
 from dataclasses import dataclass
+from typing import Any
 
 from actors.guidance import Guidance, num_guided
 from actors.pools import GeneratorPool, VerifierPool
@@ -45,7 +46,7 @@ class RolloutLoop:
         source: PromptSource,
         generators: GeneratorPool,
         verifiers: VerifierPool,
-        stream: object,
+        stream: Any,
         guidance: Guidance,
         first_group_id: int,
         waits: Waits,
@@ -115,21 +116,24 @@ class RolloutLoop:
         return tuple(self._source.encode(prompt.solution)[:length])
 
     async def _group(self, request: GroupRequest) -> None:
-        receipt = await self._verified(request)
-        self.counts.tokens_generated += receipt.num_tokens
+        refs = await self._verified(request)
+        receipt = await self._logged(request.group_id, refs) if refs else None
         async with self._changed:
-            self._window.complete(receipt)
-            if receipt.num_completions < request.num_completions:
+            if receipt is None or receipt.num_completions < request.num_completions:
                 self.counts.groups_abandoned += 1
-                self._drop(receipt.group_id)
+                self._drop(request.group_id)
             elif self._is_filtered(receipt):
                 self.counts.groups_filtered += 1
-                self._drop(receipt.group_id)
+                self._drop(request.group_id)
+            else:
+                self._window.complete(receipt)
             self._changed.notify_all()
 
-    async def _verified(self, request: GroupRequest) -> GroupReceipt:
-        """Completions are verified while others of the group are still being sampled."""
-        owner = f"group {request.group_id}"
+    async def _verified(self, request: GroupRequest) -> list[Any]:
+        """Completions are verified while others of the group are still being sampled.
+
+        References to trajectory batches; none when no completion ended in time.
+        """
         async with asyncio.TaskGroup() as verdicts:
             parts = [
                 verdicts.create_task(
@@ -139,12 +143,16 @@ class RolloutLoop:
                     request, self._config.group_timeout_s
                 )
             ]
+        return [part.result() for part in parts]
+
+    async def _logged(self, group_id: int, refs: list[Any]) -> GroupReceipt:
         receipt: GroupReceipt = await self._waits.on(
-            self._stream.append.remote(request, [part.result() for part in parts]),  # type: ignore[attr-defined]
-            owner=owner,
+            self._stream.append.remote(refs),
+            owner=f"group {group_id}",
             cause="the trajectory log",
             deadline_s=self._verify_timeout_s,
         )
+        self.counts.tokens_generated += receipt.num_tokens
         return receipt
 
     def _drop(self, group_id: int) -> None:

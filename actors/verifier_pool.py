@@ -29,7 +29,7 @@ from common.schema import (
     trajectory_schema,
 )
 
-__all__ = ["VerifierActor", "VerifierWorker", "verifier_names"]
+__all__ = ["VerifierActor", "VerifierWorker", "verifier_names", "with_verdicts"]
 
 T = TypeVar("T")
 
@@ -83,7 +83,7 @@ class VerifierWorker:
         ]
         verdicts = await self._run(lambda: self._sandbox.score(tasks))
         self._count_failures(verdicts)
-        return _with_verdicts(batch, self._names, self._weights, verdicts), batch.num_rows
+        return with_verdicts(batch, self._names, self._weights, verdicts), batch.num_rows
 
     def failures(self) -> dict[str, int]:
         """Why rules could not judge, and how often; the first hundred distinct reasons."""
@@ -104,7 +104,7 @@ class VerifierWorker:
                 self._failures[verdict.reason if known else "other reasons"] += 1
 
 
-def _with_verdicts(
+def with_verdicts(
     batch: pa.RecordBatch,
     names: Sequence[str],
     weights: Sequence[float],

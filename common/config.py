@@ -35,6 +35,9 @@ class ReasoningGymConfig:
     """Number of distinct training prompts drawn from the task's generator."""
 
 
+PromptOrder = Literal["shuffle", "sequential", "curriculum"]
+
+
 @dataclass
 class DataConfig:
     source: Literal["reasoning_gym", "file", "hub"] = "reasoning_gym"
@@ -53,7 +56,7 @@ class DataConfig:
     template: Literal["chat", "plain"] = "chat"
     plain_template: str = "{prompt}"
     system_prompt: str | None = None
-    order: Literal["shuffle", "sequential", "curriculum"] = "shuffle"
+    order: PromptOrder = "shuffle"
     """Of an epoch's prompts. `curriculum`: by `difficulty_column`, easy to hard (G2RPO-A)."""
 
 

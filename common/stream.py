@@ -17,7 +17,7 @@ import ray
 
 from common.log_store import TrajectoryLog
 from common.schema import trajectory_schema
-from common.trajectory import GroupReceipt, GroupRequest
+from common.trajectory import GroupReceipt
 
 
 class TrajectoryStream:
@@ -32,8 +32,10 @@ class TrajectoryStream:
         """Answers once the actor has started."""
         return True
 
-    def append(self, request: GroupRequest, refs: list[Any]) -> GroupReceipt:
-        """Log one verified group, given as references (in a list, so that Ray passes them so).
+    def append(self, refs: list[Any]) -> GroupReceipt:
+        """Log one verified group, given as references to its batches, at least one.
+
+        They come in a list, so that Ray passes references.
 
         Raises:
             ValueError: a batch does not have the run's schema.
@@ -43,8 +45,6 @@ class TrajectoryStream:
         for batch in batches:
             if not batch.schema.equals(self._schema, check_metadata=False):
                 raise ValueError(f"group has schema {batch.schema}, the log has {self._schema}")
-        if not batches:
-            return nothing(request)
         group, ref = batches[0], refs[0]
         if len(batches) > 1:
             group = pa.concat_batches(batches).sort_by("completion_index")
@@ -72,13 +72,6 @@ class TrajectoryStream:
     def close(self) -> None:
         """Close the open segment."""
         self._log.close()
-
-
-def nothing(request: GroupRequest) -> GroupReceipt:
-    """The receipt of a group none of whose completions ended in time."""
-    version = request.dispatch_version
-    nan = float("nan")
-    return GroupReceipt(request.group_id, None, version, version, version, 0, 0, nan, True, 0, nan)
 
 
 def receipt(batch: pa.RecordBatch, ref: Any) -> GroupReceipt:

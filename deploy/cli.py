@@ -85,7 +85,6 @@ def _plan(options: argparse.Namespace) -> int:
     from deploy.plan import describe
 
     config = with_compute_dtype(_load(options))
-
     cores = available_cores()
     print(describe(config, plan_cores(config, cores, []), len(cores)))
     return 0

@@ -27,10 +27,10 @@ def train(config: Config) -> dict[str, float]:
 
 
 def train_each(configs: Sequence[Config]) -> list[dict[str, float]]:
-    """One run after the other on the same generators and verifiers; the results in order.
+    """One run after the other in the same processes; the results in order.
 
     Raises as `train` does, at the first run that fails; `UserError` too when a run needs other
-    generators than the first (see `Service.open`).
+    actors than the first (see `Service.open`).
     """
     return asyncio.run(_train_each(configs))
 

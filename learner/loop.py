@@ -73,12 +73,15 @@ class LearnerLoop:
         self._save = save
         self._record = record
         self._schedule = schedule
+        self._delivery: asyncio.Future[dict[str, float]]
+        """The generators' half of the last step; done before the first."""
 
     async def run(self) -> dict[str, float]:
         """Steps are numbered from 1; the record of step 0 is the evaluation before training."""
         schedule = self._schedule
         await self._before_training()
-        self._delivery = _nothing()
+        self._delivery = asyncio.get_running_loop().create_future()
+        self._delivery.set_result({})
         async with asyncio.TaskGroup() as beside:
             for step in range(schedule.first_step + 1, schedule.last_step + 1):
                 exported, metrics = await self._step(step)
@@ -125,15 +128,6 @@ class LearnerLoop:
             metrics |= await self._evaluation.run(step)
         self._record(step, metrics)
         return metrics
-
-
-async def _done() -> dict[str, float]:
-    return {}
-
-
-def _nothing() -> asyncio.Task[dict[str, float]]:
-    """A delivery before the first one."""
-    return asyncio.ensure_future(_done())
 
 
 def _summary(receipts: list[GroupReceipt]) -> dict[str, Any]:

@@ -136,10 +136,12 @@ class Trainer:
         metrics = dict.fromkeys(_ZERO_METRICS, 0.0)
         metrics |= penalty
         metrics |= describe(batch, prepared)
+        microbatches = self._mine(batch, plan)
         probe_every = self.config.credit_probe_every
         if probe_every and self.step % probe_every == 0 and self.recipe.shapes_credit:
-            metrics["grad_norm/broadcast_credit"] = self._broadcast_grad_norm(batch, prepared, plan)
-        metrics |= self._epochs(batch, prepared, plan)
+            norm = self._broadcast_grad_norm(batch, prepared, microbatches)
+            metrics["grad_norm/broadcast_credit"] = norm
+        metrics |= self._epochs(batch, prepared, microbatches)
         metrics["learning_rate"] = rate
         metrics["packing/efficiency"] = plan.efficiency
         metrics["time/train"] = time.perf_counter() - started
@@ -187,17 +189,17 @@ class Trainer:
         return self.reference.logprobs(row, temperature=self.temperature)[0]
 
     def _broadcast_grad_norm(
-        self, batch: StepBatch, prepared: Prepared, plan: PackingPlan
+        self, batch: StepBatch, prepared: Prepared, microbatches: Sequence[_Microbatch]
     ) -> float:
         """Norm of this batch's gradient under GRPO's credit, all else equal. Collective.
 
         Against `grad_norm` it says how far the traces blow the gradient up. One more forward and
         backward pass, hence only every `learner.credit_probe_every` steps.
         """
-        microbatches = self._mine(batch, plan)
+        recipe, ignored = self.recipe.broadcast(), _Totals({}, np.zeros(len(batch.group_B)))
         for i, microbatch in enumerate(microbatches):
             self._before_backward(i, microbatches)
-            self._accumulate(microbatch, prepared, None, _totals_of(batch), self.recipe.broadcast())
+            self._accumulate(microbatch, prepared, None, ignored, recipe)
         norm = fsdp.clip_gradients(self.policy.model, math.inf) if microbatches else 0.0
         self.optimizer.zero_grad(set_to_none=True)
         return norm
@@ -219,11 +221,12 @@ class Trainer:
             torch.from_numpy(batch.truncated_B),
         )
 
-    def _epochs(self, batch: StepBatch, prepared: Prepared, plan: PackingPlan) -> dict[str, float]:
+    def _epochs(
+        self, batch: StepBatch, prepared: Prepared, microbatches: Sequence[_Microbatch]
+    ) -> dict[str, float]:
         """Every optimiser step of the batch, and the metrics that come from them."""
-        microbatches = self._mine(batch, plan)
         old_logprobs: list[Tensor] = []
-        totals = _totals_of(batch)
+        totals = _Totals()
         metrics = {"grad_norm": 0.0}
         for epoch in range(self.epochs):
             if epoch:  # the weights follow what `end_step` learned
@@ -311,10 +314,6 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return grad_norm
-
-
-def _totals_of(batch: StepBatch) -> _Totals:
-    return _Totals({}, np.zeros(len(batch.group_B)))
 
 
 def describe(batch: StepBatch, prepared: Prepared) -> dict[str, float]:

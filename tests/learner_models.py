@@ -71,12 +71,12 @@ def save_tiny_model(folder: Path, name: str = "llama_tied") -> Path:
 
 
 def random_groups(
-    shapes: Sequence[tuple[int, Sequence[int]]], seed: int = 0
+    shapes: Sequence[tuple[int, Sequence[int]]], seed: int = 0, vocabulary: int = VOCABULARY
 ) -> list[tuple[np.ndarray, list[np.ndarray]]]:
     """(prompt, completions) for (prompt length, completion lengths)."""
     random = np.random.default_rng(seed)
     return [
-        (random.integers(3, VOCABULARY, p), [random.integers(3, VOCABULARY, n) for n in lengths])
+        (random.integers(3, vocabulary, p), [random.integers(3, vocabulary, n) for n in lengths])
         for p, lengths in shapes
     ]
 
@@ -87,11 +87,12 @@ def trajectories(
     seed: int = 0,
     version: int = 0,
     rewards: Sequence[Sequence[float | None]] | None = None,
+    vocabulary: int = VOCABULARY,
 ) -> list[pa.RecordBatch]:
     """Record batches of made-up groups with a mix of rewards in every group."""
     random = np.random.default_rng(seed + 1)
     batches = []
-    for g, (prompt, completions) in enumerate(random_groups(shapes, seed)):
+    for g, (prompt, completions) in enumerate(random_groups(shapes, seed, vocabulary)):
         n = len(completions)
         scores = list(rewards[g]) if rewards else [float((i + g) % 2) for i in range(n)]
         columns: dict[str, list[Any]] = {

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from actors.chat import Template
 from actors.data_sources import Row, Rows, question_key
-from actors.prompts import Prompt, PromptOrder, PromptSource, build_prompt_source
-from common.config import DataConfig, ReasoningGymConfig
+from actors.prompts import Prompt, PromptSource, build_prompt_source
+from common.config import DataConfig, PromptOrder, ReasoningGymConfig
 from common.errors import UserError
 from common.split import is_held_out
 

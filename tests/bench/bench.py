@@ -16,7 +16,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from harness import RESULTS, ROOT, Baseline, Row, machine, table
+from harness import RESULTS, ROOT, Row, load_baseline, machine, save_baseline, table
 
 HERE = Path(__file__).parent
 SHORT = ("maths", "learner", "stream", "generator", "overlap", "peer")
@@ -32,6 +32,7 @@ def run(name: str) -> list[Row]:
     process = subprocess.Popen(
         [sys.executable, str(HERE / f"rows_{name}.py")],
         cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": _with_tests(os.environ.get("PYTHONPATH"))},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -49,6 +50,11 @@ def run(name: str) -> list[Row]:
     return [Row(**row) for row in json.loads(output.splitlines()[-1])]
 
 
+def _with_tests(inherited: str | None) -> str:
+    """Rows use the made-up data of the tests."""
+    return os.pathsep.join([str(ROOT / "tests"), *([inherited] if inherited else [])])
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--long", action="store_true")
@@ -59,10 +65,10 @@ def main() -> int:
     names = options.only or (LONG if options.long else SHORT)
     rows = [row for name in names for row in run(name)]
     name = f"cpu-{kind}"
-    baseline = Baseline.load(name)
+    baseline = load_baseline(name)
     text = table(rows, baseline)
     holding = sum(row.meets_target() for row in rows)
-    regressed = [row.name for row in rows if row.regressed(baseline.values.get(row.name))]
+    regressed = [row.name for row in rows if row.regressed(baseline.get(row.name))]
     last = f"{holding} of {len(rows)} rows hold"
     if regressed:
         last += f"; fallen behind their baseline: {', '.join(regressed)}"
@@ -73,7 +79,7 @@ def main() -> int:
         (RESULTS / f"bench-{kind}.json").write_text(json.dumps(data, indent=1) + "\n")
         (RESULTS / f"bench-{kind}.md").write_text(f"{json.dumps(machine())}\n\n{text}\n\n{last}\n")
         if options.save_baseline:
-            Baseline.save(name, rows)
+            save_baseline(name, rows)
     return 0 if holding == len(rows) and not regressed else 1
 
 

@@ -27,6 +27,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
+from curves import plot
+from harness import CONFIGS, RESULTS, ROOT
 
 from common.config import Config
 from common.config_loader import load_config
@@ -34,9 +36,6 @@ from common.log_store import read_log
 from common.metrics import read_metrics
 from deploy.launch import train_each
 from deploy.warm_start import solution
-
-ROOT = Path(__file__).resolve().parents[2]
-CONFIGS = ROOT / "deploy" / "configs"
 
 
 @dataclass(frozen=True)
@@ -238,8 +237,6 @@ def markdown(rows: list[Row], outcomes: list[Outcome]) -> str:
 
 def write(table: str, rows: list[Row], outcomes: list[Outcome], out: Path) -> None:
     """Table, data and plot of what is finished."""
-    from curves import plot
-
     out.mkdir(parents=True, exist_ok=True)
     (out / f"{table}.json").write_text(
         json.dumps([asdict(each) for each in outcomes], indent=0) + "\n"
@@ -261,7 +258,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--rows", nargs="+", default=[], help="labels; default: all of a table")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "compare")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
     more = [word for word in options.tables if "=" in word]
     for table in [word for word in options.tables if "=" not in word]:

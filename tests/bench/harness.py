@@ -13,13 +13,14 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 BASELINES = Path(__file__).parent / "baselines"
 RESULTS = Path(__file__).parent / "results"
+CONFIGS = ROOT / "deploy" / "configs"
 _ALLOWED = 0.10
 
 
@@ -104,30 +105,25 @@ def machine() -> dict[str, Any]:
     }
 
 
-@dataclass
-class Baseline:
-    """Committed values, one file a machine kind; absent rows have none."""
-
-    values: dict[str, float] = field(default_factory=dict)
-
-    @classmethod
-    def load(cls, name: str) -> Baseline:
-        path = BASELINES / f"{name}.json"
-        return cls(json.loads(path.read_text())["values"] if path.is_file() else {})
-
-    @staticmethod
-    def save(name: str, rows: Sequence[Row]) -> None:
-        BASELINES.mkdir(exist_ok=True)
-        values = {row.name: round(row.value, 4) for row in rows if not row.failure}
-        content = {"machine": machine(), "values": values}
-        (BASELINES / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
+def load_baseline(name: str) -> dict[str, float]:
+    """Committed values by row, one file a machine kind; absent rows have none."""
+    path = BASELINES / f"{name}.json"
+    values: dict[str, float] = json.loads(path.read_text())["values"] if path.is_file() else {}
+    return values
 
 
-def table(rows: Sequence[Row], baseline: Baseline) -> str:
+def save_baseline(name: str, rows: Sequence[Row]) -> None:
+    BASELINES.mkdir(exist_ok=True)
+    values = {row.name: round(row.value, 4) for row in rows if not row.failure}
+    content = {"machine": machine(), "values": values}
+    (BASELINES / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
+
+
+def table(rows: Sequence[Row], baseline: dict[str, float]) -> str:
     """Markdown."""
     lines = ["| row | against | target | measured | baseline | |", "|---|---|---|---|---|---|"]
     for row in rows:
-        before = baseline.values.get(row.name)
+        before = baseline.get(row.name)
         sign = "≥" if row.higher_is_better else "≤"
         verdict = "holds" if row.meets_target() else "misses"
         if row.regressed(before):

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from harness import ROOT
+from harness import CONFIGS, ROOT
 
 from common.config import Config
 from common.config_loader import load_config
@@ -19,7 +19,6 @@ from common.log_store import read_log
 from common.metrics import read_metrics
 
 HERE = Path(__file__).parent
-CONFIGS = ROOT / "deploy" / "configs"
 
 
 def train(preset: str, folder: Path, *overrides: str) -> tuple[Config, list[dict[str, Any]]]:

@@ -8,12 +8,13 @@ from __future__ import annotations
 import os
 import statistics
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import ray
-from harness import Row, emit
+from harness import CONFIGS, Row, emit
 
 os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"
 from common.config_loader import load_config
@@ -24,7 +25,6 @@ from deploy.cpu_runtime import preload_libraries
 from deploy.models import resolve_model
 from deploy.placement import actor_options, available_cores, plan_cores
 
-CONFIGS = Path(__file__).resolve().parents[2] / "deploy" / "configs"
 GROUPS, SIZE, TOKENS, REPEATS = 32, 8, 96, 5
 
 
@@ -142,20 +142,21 @@ def publish_stalls(
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32")
     tensors = [(n, p.detach()) for n, p in model.named_parameters()]
     buckets = list(pack_tensors(iter(tensors), 2**26))
-    stored = [type(b)(**(vars(b) | {"ref": ray.put(b.ref)})) for b in buckets]
+    stored = [replace(bucket, ref=ray.put(bucket.ref)) for bucket in buckets]
     stalls, copies = [], []
     for version in range(1, REPEATS + 2):
         streams = ask(generator, prompts, 1000 * version)
         time.sleep(0.3)
         stall = ray.get(generator.update_weights.remote(stored, version), timeout=120)
+        for stream in streams:
+            list(stream)
         started = time.perf_counter()
         for bucket in buckets:
             np.array(np.frombuffer(bucket.ref, np.uint8))
-        for stream in streams:
-            list(stream)
+        copied = time.perf_counter() - started
         if version > 1:
             stalls.append(stall)
-            copies.append(time.perf_counter() - started)
+            copies.append(copied)
     return stalls, copies
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from harness import Row, emit, ratio_of_times
-from made_up import verified_group
+from learner_models import trajectories
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from common.config import AlgorithmConfig, CreditConfig, LearnerConfig, ModelConfig
@@ -57,7 +57,7 @@ def worker(folder: Path) -> LearnerWorker:
         temperature=1.0,
         seed=0,
         total_steps=100,
-        primary_verifier="rule",
+        primary_verifier="test",
         bucket_mib=64,
         tokens_per_microbatch=2048,
     )
@@ -68,8 +68,8 @@ def worker(folder: Path) -> LearnerWorker:
 
 def main() -> None:
     draw = np.random.default_rng(0)
-    lengths = [draw.integers(60, 200, 8).tolist() for _ in range(4)]
-    groups = [verified_group(i, 40, each, VOCABULARY) for i, each in enumerate(lengths)]
+    shapes = [(40, draw.integers(60, 200, 8).tolist()) for _ in range(4)]
+    groups = trajectories(shapes, vocabulary=VOCABULARY)
     with tempfile.TemporaryDirectory() as name:
         folder = model_folder(Path(name))
         made = worker(folder)

@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from harness import Row, emit, ratio_of_times
-from made_up import step_batch
+from learner_models import trajectories
 
 from learner.logprobs import HeadRequest, chunked_logprobs
-from learner.packing import plan_packing
+from learner.packing import StepBatch, plan_packing
 from learner.traces import LambdaTrace, PackedAxis
 
 TRACE_TOKENS, SEQUENCES = 32_768, 64
@@ -54,7 +54,7 @@ def packing() -> Row:
             (int(draw.integers(40, 200)), np.minimum(draw.lognormal(6, 0.8, 8), 4000).astype(int))
             for _ in range(64)
         ]
-        batch = step_batch(shapes)
+        batch = StepBatch.from_record_batches(trajectories(shapes))
         plan = plan_packing(
             batch,
             np.ones(len(batch.group_B), dtype=np.bool_),

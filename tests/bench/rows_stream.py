@@ -9,28 +9,26 @@ import time
 import numpy as np
 import ray
 from harness import Row, emit
-from made_up import verified_group
+from learner_models import trajectories
 
 from common.stream import TrajectoryStream
-from common.trajectory import GroupRequest
 
 GROUPS, REPEATS = 300, 5
 
 
 def main() -> None:
     ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    batches = [verified_group(i, 200, [1000] * 8) for i in range(20)]
+    batches = trajectories([(200, [1000] * 8)] * 20)
     refs = [ray.put(batch) for batch in batches]
     nbytes = batches[0].nbytes
-    request = GroupRequest(0, "p", 0, "", [], "{}", 8, 1000, 1.0, 0, 0.0)
     rates, ratios = [], []
     source = np.random.default_rng(0).integers(0, 255, nbytes, dtype=np.uint8)
     for _ in range(REPEATS):
         folder = tempfile.mkdtemp()
-        stream = TrajectoryStream(folder, ["rule"])
+        stream = TrajectoryStream(folder, ["test"])
         started = time.perf_counter()
         for index in range(GROUPS):
-            stream.append(request, [refs[index % len(refs)]])
+            stream.append([refs[index % len(refs)]])
         taken = time.perf_counter() - started
         stream.close()
         shutil.rmtree(folder)

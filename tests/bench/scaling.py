@@ -34,9 +34,10 @@ from actors.guidance import Guidance
 from actors.pools import GeneratorPool, VerifierPool
 from actors.prompts import Prompt
 from actors.rollout import RolloutLoop
+from actors.verifier_pool import with_verdicts
+from actors.verifiers.base import Verdict
 from common.config import Config
 from common.config_loader import load_config
-from common.schema import trajectory_schema
 from common.stream import TrajectoryStreamActor
 from common.trajectory import GroupRequest
 from common.waits import Waits
@@ -62,11 +63,8 @@ class ScriptedVerifier:
     """Rewards 0 and 1 in turns."""
 
     async def score_group(self, batch: pa.RecordBatch) -> tuple[pa.RecordBatch, int]:
-        rewards = pa.array([float(i % 2) for i in range(batch.num_rows)], pa.float32())
-        kinds = pa.array(["pass"] * batch.num_rows)
-        columns = [*batch.columns, rewards, kinds, rewards, rewards]
-        verified = pa.RecordBatch.from_arrays(columns, schema=trajectory_schema(["rule"]))
-        return verified, batch.num_rows
+        verdicts = [Verdict.scored(float(i % 2), "scripted") for i in range(batch.num_rows)]
+        return with_verdicts(batch, ["rule"], [1.0], verdicts), batch.num_rows
 
 
 class Prompts:
@@ -93,10 +91,9 @@ class Point:
 
 
 async def measure(config: Config, folder: Path, generators: int, tokens: int) -> Point:
-    hosts = [ray.remote(ScriptedGenerator).options(num_cpus=0, max_concurrency=1000).remote(tokens)]
-    hosts += [
+    hosts = [
         ray.remote(ScriptedGenerator).options(num_cpus=0, max_concurrency=1000).remote(tokens)
-        for _ in range(HOSTS - 1)
+        for _ in range(HOSTS)
     ]
     verifier = ray.remote(ScriptedVerifier).options(num_cpus=0, max_concurrency=1000).remote()
     stream = TrajectoryStreamActor.options(num_cpus=0).remote(str(folder), ["rule"])
