@@ -10,7 +10,7 @@ import asyncio
 import math
 import os
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,6 @@ class Generator:
         seed: int,
         version: int,
         cores: list[int] | None,
-        put: Callable[[Any], Any] = ray.put,
     ) -> None:
         if cores is not None:
             os.sched_setaffinity(0, cores)  # inherited by the engine's processes
@@ -51,7 +50,6 @@ class Generator:
         self._transport = transport
         self._seed = seed
         self._version = version
-        self._put = put
         self._engine: Engine | None = None
         self._tokenizer: Any = None
         self._scored = 0
@@ -75,13 +73,13 @@ class Generator:
             raise RuntimeError(f"{self._name} was used before start()")
         return self._engine
 
-    async def generate_group(self, request: GroupRequest) -> AsyncIterator[list[Any]]:
+    async def generate_group(self, request: GroupRequest) -> AsyncIterator[pa.RecordBatch | int]:
         """Sample one group; its completions under `common.schema.rollout_schema` as they end.
 
         A batch holds those that ended within two seconds, so that a straggler holds up the
         verification of no other, and a group of equal lengths is one batch. Those not done after
-        `request.cap_s` are aborted and in no batch. What is yielded is [reference], so that
-        whoever iterates over it does not fetch the tokens.
+        `request.cap_s` are aborted and in no batch. After every batch comes its number of rows,
+        the acknowledgement: `GeneratorPool` fetches that and never the tokens.
         """
         tasks = {
             asyncio.create_task(self._sample(request, index)): index
@@ -94,7 +92,8 @@ class Generator:
                 done, pending = await _finished(pending, left_s)
                 sampled = {tasks[task]: task.result() for task in done}
                 if sampled:
-                    yield [self._put(self._batch(request, dict(sorted(sampled.items()))))]
+                    yield self._batch(request, dict(sorted(sampled.items())))
+                    yield len(sampled)
         finally:
             for task in pending:
                 task.cancel()

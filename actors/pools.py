@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from common.errors import RunError
 from common.trajectory import GroupRequest
 from common.waits import Waits
 from common.weights import WeightBucket
@@ -59,22 +60,35 @@ class GeneratorPool(Pool):
         self.version = version
 
     async def generate(self, request: GroupRequest, deadline_s: float) -> AsyncIterator[Any]:
-        """References to rollout batches of one group, as its completions end."""
+        """References to rollout batches of one group, as its completions end.
+
+        The actor yields a batch, its acknowledgement, a batch, and so on, and only the
+        acknowledgements are fetched. All of it belongs to this process: a reference *inside* what
+        an actor streams is not counted, and its object may be gone before it is read (ray#58080).
+
+        Raises:
+            StallError: the deadline passed.
+            RunError: the generator ended between a batch and its acknowledgement.
+        """
         ends = time.monotonic() + deadline_s
+
+        def on(waited: Any) -> Any:
+            return self.waits.on(
+                waited,
+                owner=f"group {request.group_id}",
+                cause=f"its completions from {name}",
+                deadline_s=ends - time.monotonic(),
+            )
+
         with self.least_loaded() as name:
             method = self.handles[name].generate_group
-            batches = method.options(num_returns="streaming").remote(request)
-            while True:
-                try:
-                    item = await self.waits.on(
-                        anext(batches),
-                        owner=f"group {request.group_id}",
-                        cause=f"its completions from {name}",
-                        deadline_s=ends - time.monotonic(),
-                    )
-                except StopAsyncIteration:
-                    return
-                (batch_ref,) = await item
+            stream = method.options(num_returns="streaming").remote(request)
+            while (batch_ref := await on(anext(stream, None))) is not None:
+                done = await on(anext(stream, None))
+                if done is None:  # what the actor raised comes as its last item
+                    await on(batch_ref)
+                    raise RunError(f"{name} left group {request.group_id} without acknowledging")
+                await on(done)
                 yield batch_ref
 
     async def score(

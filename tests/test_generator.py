@@ -57,17 +57,17 @@ class FakeTokenizer:
 
 
 def batches_of(group: GroupRequest, engine: FakeEngine) -> list[Any]:
-    generator = Generator(
-        *("g", ModelConfig(path="x"), GeneratorConfig(), "object_store", 0, 0, None),
-        put=lambda batch: batch,
-    )
+    generator = Generator("g", ModelConfig(path="x"), GeneratorConfig(), "object_store", 0, 0, None)
     generator._engine = engine  # type: ignore[assignment]
     generator._tokenizer = FakeTokenizer()
 
     async def collect() -> list[Any]:
-        return [batch async for (batch,) in generator.generate_group(group)]
+        return [item async for item in generator.generate_group(group)]
 
-    return asyncio.run(collect())
+    items = asyncio.run(collect())
+    batches, acknowledged = items[::2], items[1::2]
+    assert acknowledged == [batch.num_rows for batch in batches]
+    return batches
 
 
 def sample(group: GroupRequest) -> tuple[Any, FakeEngine]:

@@ -53,10 +53,11 @@ class ScriptedGenerator:
     def __init__(self, length: int) -> None:
         self._completion = Completion([5] * length, [-0.5] * length, [0] * length, "stop")
 
-    async def generate_group(self, request: GroupRequest) -> AsyncIterator[list[Any]]:
+    async def generate_group(self, request: GroupRequest) -> AsyncIterator[pa.RecordBatch | int]:
         count = request.num_completions
         sampled = dict.fromkeys(range(count), self._completion)
-        yield [ray.put(rollout_batch(request, sampled, [""] * count, "scripted"))]
+        yield rollout_batch(request, sampled, [""] * count, "scripted")
+        yield count
 
 
 class ScriptedVerifier:

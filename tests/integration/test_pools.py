@@ -1,0 +1,84 @@
+"""What Ray's streaming calls do between a generator and the coordinator, on real Ray."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Iterator
+from typing import Any
+
+import pyarrow as pa
+import pytest
+import ray
+
+from actors.pools import GeneratorPool
+from common.errors import RunError, StallError
+from common.trajectory import GroupRequest
+from common.waits import Waits
+
+
+class Scripted:
+    """Yields `num_completions` batches; the prompt says what then goes wrong."""
+
+    async def generate_group(self, request: GroupRequest) -> AsyncIterator[pa.RecordBatch | int]:
+        for index in range(request.num_completions):
+            yield pa.record_batch({"tokens": [[index] * 1000]})
+            yield 1
+        if request.prompt_text == "raises":
+            raise ValueError("no such prompt")
+        if request.prompt_text == "stops":
+            yield pa.record_batch({"tokens": [[0]]})
+        if request.prompt_text == "hangs":
+            await asyncio.sleep(60)
+
+
+@pytest.fixture(scope="module")
+def scripted() -> Iterator[Any]:
+    ray.init(
+        address="local",
+        num_cpus=1,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level="ERROR",
+    )
+    yield ray.remote(Scripted).options(num_cpus=0).remote()
+    ray.shutdown()
+
+
+def request(text: str, completions: int) -> GroupRequest:
+    return GroupRequest(0, "p", 0, text, [1], "{}", completions, 10, 1.0, 0, 0.0)
+
+
+async def received(actor: Any, asked: GroupRequest, deadline_s: float = 30.0) -> list[Any]:
+    pool = GeneratorPool({"generator-0": actor}, Waits(), 0)
+    return [ref async for ref in pool.generate(asked, deadline_s)]
+
+
+def test_batches_are_there_however_late_they_are_read(scripted: Any) -> None:
+    async def many() -> list[list[Any]]:
+        groups = [received(scripted, request("?", 20)) for _ in range(20)]
+        begun = asyncio.gather(*groups)
+        await asyncio.sleep(0)
+        time.sleep(1.0)  # a busy coordinator: the actor is long done when it looks
+        return await begun
+
+    for refs in asyncio.run(many()):
+        batches = ray.get(refs, timeout=30)
+        assert [batch.column("tokens")[0].as_py()[0] for batch in batches] == list(range(20))
+
+
+def test_what_the_generator_raises_comes_out_after_its_batches(scripted: Any) -> None:
+    with pytest.raises(ValueError, match="no such prompt"):
+        asyncio.run(received(scripted, request("raises", 0)))
+    with pytest.raises(ValueError, match="no such prompt"):
+        asyncio.run(received(scripted, request("raises", 2)))
+
+
+def test_a_batch_without_its_acknowledgement_is_an_error(scripted: Any) -> None:
+    with pytest.raises(RunError, match="generator-0 left group 0"):
+        asyncio.run(received(scripted, request("stops", 1)))
+
+
+def test_a_generator_that_hangs_is_a_stall_with_its_name(scripted: Any) -> None:
+    with pytest.raises(StallError, match="completions from generator-0"):
+        asyncio.run(received(scripted, request("hangs", 1), deadline_s=0.5))
