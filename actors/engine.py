@@ -1,9 +1,9 @@
 """Everything of vLLM that the project uses, behind one adapter, pinned to vLLM 0.32.
 
-`Engine` owns one `AsyncLLM`. Tokens in, tokens out: no detokenising, no per-token streaming
-(`FINAL_ONLY`), a request a completion, flat log-probabilities. With
-`processed_logprobs`, top_p = 1 and no top_k the reported log-probabilities are those of the
-distribution sampled from, temperature included.
+`Engine` owns one `AsyncLLM`, or on CPU an `EngineThread` that answers to the same names. Tokens
+in, tokens out: no detokenising, no per-token streaming (`FINAL_ONLY`), a request a completion,
+flat log-probabilities. With `processed_logprobs`, top_p = 1 and no top_k the reported
+log-probabilities are those of the distribution sampled from, temperature included.
 
 Legend: T tokens of a completion.
 """
@@ -11,9 +11,11 @@ Legend: T tokens of a completion.
 from __future__ import annotations
 
 import os
+import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from actors.engine_thread import EngineThread
 from common.config import GeneratorConfig, ModelConfig
 from common.errors import RunError, UserError
 
@@ -38,8 +40,8 @@ class Completion:
 class Engine:
     """One vLLM engine. Start it with `await Engine.start(...)`; end it with `shutdown`."""
 
-    def __init__(self, llm: AsyncLLM) -> None:
-        self._llm = llm
+    def __init__(self, llm: AsyncLLM | EngineThread) -> None:
+        self._llm: Any = llm
         self._salt = 0  # counts updates: see `generate`
 
     @classmethod
@@ -61,12 +63,8 @@ class Engine:
             raise UserError(
                 f"vLLM {vllm.__version__} is installed, {VLLM_VERSION} is needed: run `make setup`"
             )
-        from vllm.engine.arg_utils import AsyncEngineArgs
-        from vllm.v1.engine.async_llm import AsyncLLM
-
-        arguments = AsyncEngineArgs(**_engine_arguments(model, generator, transport, seed))
         try:
-            llm = AsyncLLM.from_engine_args(arguments)
+            llm = await _start_llm(_engine_arguments(model, generator, transport, seed))
         except (ValueError, RuntimeError) as error:
             raise UserError(
                 f"vLLM did not start for {model.path}: {error} "
@@ -135,8 +133,23 @@ class Engine:
 
         await self._llm.init_weight_transfer_engine(WeightTransferInitRequest(init_info=init_info))
 
+    async def update(self, update_infos: list[dict[str, Any]], version: int) -> float:
+        """A whole update; requests under way are frozen, none is aborted.
+
+        Returns the seconds they stood still, with `AsyncLLM` those of its pause included.
+        """
+        if isinstance(self._llm, EngineThread):
+            self._salt += 1  # commands keep their order: see `begin_update`
+            return await self._llm.update(update_infos, str(version))
+        started = time.monotonic()
+        await self.begin_update()
+        for update_info in update_infos:
+            await self.receive_weights(update_info)
+        await self.end_update(version)
+        return time.monotonic() - started
+
     async def begin_update(self) -> None:
-        """Freeze the requests under way (none is aborted) and open a weight update.
+        """Freeze the requests under way and open an update, with `AsyncLLM`.
 
         Until `end_update` has succeeded the engine serves nothing: a failed update leaves layers
         unloaded.
@@ -163,6 +176,19 @@ class Engine:
     def shutdown(self) -> None:
         """End the engine's processes."""
         self._llm.shutdown()
+
+
+async def _start_llm(arguments: dict[str, Any]) -> AsyncLLM | EngineThread:
+    """`AsyncLLM`, or on CPU with one rank the engine in a thread of this process."""
+    from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
+
+    if arguments.get("distributed_executor_backend") == "uni":
+        from vllm.v1.engine.llm_engine import LLMEngine
+
+        return await EngineThread.start(lambda: LLMEngine.from_engine_args(EngineArgs(**arguments)))
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    return AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
 
 
 def _engine_arguments(
@@ -201,11 +227,11 @@ def _engine_arguments(
 
 
 def _single_process_on_cpu(generator: GeneratorConfig) -> dict[str, Any]:
-    """Run the worker inside the engine's process on CPU.
+    """Run engine and worker inside this process on CPU.
 
     vLLM's CPU platform replaces the single-process executor by one process a worker, because it
     binds OpenMP threads there. We bind them for the whole actor (see `deploy.placement`), so the
-    extra process and its busy shared-memory queue would only take a core away.
+    extra processes and their queues would only take a core away.
     """
     if generator.tensor_parallel > 1:
         return {}

@@ -11,7 +11,7 @@ import math
 import os
 import time
 from collections.abc import AsyncIterator
-from pathlib import Path
+from contextlib import ExitStack
 from typing import Any
 
 import pyarrow as pa
@@ -22,8 +22,6 @@ from common.config import GeneratorConfig, ModelConfig
 from common.schema import rollout_schema
 from common.trajectory import GroupRequest
 from common.weights import WeightBucket
-
-_SHARED_MEMORY = Path("/dev/shm")
 
 _GATHER_S = 2.0
 """Completions that end within this time of each other are verified together."""
@@ -135,7 +133,7 @@ class Generator:
         await self.engine.init_weight_transfer(init_info)
 
     async def begin_update(self) -> None:
-        """Freeze generation and open a weight update."""
+        """Freeze generation and open a weight update of vLLM's own transports (nccl, ipc)."""
         self._update_began = time.monotonic()
         await self.engine.begin_update()
 
@@ -151,19 +149,13 @@ class Generator:
     async def update_weights(self, buckets: list[WeightBucket], version: int) -> float:
         """A whole update from the object store; returns the seconds generation stood still."""
         buffers = await asyncio.gather(*[bucket.ref for bucket in buckets])
-        paths: list[Path] = []
-        try:
-            for index, buffer in enumerate(buffers):
-                path = _SHARED_MEMORY / f"grpo-lambda-{os.getpid()}-{version}-{index}"
-                paths.append(path)
-                await asyncio.to_thread(path.write_bytes, buffer)
-            await self.begin_update()
-            for bucket, path in zip(buckets, paths, strict=True):
-                await self.engine.receive_weights(_update_info(bucket, path))
-            return await self.end_update(version)
-        finally:
-            for path in paths:
-                path.unlink(missing_ok=True)
+        with ExitStack() as files:
+            paths = [
+                files.enter_context(await asyncio.to_thread(MemoryFile, buffer))
+                for buffer in buffers
+            ]
+            infos = [_update_info(*pair) for pair in zip(buckets, paths, strict=True)]
+            return await self.engine.update(infos, version)
 
     async def shutdown(self) -> None:
         """End the engine's processes."""
@@ -189,9 +181,24 @@ def with_guidance(sampled: Completion, guidance_ids: list[int], version: int) ->
     )
 
 
-def _update_info(bucket: WeightBucket, path: Path) -> dict[str, Any]:
+class MemoryFile:
+    """A file without a name, gone with this process however that ends; as a context, its path."""
+
+    def __init__(self, content: Any) -> None:
+        self._descriptor = os.memfd_create("grpo-lambda-weights")
+        with open(self._descriptor, "wb", closefd=False) as file:
+            file.write(content)
+
+    def __enter__(self) -> str:
+        return f"/proc/{os.getpid()}/fd/{self._descriptor}"
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._descriptor)
+
+
+def _update_info(bucket: WeightBucket, path: str) -> dict[str, Any]:
     return {
-        "path": str(path),
+        "path": path,
         "names": list(bucket.names),
         "dtypes": list(bucket.dtypes),
         "shapes": [list(shape) for shape in bucket.shapes],

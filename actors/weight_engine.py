@@ -1,7 +1,7 @@
 """The vLLM worker's side of the `object_store` transport.
 
 The generator actor copies a bucket of the learner's weights from Ray's object store into a file
-in shared memory; the worker process, which is no Ray process, maps that file and loads the
+in memory; the worker, which may be in a process that is not Ray's, maps that file and loads the
 tensors through vLLM's layerwise reload, so that fused and prepacked layers are rebuilt as at
 start-up. vLLM's base class synchronises an accelerator after every update, hence the override.
 
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import multiprocessing
 import os
 import signal
 import sys
@@ -42,7 +43,7 @@ class ObjectStoreInitInfo(WeightTransferInitInfo):
 
 @dataclass
 class ObjectStoreUpdateInfo(WeightTransferUpdateInfo):
-    """One bucket: a file in shared memory, and `WeightBucket`'s fields about it."""
+    """One bucket: a file in memory, and `WeightBucket`'s fields about it."""
 
     path: str
     names: list[str]
@@ -141,7 +142,8 @@ class WeightUpdateExtension:
 
 def _die_with_parent() -> None:
     """A worker whose generator actor was killed must not live on with its memory and cores."""
-    if sys.platform.startswith("linux"):
+    in_actor = multiprocessing.parent_process() is None  # Ray's processes are Ray's to end
+    if sys.platform.startswith("linux") and not in_actor:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 

@@ -5,8 +5,11 @@ The tiny model is the hard case: a token costs it so little that everything else
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import statistics
+import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -29,7 +32,7 @@ GROUPS, SIZE, TOKENS, REPEATS = 32, 8, 96, 5
 
 
 def main() -> None:
-    folder = str(resolve_model("builtin:tiny-chain-sum"))
+    folder = without_end(resolve_model("builtin:tiny-chain-sum"), Path(tempfile.mkdtemp()))
     config = load_config([CONFIGS / "tiny.yaml"], [f"model.path={folder}"], CONFIGS / "recipes")
     cores = plan_cores(config, available_cores(), preload_libraries())
     connect(config, cores)
@@ -73,6 +76,21 @@ def main() -> None:
             ),
         ]
     )
+
+
+def without_end(model: Path, copy: Path) -> str:
+    """The model with an end-of-text token that it cannot sample: every completion is as long."""
+    from transformers import AutoTokenizer
+
+    shutil.copytree(model, copy, dirs_exist_ok=True)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    config = json.loads((copy / "config.json").read_text())
+    while len(tokenizer) <= config["vocab_size"]:
+        tokenizer.add_special_tokens({"eos_token": f"<never-{len(tokenizer)}>"})
+    tokenizer.save_pretrained(copy)
+    (copy / "generation_config.json").unlink(missing_ok=True)
+    (copy / "config.json").write_text(json.dumps(config | {"eos_token_id": None}))
+    return str(copy)
 
 
 class Offline:

@@ -1,0 +1,179 @@
+"""vLLM's synchronous engine in a thread of this process, behind `AsyncLLM`'s names.
+
+`AsyncLLM` runs its engine in a process of its own: every token is encoded, sent and decoded, on a
+CPU by the very cores that should compute it. Here nothing is between the caller and the engine but
+a queue that the engine's thread empties between two steps. A weight update is such a command, so
+no token is ever sampled in the middle of one; and an engine that dies takes its actor with it.
+
+One model rank only: tensor parallelism and CUDA keep `AsyncLLM`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import threading
+import time
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, Any
+
+from common.errors import RunError
+
+if TYPE_CHECKING:
+    from vllm.v1.engine.llm_engine import LLMEngine
+
+_IDLE_S = 1.0
+"""How often an idle engine looks whether it should end."""
+
+Command = tuple[Callable[[], Any], "Future[Any]"]
+
+
+class EngineThread:
+    """Start with `await EngineThread.start(make)`; end with `shutdown`."""
+
+    def __init__(self) -> None:
+        self._commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
+        self._answers: dict[str, Future[Any]] = {}  # of the requests under way
+        self._whole = True  # no half-loaded weights
+        self._ended = False
+        self._lock = threading.Lock()  # nothing is submitted behind the end
+        self._error: Exception | None = None
+        """Why nothing is served any more."""
+        self._engine: LLMEngine
+        self._thread = threading.Thread(target=self._run, name="vllm-engine", daemon=True)
+
+    @classmethod
+    async def start(cls, make: Callable[[], LLMEngine]) -> EngineThread:
+        """Make the engine in its thread. Raises what `make` raises."""
+        self = cls()
+
+        def first() -> None:
+            self._engine = make()
+
+        begun = self._submit(first)
+        self._thread.start()
+        try:
+            await asyncio.wrap_future(begun)
+        except BaseException:
+            self._ended = True
+            raise
+        return self
+
+    async def generate(self, prompt: Any, parameters: Any, request_id: str) -> AsyncIterator[Any]:
+        """One output, the final one. Cancelling aborts the request."""
+        answer: Future[Any] = Future()
+        self._submit(lambda: self._add(request_id, prompt, parameters, answer))
+        try:
+            yield await asyncio.wrap_future(answer)
+        finally:
+            if not answer.done():
+                self._submit(lambda: self._abort(request_id))
+
+    async def init_weight_transfer_engine(self, request: Any) -> None:
+        arguments = {"init_info": request.init_info}
+        await self._call(
+            lambda: self._engine.collective_rpc("init_weight_transfer_engine", kwargs=arguments)
+        )
+
+    async def update(self, update_infos: list[dict[str, Any]], version: str) -> float:
+        """Load a whole update between two steps; the seconds that generation stood still.
+
+        After a failed one nothing is served until one succeeds: layers may be half loaded.
+        """
+        seconds: float = await self._call(lambda: self._update(update_infos, version))
+        return seconds
+
+    async def update_weight_version(self, version: str) -> None:
+        await self._call(lambda: self._engine.set_weight_version(version))
+
+    async def get_weight_version(self) -> str:
+        version: str = await self._call(self._engine.get_weight_version)
+        return version
+
+    def shutdown(self) -> None:
+        """End the thread; requests under way fail."""
+        self._ended = True
+        self._thread.join(timeout=10 * _IDLE_S)
+
+    async def _call(self, work: Callable[[], Any]) -> Any:
+        """Do `work` in the engine's thread, between two steps."""
+        return await asyncio.wrap_future(self._submit(work))
+
+    def _submit(self, work: Callable[[], Any]) -> Future[Any]:
+        done: Future[Any] = Future()
+        with self._lock:
+            if self._error is not None:
+                raise RunError(f"vLLM's engine is gone: {self._error}") from self._error
+            self._commands.put((work, done))
+        return done
+
+    # The rest runs in the engine's thread.
+
+    def _run(self) -> None:
+        error: Exception = RunError("vLLM's engine was shut down")
+        try:
+            while not self._ended:
+                self._obey()
+                if self._answers and self._whole:
+                    self._step()
+        except Exception as raised:  # whoever waits for this thread must hear of it
+            error = raised
+        with self._lock:
+            self._error = error
+        self._fail_all(error)
+
+    def _obey(self) -> None:
+        """Do what was submitted; with nothing to compute, wait for it."""
+        idle = not (self._answers and self._whole)
+        try:
+            while True:
+                work, done = self._commands.get(block=idle, timeout=_IDLE_S)
+                idle = False
+                if not done.set_running_or_notify_cancel():
+                    continue
+                try:
+                    done.set_result(work())
+                except Exception as error:
+                    done.set_exception(error)
+        except queue.Empty:
+            return
+
+    def _step(self) -> None:
+        for output in self._engine.step():
+            if output.finished and (answer := self._answers.pop(output.request_id, None)):
+                answer.set_result(output)
+
+    def _update(self, update_infos: list[dict[str, Any]], version: str) -> float:
+        started = time.monotonic()
+        self._whole = False
+        self._engine.collective_rpc("start_weight_update")
+        for info in update_infos:
+            self._engine.collective_rpc("update_weights", kwargs={"update_info": info})
+        self._engine.collective_rpc("finish_weight_update")
+        self._engine.set_weight_version(version)
+        self._whole = True
+        return time.monotonic() - started
+
+    def _add(self, request_id: str, prompt: Any, parameters: Any, answer: Future[Any]) -> None:
+        if not answer.set_running_or_notify_cancel():
+            return
+        try:
+            self._engine.add_request(request_id, prompt, parameters)
+        except Exception as error:
+            answer.set_exception(error)
+        else:
+            self._answers[request_id] = answer
+
+    def _abort(self, request_id: str) -> None:
+        if (answer := self._answers.pop(request_id, None)) is not None:
+            self._engine.abort_request([request_id])
+            answer.cancel()
+
+    def _fail_all(self, error: Exception) -> None:
+        for answer in self._answers.values():
+            answer.set_exception(error)
+        while not self._commands.empty():
+            _, done = self._commands.get_nowait()
+            if done.set_running_or_notify_cancel():
+                done.set_exception(error)
