@@ -174,7 +174,7 @@ class Engine:
         return int(await self._llm.get_weight_version())
 
     def shutdown(self) -> None:
-        """End the engine's processes."""
+        """End the engine's thread or processes."""
         self._llm.shutdown()
 
 
@@ -236,7 +236,8 @@ def _single_process_on_cpu(generator: GeneratorConfig) -> dict[str, Any]:
     if generator.tensor_parallel > 1:
         return {}
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    return {"distributed_executor_backend": "uni"}
+    # A step's tokens are out before the next begins, so none is stamped with a later version.
+    return {"distributed_executor_backend": "uni", "async_scheduling": False}
 
 
 def _completion(output: Any) -> Completion:

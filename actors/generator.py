@@ -40,14 +40,13 @@ class Generator:
         version: int,
         cores: list[int] | None,
     ) -> None:
-        if cores is not None:
-            os.sched_setaffinity(0, cores)  # inherited by the engine's processes
         self._name = name
         self._model = model
         self._config = config
         self._transport = transport
         self._seed = seed
         self._version = version
+        self._cores = cores
         self._engine: Engine | None = None
         self._tokenizer: Any = None
         self._scored = 0
@@ -57,6 +56,8 @@ class Generator:
         """Start the engine; returns this process's id."""
         from transformers import AutoTokenizer
 
+        if self._cores is not None:
+            os.sched_setaffinity(0, self._cores)  # of this thread and those the engine starts
         self._tokenizer = AutoTokenizer.from_pretrained(
             self._model.path, trust_remote_code=self._model.trust_remote_code
         )
@@ -158,7 +159,7 @@ class Generator:
             return await self.engine.update(infos, version)
 
     async def shutdown(self) -> None:
-        """End the engine's processes."""
+        """End the engine."""
         if self._engine is not None:
             await asyncio.to_thread(self._engine.shutdown)
             self._engine = None

@@ -2,8 +2,8 @@
 
     learner, all ranks   16 bytes a parameter: float32 weights, gradients and AdamW's two moments;
                          plus the gathered compute copy, on every rank
-    generator, each      compute weights, the key-value cache, and vLLM's own process
-    weights on the way   three copies in compute dtype: bucket, object store, shared memory
+    generator, each      compute weights and the key-value cache
+    weights on the way   three copies in compute dtype: bucket, object store, memory file
     every process        the libraries it imports
 
 Activations are not counted: they follow from `batch.tokens_per_microbatch` and are smaller.

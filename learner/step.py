@@ -137,6 +137,7 @@ class Trainer:
         metrics |= penalty
         metrics |= describe(batch, prepared)
         microbatches = self._mine(batch, plan)
+        metrics["time/pack"] = time.perf_counter() - started
         probe_every = self.config.credit_probe_every
         if probe_every and self.step % probe_every == 0 and self.recipe.shapes_credit:
             norm = self._broadcast_grad_norm(batch, prepared, microbatches)

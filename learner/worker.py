@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -211,12 +212,14 @@ class LearnerWorker:
         Raises:
             RunError: a token is staler than `max_staleness`, or the gradient is not finite.
         """
+        started = time.perf_counter()
         groups = _fetch(batches)
         for group in groups:
             check_schema(group.schema)
         batch = StepBatch.from_record_batches(groups)
         staleness = check_staleness(batch, version, max_staleness)
-        return self.trainer.train(batch) | staleness
+        fetched_s = time.perf_counter() - started
+        return self.trainer.train(batch) | staleness | {"time/fetch": fetched_s}
 
     def export_weights(self, version: int) -> list[WeightBucket]:
         """Put the weights into the store in compute dtype; rank 0 returns the buckets.

@@ -1,6 +1,9 @@
-"""The staleness bound under adversarial schedules: random speeds, stragglers, drops, S 0 to 8."""
+"""The staleness bound under adversarial schedules: random speeds, stragglers, drops, lost
+groups, deaths with resume from a checkpoint, S from 0 to 8."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass, field
 
 import pytest
 from hypothesis import given, settings
@@ -26,24 +29,51 @@ def receipt(group_id: int, dispatched_at: int, oldest_token: int) -> GroupReceip
     )
 
 
+@dataclass
+class Checkpoint:
+    version: int = 0
+    done: list[int] = field(default_factory=list)
+    outstanding: list[int] = field(default_factory=list)
+    next_prompt: int = 0
+
+
 class Simulation:
     """Learner, publishing and generators as bare state, driven one event at a time."""
 
     def __init__(self, max_staleness: int, prompts: int) -> None:
         self.max_staleness, self.prompts = max_staleness, prompts
-        self.budget = StalenessBudget(max_staleness, prompts)
-        self.window = GroupWindow(max_staleness, prompts)
-        self.learner = self.published = 0
         self.next_id = 0
+        self.saved = Checkpoint()
+        self.resume()
+
+    def resume(self) -> None:
+        """Everything dies; a new process goes on from the checkpoint."""
+        saved = self.saved
+        self.budget = StalenessBudget(self.max_staleness, self.prompts)
+        self.window = GroupWindow(self.max_staleness, self.prompts)
+        self.learner = self.published = saved.version
         self.running: dict[int, int] = {}
-        self.trained: list[int] = []
-        self.dispatched_at: dict[int, int] = {}
+        self.trained: list[int] = []  # group ids, of this process
+        self.prompt_of: dict[int, int] = {}
+        self.done = list(saved.done)  # prompts trained on or filtered
+        self.reissue, self.next_prompt = list(saved.outstanding), saved.next_prompt
+
+    def save(self) -> None:
+        held = [self.prompt_of[group] for group in self.window.outstanding()]
+        self.saved = Checkpoint(
+            self.learner, list(self.done), sorted(held + self.reissue), self.next_prompt
+        )
 
     def dispatch_all(self) -> None:
         while self.budget.try_acquire():
-            self.window.dispatch(self.next_id, self.published)
-            self.running[self.next_id] = self.dispatched_at[self.next_id] = self.published
-            self.next_id += 1
+            group, self.next_id = self.next_id, self.next_id + 1
+            if self.reissue:
+                self.prompt_of[group] = self.reissue.pop(0)
+            else:
+                self.prompt_of[group] = self.next_prompt
+                self.next_prompt += 1
+            self.window.dispatch(group, self.published)
+            self.running[group] = self.published
 
     def finish(self, choice: int, drop: bool) -> None:
         group = sorted(self.running)[choice % len(self.running)]
@@ -52,6 +82,15 @@ class Simulation:
         if drop:
             self.window.drop(group)
             self.budget.release(1)
+            self.done.append(self.prompt_of[group])
+
+    def lose(self, choice: int) -> None:
+        """Its generator died: the prompt goes out again, under the weights held then."""
+        group = sorted(self.running)[choice % len(self.running)]
+        del self.running[group]
+        self.window.drop(group)
+        self.budget.release(1)
+        self.reissue.append(self.prompt_of[group])
 
     def step(self) -> bool:
         taken = self.window.take(self.learner)
@@ -60,18 +99,44 @@ class Simulation:
         for group in taken:
             assert self.learner - group.min_version <= self.max_staleness
             self.trained.append(group.group_id)
+            self.done.append(self.prompt_of[group.group_id])
         self.learner += 1
         return True
 
-    def publish(self) -> None:
-        while self.published < self.learner:
-            self.published += 1
-            self.budget.release(self.prompts)
+    def publish(self) -> bool:
+        """One version reaches every generator."""
+        if self.published == self.learner:
+            return False
+        self.published += 1
+        self.budget.release(self.prompts)
+        return True
+
+    def happens(self, event: str, choice: int) -> None:
+        if event in ("finish", "drop", "lose") and not self.running:
+            return
+        if event == "lose":
+            self.lose(choice)
+        elif event in ("finish", "drop"):
+            self.finish(choice, drop=event == "drop")
+        else:
+            {"step": self.step, "publish": self.publish, "save": self.save, "die": self.resume}[
+                event
+            ]()
+        self.dispatch_all()
+
+    def finish_all(self) -> None:
+        while self.running:
+            self.finish(0, drop=False)
+        while self.step():
+            pass
 
 
 EVENTS = st.lists(
     st.tuples(
-        st.sampled_from(["finish", "finish", "drop", "step", "publish"]), st.integers(0, 999)
+        st.sampled_from(
+            ["finish", "finish", "finish", "drop", "lose", "step", "publish", "save", "die"]
+        ),
+        st.integers(0, 999),
     ),
     max_size=300,
 )
@@ -85,27 +150,23 @@ def test_no_token_is_older_than_s_and_nobody_waits_for_ever(
     simulation = Simulation(max_staleness, prompts)
     simulation.dispatch_all()
     for event, choice in events:
+        simulation.happens(event, choice)
         assert simulation.window.missing(simulation.learner) <= prompts
-        if event in ("finish", "drop") and simulation.running:
-            simulation.finish(choice, drop=event == "drop")
-        elif event == "step":
-            simulation.step()
-        elif event == "publish":
-            simulation.publish()
-        simulation.dispatch_all()
     # From any state, finishing what runs lets the learner go on: no deadlock, nobody starves.
     for _ in range(3 * (max_staleness + 2)):
-        simulation.publish()
+        while simulation.publish():
+            pass
         simulation.dispatch_all()
         steps = simulation.learner
-        while simulation.running:
-            simulation.finish(0, drop=False)
-        while simulation.step():
-            pass
+        simulation.finish_all()
         assert simulation.learner > steps
-    assert len(simulation.trained) == len(set(simulation.trained))
     oldest_left = min(simulation.window.outstanding(), default=simulation.next_id)
     assert oldest_left > max(simulation.trained) - (max_staleness + 1) * prompts
+    # Through deaths and resumes no prompt was skipped, none was trained on twice.
+    left = [simulation.prompt_of[group] for group in simulation.window.outstanding()]
+    assert sorted(simulation.done + left + simulation.reissue) == list(
+        range(simulation.next_prompt)
+    )
 
 
 def test_synchronous_mode_trains_on_policy_only() -> None:

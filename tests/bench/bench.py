@@ -9,6 +9,7 @@ its target or falls behind its committed baseline.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import signal
@@ -41,13 +42,20 @@ def run(name: str) -> list[Row]:
     try:
         output, errors = process.communicate(timeout=deadline_s)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)  # what it started would disturb the next rows
-        process.communicate()
         return [Row(name, "", [], 0.0, True, failure=failure)]
+    finally:
+        _end(process)
     if process.returncode != 0:
         lines = [line for line in errors.splitlines() if line.strip()]
         return [Row(name, "", [], 0.0, True, failure=lines[-1] if lines else "no message")]
     return [Row(**row) for row in json.loads(output.splitlines()[-1])]
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    """What a script started and left would disturb the next rows."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def _with_tests(inherited: str | None) -> str:

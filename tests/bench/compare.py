@@ -235,6 +235,13 @@ def markdown(rows: list[Row], outcomes: list[Outcome]) -> str:
     return "\n".join(lines)
 
 
+def on_record(table: str, out: Path) -> dict[tuple[str, int], Outcome]:
+    """Outcomes of an earlier call, by row and seed."""
+    path = out / f"{table}.json"
+    outcomes = [Outcome(**each) for each in json.loads(path.read_text())] if path.is_file() else []
+    return {(each.label, each.seed): each for each in outcomes}
+
+
 def write(table: str, rows: list[Row], outcomes: list[Outcome], out: Path) -> None:
     """Table, data and plot of what is finished."""
     out.mkdir(parents=True, exist_ok=True)
@@ -259,6 +266,7 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", default=[], help="labels; default: all of a table")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "compare")
     parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--keep", action="store_true", help="what --out has on record is not run")
     options = parser.parse_args()
     more = [word for word in options.tables if "=" in word]
     for table in [word for word in options.tables if "=" not in word]:
@@ -270,6 +278,8 @@ def main() -> None:
             for seed in range(options.seeds)
             for row in rows
         ]
+        kept = on_record(table, options.out) if options.keep else {}
+        jobs = [(row, config) for row, config in jobs if (row.label, config.seed) not in kept]
         missing = [config for _, config in jobs if not is_finished(config)]
         for config in missing:
             shutil.rmtree(folder_of(config), ignore_errors=True)  # begun and not finished
@@ -278,6 +288,7 @@ def main() -> None:
                 train_each(missing)
         finally:
             done = [outcome(row, config) for row, config in jobs if is_finished(config)]
+            done = [*kept.values(), *done]
             if done:
                 write(table, rows, done, options.out)
                 print(markdown(rows, done))

@@ -17,8 +17,11 @@ from common.config import Config
 from common.config_loader import load_config
 from common.log_store import read_log
 from common.metrics import read_metrics
+from deploy.placement import with_compute_dtype
 
 HERE = Path(__file__).parent
+# What both sides do: the same rule for rewards, and TRL's own method.
+EQUAL = ("recipe=grpo", "verifier.rules=[{name: math_answer, args: {extract: last_number}}]")
 
 
 def train(preset: str, folder: Path, *overrides: str) -> tuple[Config, list[dict[str, Any]]]:
@@ -70,6 +73,7 @@ def trl(model: str, config: Config, prompts: list[tuple[str, str]], **more: Any)
         "learning_rate": config.learner.learning_rate,
         "warmup_steps": config.learner.warmup_steps,
         "microbatch": 8,
+        "bf16": with_compute_dtype(config).model.dtype == "bfloat16",
         "eval_every": 0,
         "target": 1.0,
         "seed": config.seed,

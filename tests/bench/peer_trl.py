@@ -3,8 +3,8 @@
     python peer_trl.py JOB.json RESULT.json
 
 JOB: model, prompts [[text, answer]], held_out [[text, answer]], steps, prompts_per_step,
-group_size, max_tokens, learning_rate, warmup_steps, microbatch, eval_every (0: never), target,
-seed.
+group_size, max_tokens, learning_rate, warmup_steps, microbatch, bf16, eval_every (0: never),
+target, seed.
 RESULT: seconds of every step, and [[training seconds, held-out accuracy]] of every evaluation;
 evaluations are not in the seconds. Imports nothing of this project.
 """
@@ -86,7 +86,7 @@ def main() -> None:
     config = GRPOConfig(
         output_dir=sys.argv[2] + ".trainer",
         use_cpu=True,
-        bf16=False,
+        bf16=job["bf16"],
         per_device_train_batch_size=job["microbatch"],
         gradient_accumulation_steps=completions // job["microbatch"],
         num_generations=job["group_size"],

@@ -71,8 +71,8 @@ def main() -> None:
                 [stall / (copy + 0.02) for stall, copy in zip(stalls, copies, strict=True)],
                 2.0,
                 False,
-                f"{1e3 * statistics.median(stalls):.0f} ms against "
-                f"{1e3 * (statistics.median(copies) + 0.02):.0f} ms",
+                f"{1e3 * statistics.median(stalls):.0f} ms; the copy alone takes "
+                f"{1e3 * statistics.median(copies):.1f} ms",
             ),
         ]
     )

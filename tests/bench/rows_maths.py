@@ -102,7 +102,7 @@ def head() -> Row:
     whole = 2 * head_peak(0, HEAD_TOKENS // 2)
     ours = [head_peak(512, HEAD_TOKENS) for _ in range(3)]
     return Row(
-        "peak memory of log-probabilities, 8k tokens, vocabulary 150k",
+        "peak memory of the learner's head, 8k tokens, vocabulary 150k",
         "log_softmax of all logits",
         [peak / whole for peak in ours],
         0.5,

@@ -19,8 +19,10 @@ KINDS = (
     "Generator",
     "VerifierWorker",
     "TrajectoryStream",
-    "EngineCore",
+    "EngineCore",  # with CUDA
     "deploy.cli",
+    "raylet",
+    "gcs_server",
 )
 
 
@@ -58,7 +60,7 @@ def main() -> None:
                 late.append(resident(root))
             time.sleep(1.0)
     rows = []
-    for kind in KINDS:
+    for kind in sorted(early[0]):
         before = max(sample.get(kind, 0.0) for sample in early)
         after = max(sample.get(kind, 0.0) for sample in late[:-1] or late)
         rows.append(

@@ -46,6 +46,8 @@ def main() -> None:
     learn = statistics.median(r["time/train"] for r in alone)
     in_turns = statistics.median(r["time/step"] for r in alone)
     times = [record["time/step"] for record in both]
+    uneven = not 0.7 < generate / learn < 1.4
+    failure = f"{generate:.2f} s and {learn:.2f} s are not about equally long" if uneven else ""
     figures = f"generation {generate:.2f} s, training {learn:.2f} s, in turns {in_turns:.2f} s, "
     figures += f"overlapped {statistics.median(times):.2f} s a step of 512 completions"
     # Pairs of steps: one waits when the other does not.
@@ -59,6 +61,7 @@ def main() -> None:
                 1.15,
                 False,
                 figures,
+                failure,
             ),
             Row(
                 "completions per second, asynchronous, a core each",
@@ -67,6 +70,7 @@ def main() -> None:
                 1.5,
                 True,
                 figures,
+                failure,
             ),
         ]
     )

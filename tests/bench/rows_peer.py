@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 
 from harness import Row, emit
-from peer import prompts_of, train, trl
+from peer import EQUAL, prompts_of, train, trl
 
 from deploy.models import resolve_model
 
@@ -17,7 +17,7 @@ STEPS = 4
 def main() -> None:
     keys = (f"steps={STEPS}", "eval.every=0", "eval.prompts=8", "checkpoint.every=0")
     with tempfile.TemporaryDirectory() as name:
-        config, records = train("smollm2", Path(name), *keys)
+        config, records = train("smollm2", Path(name), *EQUAL, *keys)
         prompts = prompts_of(Path(name))
     ours = [record["time/step"] for record in records if "grad_norm" in record][1:]
     peer = trl(str(resolve_model(config.model.path)), config, prompts, steps=STEPS).seconds[1:]

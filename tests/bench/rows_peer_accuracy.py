@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 
 from harness import Row, emit
-from peer import held_out_of, prompts_of, train, trl
+from peer import EQUAL, held_out_of, prompts_of, train, trl
 
 from deploy.models import resolve_model
 
@@ -25,7 +25,7 @@ def main() -> None:
                 f"seed={seed}",
                 f"steps={STEPS}",
                 f"eval.every={EVERY}",
-                "recipe=grpo",
+                *EQUAL,
             )
             prompts, held_out = prompts_of(folder), held_out_of(folder)
         seconds, evaluating, mine = 0.0, 0.0, float("inf")
