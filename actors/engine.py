@@ -65,7 +65,7 @@ class Engine:
             )
         try:
             llm = await _start_llm(_engine_arguments(model, generator, transport, seed))
-        except (ValueError, RuntimeError) as error:
+        except Exception as error:  # vLLM raises of every kind; whatever it is, it does not run
             raise UserError(
                 f"vLLM did not start for {model.path}: {error} "
                 "(if memory is short, lower generator.kv_cache_gib or model.max_length)"
@@ -95,8 +95,8 @@ class Engine:
             **sampling,
         )
         final = None
-        # vLLM cannot clear its prefix cache while requests are under way, and with "keep" some
-        # always are: salted, a prefix is shared only with requests of the same weights.
+        # vLLM cannot clear its prefix cache while requests are under way, and some always are:
+        # salted, a prefix is shared only with requests that came in under the same weights.
         prompt = {"prompt_token_ids": prompt_ids, "cache_salt": f"weights-{self._salt}"}
         async for output in self._llm.generate(prompt, parameters, request_id):
             final = output

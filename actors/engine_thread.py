@@ -3,7 +3,7 @@
 `AsyncLLM` runs its engine in a process of its own: every token is encoded, sent and decoded, on a
 CPU by the very cores that should compute it. Here nothing is between the caller and the engine but
 a queue that the engine's thread empties between two steps. A weight update is such a command, so
-no token is ever sampled in the middle of one; and an engine that dies takes its actor with it.
+no token is ever sampled in the middle of one; and an engine that crashes takes its actor with it.
 
 One model rank only: tensor parallelism and CUDA keep `AsyncLLM`.
 """
@@ -35,12 +35,12 @@ class EngineThread:
     def __init__(self) -> None:
         self._commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
         self._answers: dict[str, Future[Any]] = {}  # of the requests under way
-        self._whole = True  # no half-loaded weights
         self._ended = False
+        self._failure: Exception | None = None  # of an update: layers may be half loaded
         self._lock = threading.Lock()  # nothing is submitted behind the end
         self._error: Exception | None = None
         """Why nothing is served any more."""
-        self._engine: LLMEngine
+        self._engine: Any = None  # vLLM's LLMEngine
         self._thread = threading.Thread(target=self._run, name="vllm-engine", daemon=True)
 
     @classmethod
@@ -79,7 +79,8 @@ class EngineThread:
     async def update(self, update_infos: list[dict[str, Any]], version: str) -> float:
         """Load a whole update between two steps; the seconds that generation stood still.
 
-        After a failed one nothing is served until one succeeds: layers may be half loaded.
+        A failed one ends the engine: layers are left half loaded, and vLLM would take a second
+        attempt for the rest of the first (it skips layers whose reload has begun).
         """
         seconds: float = await self._call(lambda: self._update(update_infos, version))
         return seconds
@@ -113,21 +114,26 @@ class EngineThread:
     def _run(self) -> None:
         error: Exception = RunError("vLLM's engine was shut down")
         try:
-            while not self._ended:
+            while not self._ended and self._failure is None:
                 self._obey()
-                if self._answers and self._whole:
+                if self._answers:
                     self._step()
+            error = self._failure or error
         except Exception as raised:  # whoever waits for this thread must hear of it
             error = raised
+        except BaseException as raised:
+            error = RunError(f"vLLM ended its engine: {raised!r}")
         with self._lock:
             self._error = error
         self._fail_all(error)
+        if self._engine is not None:
+            self._engine.engine_core.shutdown()
 
     def _obey(self) -> None:
         """Do what was submitted; with nothing to compute, wait for it."""
-        idle = not (self._answers and self._whole)
+        idle = not self._answers
         try:
-            while True:
+            while self._failure is None:
                 work, done = self._commands.get(block=idle, timeout=_IDLE_S)
                 idle = False
                 if not done.set_running_or_notify_cancel():
@@ -136,6 +142,9 @@ class EngineThread:
                     done.set_result(work())
                 except Exception as error:
                     done.set_exception(error)
+                except BaseException as error:
+                    done.set_exception(RunError(f"vLLM ended its engine: {error!r}"))
+                    raise
         except queue.Empty:
             return
 
@@ -146,17 +155,22 @@ class EngineThread:
 
     def _update(self, update_infos: list[dict[str, Any]], version: str) -> float:
         started = time.monotonic()
-        self._whole = False
-        self._engine.collective_rpc("start_weight_update")
-        for info in update_infos:
-            self._engine.collective_rpc("update_weights", kwargs={"update_info": info})
-        self._engine.collective_rpc("finish_weight_update")
+        try:
+            self._engine.collective_rpc("start_weight_update")
+            for info in update_infos:
+                self._engine.collective_rpc("update_weights", kwargs={"update_info": info})
+            self._engine.collective_rpc("finish_weight_update")
+        except Exception as error:
+            self._failure = error
+            raise
         self._engine.set_weight_version(version)
-        self._whole = True
         return time.monotonic() - started
 
     def _add(self, request_id: str, prompt: Any, parameters: Any, answer: Future[Any]) -> None:
         if not answer.set_running_or_notify_cancel():
+            return
+        if request_id in self._answers:
+            answer.set_exception(ValueError(f"request {request_id} is under way"))
             return
         try:
             self._engine.add_request(request_id, prompt, parameters)
@@ -166,9 +180,8 @@ class EngineThread:
             self._answers[request_id] = answer
 
     def _abort(self, request_id: str) -> None:
-        if (answer := self._answers.pop(request_id, None)) is not None:
+        if self._answers.pop(request_id, None) is not None:
             self._engine.abort_request([request_id])
-            answer.cancel()
 
     def _fail_all(self, error: Exception) -> None:
         for answer in self._answers.values():

@@ -50,6 +50,8 @@ class Generator:
         self._engine: Engine | None = None
         self._tokenizer: Any = None
         self._scored = 0
+        self._batches: dict[int, pa.RecordBatch] = {}  # by number, until they are taken
+        self._num_batches = 0
         self._update_began = 0.0
 
     async def start(self) -> int:
@@ -72,13 +74,14 @@ class Generator:
             raise RuntimeError(f"{self._name} was used before start()")
         return self._engine
 
-    async def generate_group(self, request: GroupRequest) -> AsyncIterator[pa.RecordBatch | int]:
+    async def generate_group(self, request: GroupRequest) -> AsyncIterator[int]:
         """Sample one group; its completions under `common.schema.rollout_schema` as they end.
 
         A batch holds those that ended within two seconds, so that a straggler holds up the
         verification of no other, and a group of equal lengths is one batch. Those not done after
-        `request.cap_s` are aborted and in no batch. After every batch comes its number of rows,
-        the acknowledgement: `GeneratorPool` fetches that and never the tokens.
+        `request.cap_s` are aborted and in no batch. What is yielded is a batch's number for
+        `take_batch`: Ray hands items of a stream over with their content, and the tokens are not
+        for the coordinator.
         """
         tasks = {
             asyncio.create_task(self._sample(request, index)): index
@@ -91,11 +94,17 @@ class Generator:
                 done, pending = await _finished(pending, left_s)
                 sampled = {tasks[task]: task.result() for task in done}
                 if sampled:
-                    yield self._batch(request, dict(sorted(sampled.items())))
-                    yield len(sampled)
+                    self._num_batches += 1
+                    batch = self._batch(request, dict(sorted(sampled.items())))
+                    self._batches[self._num_batches] = batch
+                    yield self._num_batches
         finally:
             for task in pending:
                 task.cancel()
+
+    async def take_batch(self, number: int) -> pa.RecordBatch:
+        """A finished batch, once."""
+        return self._batches.pop(number)
 
     async def _sample(self, request: GroupRequest, index: int) -> Completion:
         """Completion `index`; the last `num_guided` ones begin with the guidance."""

@@ -12,7 +12,6 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from common.errors import RunError
 from common.trajectory import GroupRequest
 from common.waits import Waits
 from common.weights import WeightBucket
@@ -62,13 +61,9 @@ class GeneratorPool(Pool):
     async def generate(self, request: GroupRequest, deadline_s: float) -> AsyncIterator[Any]:
         """References to rollout batches of one group, as its completions end.
 
-        The actor yields a batch, its acknowledgement, a batch, and so on, and only the
-        acknowledgements are fetched. All of it belongs to this process: a reference *inside* what
-        an actor streams is not counted, and its object may be gone before it is read (ray#58080).
-
-        Raises:
-            StallError: the deadline passed.
-            RunError: the generator ended between a batch and its acknowledgement.
+        The stream says only which batch is ready; the batch is the result of a call of its own
+        and stays where it was made. A reference *inside* a streamed item would not do: Ray does
+        not count it, and the object may be gone before it is read (ray#58080).
         """
         ends = time.monotonic() + deadline_s
 
@@ -76,20 +71,15 @@ class GeneratorPool(Pool):
             return self.waits.on(
                 waited,
                 owner=f"group {request.group_id}",
-                cause=f"its completions from {name}",
+                cause=f"its completions from {name} (given {deadline_s:.0f} s in all)",
                 deadline_s=ends - time.monotonic(),
             )
 
         with self.least_loaded() as name:
-            method = self.handles[name].generate_group
-            stream = method.options(num_returns="streaming").remote(request)
-            while (batch_ref := await on(anext(stream, None))) is not None:
-                done = await on(anext(stream, None))
-                if done is None:  # what the actor raised comes as its last item
-                    await on(batch_ref)
-                    raise RunError(f"{name} left group {request.group_id} without acknowledging")
-                await on(done)
-                yield batch_ref
+            handle = self.handles[name]
+            ready = handle.generate_group.options(num_returns="streaming").remote(request)
+            while (item := await on(anext(ready, None))) is not None:
+                yield handle.take_batch.remote(await on(item))
 
     async def score(
         self, sequences: list[list[int]], prompt_lengths: list[int], deadline_s: float

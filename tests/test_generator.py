@@ -62,11 +62,11 @@ def batches_of(group: GroupRequest, engine: FakeEngine) -> list[Any]:
     generator._tokenizer = FakeTokenizer()
 
     async def collect() -> list[Any]:
-        return [item async for item in generator.generate_group(group)]
+        numbers = [number async for number in generator.generate_group(group)]
+        return [await generator.take_batch(number) for number in numbers]
 
-    items = asyncio.run(collect())
-    batches, acknowledged = items[::2], items[1::2]
-    assert acknowledged == [batch.num_rows for batch in batches]
+    batches = asyncio.run(collect())
+    assert generator._batches == {}
     return batches
 
 

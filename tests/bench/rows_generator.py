@@ -142,9 +142,10 @@ def ask(generator: Any, prompts: list[list[int]], first: int) -> list[Any]:
 def actor_rate(generator: Any, prompts: list[list[int]], repeat: int) -> float:
     """Tokens a second, the batches left in the object store."""
     started = time.perf_counter()
-    refs = [list(stream) for stream in ask(generator, prompts, GROUPS * repeat)]
+    ready = [list(stream) for stream in ask(generator, prompts, GROUPS * repeat)]
     taken = time.perf_counter() - started
-    batches = [batch for group in refs for batch in ray.get(group[::2])]
+    numbers = [number for group in ready for number in ray.get(group)]
+    batches = ray.get([generator.take_batch.remote(number) for number in numbers])
     return sum(len(batch.column("token_ids").flatten()) for batch in batches) / taken
 
 
