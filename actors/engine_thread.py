@@ -36,7 +36,7 @@ class EngineThread:
         self._commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
         self._answers: dict[str, Future[Any]] = {}  # of the requests under way
         self._ended = False
-        self._failure: Exception | None = None  # of an update: layers may be half loaded
+        self._half_loaded = False  # between the beginning and the end of an update
         self._lock = threading.Lock()  # nothing is submitted behind the end
         self._error: Exception | None = None
         """Why nothing is served any more."""
@@ -63,12 +63,12 @@ class EngineThread:
     async def generate(self, prompt: Any, parameters: Any, request_id: str) -> AsyncIterator[Any]:
         """One output, the final one. Cancelling aborts the request."""
         answer: Future[Any] = Future()
-        self._submit(lambda: self._add(request_id, prompt, parameters, answer))
         try:
+            await self._call(lambda: self._add(request_id, prompt, parameters, answer))
             yield await asyncio.wrap_future(answer)
         finally:
             if not answer.done():
-                self._submit(lambda: self._abort(request_id))
+                self._submit(lambda: self._abort(request_id, answer))
 
     async def init_weight_transfer_engine(self, request: Any) -> None:
         arguments = {"init_info": request.init_info}
@@ -114,11 +114,10 @@ class EngineThread:
     def _run(self) -> None:
         error: Exception = RunError("vLLM's engine was shut down")
         try:
-            while not self._ended and self._failure is None:
+            while not self._ended:
                 self._obey()
                 if self._answers:
                     self._step()
-            error = self._failure or error
         except Exception as raised:  # whoever waits for this thread must hear of it
             error = raised
         except BaseException as raised:
@@ -133,7 +132,7 @@ class EngineThread:
         """Do what was submitted; with nothing to compute, wait for it."""
         idle = not self._answers
         try:
-            while self._failure is None:
+            while True:
                 work, done = self._commands.get(block=idle, timeout=_IDLE_S)
                 idle = False
                 if not done.set_running_or_notify_cancel():
@@ -142,6 +141,8 @@ class EngineThread:
                     done.set_result(work())
                 except Exception as error:
                     done.set_exception(error)
+                    if self._half_loaded:
+                        raise
                 except BaseException as error:
                     done.set_exception(RunError(f"vLLM ended its engine: {error!r}"))
                     raise
@@ -155,32 +156,25 @@ class EngineThread:
 
     def _update(self, update_infos: list[dict[str, Any]], version: str) -> float:
         started = time.monotonic()
-        try:
-            self._engine.collective_rpc("start_weight_update")
-            for info in update_infos:
-                self._engine.collective_rpc("update_weights", kwargs={"update_info": info})
-            self._engine.collective_rpc("finish_weight_update")
-        except Exception as error:
-            self._failure = error
-            raise
+        self._half_loaded = True
+        self._engine.collective_rpc("start_weight_update")
+        for info in update_infos:
+            self._engine.collective_rpc("update_weights", kwargs={"update_info": info})
+        self._engine.collective_rpc("finish_weight_update")
         self._engine.set_weight_version(version)
+        self._half_loaded = False
         return time.monotonic() - started
 
     def _add(self, request_id: str, prompt: Any, parameters: Any, answer: Future[Any]) -> None:
-        if not answer.set_running_or_notify_cancel():
-            return
         if request_id in self._answers:
-            answer.set_exception(ValueError(f"request {request_id} is under way"))
-            return
-        try:
-            self._engine.add_request(request_id, prompt, parameters)
-        except Exception as error:
-            answer.set_exception(error)
-        else:
-            self._answers[request_id] = answer
+            raise ValueError(f"request {request_id} is under way")
+        self._engine.add_request(request_id, prompt, parameters)
+        answer.set_running_or_notify_cancel()  # from here on this thread alone ends it
+        self._answers[request_id] = answer
 
-    def _abort(self, request_id: str) -> None:
-        if self._answers.pop(request_id, None) is not None:
+    def _abort(self, request_id: str, answer: Future[Any]) -> None:
+        if self._answers.get(request_id) is answer:
+            del self._answers[request_id]
             self._engine.abort_request([request_id])
 
     def _fail_all(self, error: Exception) -> None:

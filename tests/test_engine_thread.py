@@ -214,6 +214,23 @@ def test_shutdown_ends_the_thread_and_whoever_waits() -> None:
     asyncio.run(main())
 
 
+def test_requests_still_in_the_queue_when_the_engine_ends_hear_of_it() -> None:
+    async def main() -> None:
+        thread = await EngineThread.start(ScriptedEngine)
+        going = [asyncio.create_task(answer(thread, "a", 50))]
+        await asyncio.sleep(0.01)
+        blocking = asyncio.create_task(thread._call(lambda: time.sleep(0.1)))
+        update = asyncio.create_task(thread.update([{"bucket": "torn"}], "1"))
+        going += [asyncio.create_task(answer(thread, f"late-{i}", 5)) for i in range(3)]
+        results = await asyncio.gather(*going, return_exceptions=True)
+        assert ["checksum" in str(result) for result in results] == [True] * 4
+        await blocking
+        with pytest.raises(RuntimeError, match="checksum"):
+            await update
+
+    asyncio.run(main())
+
+
 def test_an_engine_that_cannot_start_says_why_and_leaves_no_thread() -> None:
     def make() -> Any:
         raise ValueError("no such model")
