@@ -26,6 +26,7 @@ bench: setup
 
 bench-long: setup
 	@bash tests/bench/peer_setup.sh
+	$(RUN) tests/bench/scaling.py
 	$(RUN) tests/bench/bench.py --long $(ARGS)
 
 lint: setup
