@@ -17,7 +17,7 @@ test-recipes: setup
 
 # About two hours on two cores; what is finished is not run again.
 compare: setup
-	$(RUN) tests/bench/compare.py guidance staleness recipes $(ARGS)
+	$(RUN) tests/bench/compare.py guidance staleness epochs recipes $(ARGS)
 
 # Every figure of speed as a ratio to something measured beside it.
 bench: setup

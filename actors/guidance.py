@@ -43,10 +43,12 @@ def adapted_length(length: float, history: list[float], reward: float, longest: 
 class Guidance:
     """The adaptive length, as state of the run."""
 
-    def __init__(self, config: GuidanceConfig, total_steps: int) -> None:
+    def __init__(self, config: GuidanceConfig, total_steps: int, room: int) -> None:
+        """`room`: the most tokens that leave a guided completion one of its own."""
         self._config = config
+        self._longest = min(config.max_tokens, room)
         self._total_steps = total_steps
-        self._length = float(config.max_tokens)
+        self._length = float(self._longest)
         self._history: list[float] = []
         self._step = 0
 
@@ -64,16 +66,14 @@ class Guidance:
 
     def _sliding(self, reward: float) -> None:
         window = self._config.window
-        self._length = adapted_length(
-            self._length, self._history[-window:], reward, self._config.max_tokens
-        )
+        self._length = adapted_length(self._length, self._history[-window:], reward, self._longest)
         self._history = [*self._history, reward][-window:]
 
     def _cycle(self, reward: float) -> None:
         if len(self._history) < self._config.window:
             self._history.append(reward)
             return
-        self._length = adapted_length(self._length, self._history, reward, self._config.max_tokens)
+        self._length = adapted_length(self._length, self._history, reward, self._longest)
         self._history = []
 
     def _fixed(self, reward: float) -> None:
@@ -81,7 +81,7 @@ class Guidance:
 
     def _linear_decay(self, reward: float) -> None:
         left = 1.0 - self._step / self._total_steps
-        self._length = max(1.0, self._config.max_tokens * left)
+        self._length = max(1.0, self._longest * left)
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values for the checkpoint."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -101,6 +102,11 @@ class GeneratorPool(Pool):
 
 class VerifierPool(Pool):
     """Verifiers."""
+
+    async def failures(self, deadline_s: float) -> Counter[str]:
+        """Why rules could not judge, and how often."""
+        found = await self.call_all("failures", owner="verdicts", deadline_s=deadline_s)
+        return sum((Counter(each) for each in found.values()), Counter())
 
     async def score(self, group_id: int, rollout_ref: Any, deadline_s: float) -> Any:
         """Reference to the trajectory batch of a rollout batch.

@@ -21,9 +21,12 @@ from actors.pools import GeneratorPool, VerifierPool
 from actors.prompts import Prompt, PromptSource
 from common.budget import GroupWindow, StalenessBudget
 from common.config import Config
-from common.errors import StallError, UserError
+from common.errors import StallError, UserError, VerifierError
 from common.trajectory import GroupReceipt, GroupRequest
 from common.waits import Waits, until
+
+_UNJUDGED_LIMIT = 16
+"""Groups in a row without a single reward that end the run."""
 
 
 @dataclass
@@ -69,6 +72,7 @@ class RolloutLoop:
         self._changed = asyncio.Condition()
         self.next_group_id = first_group_id
         self.counts = RolloutCounts()
+        self._unjudged_in_a_row = 0
 
     async def run(self) -> None:
         """Dispatch groups for ever; an error in any group ends the loop with that error."""
@@ -104,8 +108,8 @@ class RolloutLoop:
         return request
 
     def _guidance_ids(self, prompt: Prompt) -> tuple[int, ...]:
-        """The solution's first tokens; all of a shorter one; room for one sampled token is left."""
-        length = min(self.guidance.length, self._config.max_completion_tokens - 1)
+        """The solution's first tokens; all of a shorter one."""
+        length = self.guidance.length
         if length < 1:
             return ()
         if prompt.solution is None:
@@ -118,6 +122,8 @@ class RolloutLoop:
     async def _group(self, request: GroupRequest) -> None:
         refs = await self._verified(request)
         receipt = await self._logged(request.group_id, refs) if refs else None
+        if receipt is not None:
+            await self._check_judged(receipt)
         async with self._changed:
             if receipt is None or receipt.num_completions < request.num_completions:
                 self.counts.groups_abandoned += 1
@@ -154,6 +160,17 @@ class RolloutLoop:
         )
         self.counts.tokens_generated += receipt.num_tokens
         return receipt
+
+    async def _check_judged(self, receipt: GroupReceipt) -> None:
+        """End a run whose verifiers judge nothing: its groups would be dropped for ever."""
+        judged = receipt.num_unscored < receipt.num_completions
+        self._unjudged_in_a_row = 0 if judged else self._unjudged_in_a_row + 1
+        if self._unjudged_in_a_row >= _UNJUDGED_LIMIT:
+            reasons = await self._verifiers.failures(self._verify_timeout_s)
+            listed = "\n".join(f"  {n} times: {why}" for why, n in reasons.most_common(5))
+            raise VerifierError(
+                f"{_UNJUDGED_LIMIT} groups in a row got no reward: mend the verifier.\n{listed}"
+            )
 
     def _drop(self, group_id: int) -> None:
         """The group is not trained on; another prompt takes its place."""

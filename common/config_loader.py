@@ -186,6 +186,20 @@ def check_config(config: Config) -> None:
     if config.batch.prompts_per_step < 1 or not config.verifier.rules:
         raise UserError("verifier.rules is empty: name at least one verifier")
     _check_data(config)
+    _check_guidance(config)
+
+
+def _check_guidance(config: Config) -> None:
+    guidance, data = config.algorithm.rollout.guidance, config.data
+    key = "algorithm.rollout.guidance"
+    if not 0 <= guidance.ratio <= 1:
+        raise UserError(f"{key}.ratio={guidance.ratio} must lie in [0, 1]")
+    if guidance.window < 1 or guidance.max_tokens < 1:
+        raise UserError(f"{key}.window and {key}.max_tokens must be at least 1")
+    if guidance.ratio > 0 and data.source != "reasoning_gym" and not data.solution_column:
+        raise UserError(
+            f"{key}.ratio={guidance.ratio} needs data.solution_column, the worked solutions"
+        )
 
 
 def _check_data(config: Config) -> None:

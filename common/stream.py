@@ -87,7 +87,8 @@ def receipt(batch: pa.RecordBatch, ref: Any) -> GroupReceipt:
         min_version=pc.min(versions).as_py() if len(versions) else dispatch_version,
         max_version=pc.max(versions).as_py() if len(versions) else dispatch_version,
         num_completions=batch.num_rows,
-        num_tokens=len(batch.column("token_ids").flatten()),
+        num_tokens=len(batch.column("token_ids").flatten())
+        - pc.sum(batch.column("guidance_length")).as_py(),
         reward_mean=float(scored.mean()) if scored.size else float("nan"),
         rewards_equal=bool(scored.size == 0 or scored.min() == scored.max()),
         num_unscored=int(np.isnan(rewards_G).sum()),

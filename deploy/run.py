@@ -104,7 +104,8 @@ class Run:
         verifiers = VerifierPool(actors.verifiers, self._waits)
         learner = LearnerGroup(actors.learners, self._waits, config.learner.step_timeout_s)
         await self._start(generators, verifiers, learner, used)
-        guidance = Guidance(config.algorithm.rollout.guidance, config.steps)
+        room = config.generator.max_completion_tokens - 1
+        guidance = Guidance(config.algorithm.rollout.guidance, config.steps, room)
         first_group_id = await self._restore(learner, source, guidance)
         publisher = await self._publisher(learner, generators, source)
         if used:

@@ -3,8 +3,8 @@
 The policy that sampled a token (another weight version, another engine) is not the pi_old of the
 update. The weight multiplies the token's surrogate and carries no gradient.
 
-    tis     min(ratio, cap): truncated importance sampling
-    icepop  ratio inside [floor, cap], 0 outside: IcePop, masked importance sampling
+    tis     min(ratio, cap): truncated importance sampling [3P]
+    icepop  ratio inside [floor, cap], 0 outside: IcePop, masked importance sampling [3P]
 
 At `sequence` level the ratio is the product over the completion's tokens. Tokens that the policy
 did not sample (behaviour log-probability NaN) have no ratio: weight 1, and no part in products.

@@ -63,6 +63,9 @@ def _lambda_trace(inputs: CreditInputs, config: CreditConfig) -> Credit:
     region, while under `trace` a clip of 1 +- 0.2 bounds the summed log-ratio of a window of about
     1 / (1 - d) tokens. `normalize: mean` divides the surrogate of a completion by its mean c in
     either case: the scale of the gradient changes, the clip does not.
+
+    An off-policy correction multiplies the surrogate of row t under `trace`, which is a sum over
+    k <= t, and that of token k under `weight`: off-policy the two gradients differ [D].
     """
     trace = build_trace(inputs, config)
     weights_N = trace.weights(inputs.log_ratio_N.detach())

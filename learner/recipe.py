@@ -192,6 +192,10 @@ def _check(config: AlgorithmConfig, correction_kind: str, max_completion_tokens:
             min_advantage is None or min_advantage <= 0
         ),
     }
+    cuts_ratio = credit.cut and credit.application == "trace" and correction_kind != "none"
+    rules["credit.cut = true needs credit.application = weight: see learner/traces.py"] = (
+        credit.kind != "lambda_trace" or not cuts_ratio
+    )
     for message, holds in rules.items():
         if not holds:
             raise UserError(f"algorithm.{message}")

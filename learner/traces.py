@@ -165,7 +165,9 @@ class LambdaTrace:
         K(t, k) <- K(t, k) * prod_{j=k+1..t} keep_j,   keep_j = min(1, pi_old / mu)(o_j)
 
     For `recent` that is z_t = x_t + d keep_t z_{t-1}. keep = 1 (on-policy) changes nothing. The
-    factor of o_k itself is the business of the correction axis.
+    factor of o_k itself comes from the correction axis, as a weight on the surrogate of token k.
+    On the advantage (`weight`) that is exactly it. Inside the ratio (`trace`) a correction weighs
+    row t: the factor of o_t would count twice and that of o_k never, so `Recipe` refuses the pair.
 
     `select_N` (selective traces, after S-trace, arXiv 2605.05965; the form is [I]): x is masked,
     columns k with select_k = False are zero, so that only the selected tokens get credit.

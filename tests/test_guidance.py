@@ -12,7 +12,7 @@ from common.config import GuidanceConfig
 
 def lengths(schedule: str, rewards: list[float], **config: object) -> list[int]:
     settings = {"ratio": 0.5, "max_tokens": 100, "window": 2, "schedule": schedule, **config}
-    guidance = Guidance(GuidanceConfig(**settings), total_steps=len(rewards))  # type: ignore[arg-type]
+    guidance = Guidance(GuidanceConfig(**settings), total_steps=len(rewards), room=5000)  # type: ignore[arg-type]
     found = []
     for step, reward in enumerate(rewards, start=1):
         guidance.observe(step, reward)
@@ -56,7 +56,7 @@ def test_state_survives_a_checkpoint_at_any_step() -> None:
         config = GuidanceConfig(ratio=0.5, max_tokens=100, schedule=schedule)  # type: ignore[arg-type]
         whole = lengths(schedule, rewards)
         for cut in range(len(rewards)):
-            first, second = Guidance(config, len(rewards)), Guidance(config, len(rewards))
+            first, second = (Guidance(config, len(rewards), 5000) for _ in range(2))
             for step in range(1, cut + 1):
                 first.observe(step, rewards[step - 1])
             second.load_state_dict(first.state_dict())
@@ -66,11 +66,19 @@ def test_state_survives_a_checkpoint_at_any_step() -> None:
 
 
 def test_steps_out_of_order_are_refused() -> None:
-    guidance = Guidance(GuidanceConfig(ratio=0.5), 10)
+    guidance = Guidance(GuidanceConfig(ratio=0.5), 10, 5000)
     with pytest.raises(ValueError, match="step 2 after step 0"):
         guidance.observe(2, 0.5)
 
 
 def test_without_a_ratio_there_is_no_guidance() -> None:
-    assert Guidance(GuidanceConfig(ratio=0.0), 10).length == 0
+    assert Guidance(GuidanceConfig(ratio=0.0), 10, 5000).length == 0
     assert [num_guided(8, ratio) for ratio in (0.0, 0.25, 0.75, 1.0)] == [0, 2, 6, 8]
+
+
+def test_the_length_begins_and_ends_where_a_completion_has_room() -> None:
+    guidance = Guidance(GuidanceConfig(ratio=0.5, max_tokens=3072, window=1), 10, 23)
+    assert guidance.length == 23
+    for step, reward in enumerate([0.5, 1.0, 1.0, 0.5], 1):  # halved, then twice as long
+        guidance.observe(step, reward)
+    assert guidance.length == 23

@@ -12,6 +12,7 @@ from learner_models import save_tiny_model, trajectories
 from test_learner_step import SHAPES, make_worker, on_ranks, weights, worker
 from transformers import AutoModelForCausalLM
 
+from common.config import AlgorithmConfig
 from common.errors import UserError
 from learner.worker import LearnerWorker
 
@@ -146,3 +147,14 @@ def test_interrupted_save_leaves_the_old_checkpoint(folder, tmp_path, monkeypatc
 def test_folder_without_training_state_is_a_user_error(folder: Path) -> None:
     with worker(folder) as made, pytest.raises(UserError, match="resume"):
         made.load_checkpoint(str(folder))
+
+
+def test_the_learned_length_preference_comes_back(folder: Path, tmp_path: Path) -> None:
+    algorithm = AlgorithmConfig()
+    algorithm.aggregation.kind = "lambda_grpo"
+    with worker(folder, algorithm=algorithm) as made:
+        unbroken = _SaveWork(tmp_path / "step-1")(made)
+    with worker(folder, algorithm=algorithm) as made:
+        resumed = _LoadWork(tmp_path / "step-1")(made)
+    assert resumed[0]["lambda_grpo/lambda"] == unbroken[0]["lambda_grpo/lambda"] != 0.0
+    assert resumed[0]["loss/policy"] == unbroken[0]["loss/policy"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import multiprocessing as mp
 import queue
 import traceback
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from learner_models import save_tiny_model, tiny_model, trajectories
@@ -266,6 +268,70 @@ def test_the_credit_probe_is_the_gradient_norm_that_grpo_would_have(folder: Path
         assert every_step[0][0]["grad_norm/broadcast_credit"] == pytest.approx(grpo, rel=1e-5)
         assert (every_step[0][0]["grad_norm"] == pytest.approx(grpo, rel=1e-5)) == (decay == 0)
         assert_same_training(every_step, never)  # measuring changes nothing
+
+
+def test_two_ranks_learn_the_same_length_preference(folder: Path) -> None:
+    algorithm = AlgorithmConfig()
+    algorithm.aggregation.kind = "lambda_grpo"
+    changes = {"algorithm": algorithm}
+    alone = train(folder, **changes)
+    results = on_ranks(2, _train_target, folder, changes)
+    learned = [metrics["lambda_grpo/lambda"] for metrics in alone[0]]
+    assert learned[1] != learned[0] != 0.0
+    for rank in (0, 1):
+        found = [metrics["lambda_grpo/lambda"] for metrics in results[rank][0]]
+        assert found == pytest.approx(learned, rel=1e-4)
+    assert_same_training(results[0], alone)
+
+
+def test_prefix_sets_count_what_completions_share(folder: Path) -> None:
+    """Four letters: many completions begin alike, so their tokens weigh less than in GRPO."""
+    algorithm = AlgorithmConfig()
+    algorithm.credit.kind = "prefix_sets"
+    groups = trajectories(SHAPES, vocabulary=5)
+    norms = []
+    for changes in ({}, {"algorithm": algorithm}, {"algorithm": algorithm, "packing": "sequence"}):
+        with worker(folder, **changes) as made:
+            norms.append(made.step(groups, 0, 0)["grad_norm"])
+    assert norms[1] == pytest.approx(norms[2], rel=1e-4)
+    assert abs(norms[1] / norms[0] - 1) > 0.05
+
+
+def test_masked_guidance_is_a_longer_prompt(folder: Path) -> None:
+    """A group guided by the same tokens trains as one with these in its prompt."""
+    guided = [with_shared_guidance(group, 3) for group in trajectories([(6, [10, 7, 8, 9])])]
+    results = []
+    for groups in (guided, [as_prompt(group, 3) for group in guided]):
+        with worker(folder) as made:
+            metrics = made.step(groups, 0, 0)
+            results.append((metrics, weights(made)))
+    (first, moved), (second, expected) = results
+    assert first["tokens/trained"] == second["tokens/trained"] == 22
+    for name in ("loss/policy", "grad_norm", "is_ratio/mean", "logprob_gap/mean"):
+        assert first[name] == pytest.approx(second[name], rel=1e-4), name
+    for name, tensor in expected.items():
+        assert (moved[name] - tensor).abs().max() < 2e-4, name
+
+
+def with_shared_guidance(group: pa.RecordBatch, length: int) -> pa.RecordBatch:
+    """Every completion begins with the same tokens, which were given: masked, no behaviour."""
+    rows = group.to_pylist()
+    for row in rows:
+        row["token_ids"][:length] = rows[0]["token_ids"][:length]
+        row["behaviour_logprobs"][:length] = [math.nan] * length
+        row["loss_mask"][:length] = [False] * length
+        row["guidance_length"] = length
+    return pa.RecordBatch.from_pylist(rows, schema=group.schema)
+
+
+def as_prompt(group: pa.RecordBatch, length: int) -> pa.RecordBatch:
+    rows = group.to_pylist()
+    for row in rows:
+        row["prompt_ids"] = row["prompt_ids"] + row["token_ids"][:length]
+        for name in ("token_ids", "behaviour_logprobs", "loss_mask", "weight_versions"):
+            row[name] = row[name][length:]
+        row["guidance_length"] = 0
+    return pa.RecordBatch.from_pylist(rows, schema=group.schema)
 
 
 def test_prefix_sets_and_entropy_reach_the_recipe(folder: Path) -> None:

@@ -222,6 +222,39 @@ def test_extreme_log_ratios_stay_finite(credit: dict, objective: dict, shift: fl
         assert gradient(output.loss, batch).isfinite().all()
 
 
+@pytest.mark.parametrize("kind", ["ppo", "gspo", "gmpo"])
+def test_a_ratio_far_too_high_is_still_pulled_down(kind: str) -> None:
+    """A < 0 and no clip on that side: a zero gradient would leave the token where it is."""
+    batch = random_batch(0, [3])
+    batch.old_logprobs_N = batch.logprobs_N.detach() - 80.0
+    batch.advantages_B = -torch.ones_like(batch.advantages_B)
+    batch.loss_mask_N[:] = True
+    loss = policy_loss(batch, algorithm(objective={"kind": kind}), "none").loss
+    assert (gradient(loss, batch) > 0).all()  # descending lowers the log-probabilities
+
+
+def test_cut_traces_weigh_every_token_as_derived() -> None:
+    """rho_k * sum_{t >= k} prod_{k < j <= t} min(1, rho_j), with rho = pi_old / mu, by hand."""
+    batch = random_batch(0, [3])
+    batch.old_logprobs_N = batch.logprobs_N.detach()
+    batch.behaviour_logprobs_N = batch.old_logprobs_N - torch.tensor([0.5, 1.6, 0.5]).log()
+    batch.reference_logprobs_N = None
+    batch.loss_mask_N[:] = True
+    batch.advantages_B[:] = 1.0
+    batch.token_weights_B[:] = 1.0
+    cut = {
+        "kind": "lambda_trace",
+        "trace": "recent",
+        "lambda_": 1.0,
+        "cut": True,
+        "application": "weight",
+    }
+    loss = policy_loss(batch, algorithm(credit=cut), "tis").loss
+    assert gradient(-loss, batch).tolist() == pytest.approx([1.25, 2.4, 0.5])
+    with pytest.raises(UserError, match=r"credit\.application = weight"):
+        Recipe(algorithm(credit=cut | {"application": "trace"}), "tis", 8)
+
+
 @pytest.mark.parametrize("credit", CREDITS)
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_nothing_to_train_on_still_runs_backward(credit: dict, objective: dict) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from typing import Any
@@ -14,6 +15,7 @@ from actors.guidance import Guidance
 from actors.prompts import Prompt
 from actors.rollout import RolloutLoop
 from common.config_loader import load_config
+from common.errors import UserError, VerifierError
 from common.trajectory import GroupReceipt, GroupRequest
 from common.waits import Waits
 
@@ -63,7 +65,9 @@ class Stream:
         self.append = Append()
 
 
-async def after_the_first_group(kind: str) -> tuple[RolloutLoop, Stream]:
+def loop_of(
+    source: Any, stream: Any, verifiers: Any, generators: Any, *overrides: str
+) -> RolloutLoop:
     config = load_config(
         [],
         [
@@ -72,18 +76,24 @@ async def after_the_first_group(kind: str) -> tuple[RolloutLoop, Stream]:
             "batch.group_size=2",
             "generator.max_staleness=0",
             "algorithm.rollout.dynamic_sampling=true",
+            *overrides,
         ],
     )
-    stream = Stream()
-    parts: dict[str, Any] = {"source": Source(), "stream": stream, "verifiers": Verifiers()}
-    loop = RolloutLoop(
+    return RolloutLoop(
         config,
-        **parts,
-        generators=Generators(kind),  # type: ignore[arg-type]
-        guidance=Guidance(config.algorithm.rollout.guidance, 1),
+        source=source,
+        stream=stream,
+        verifiers=verifiers,
+        generators=generators,
+        guidance=Guidance(config.algorithm.rollout.guidance, 1, 7),
         first_group_id=0,
         waits=Waits(),
     )
+
+
+async def after_the_first_group(kind: str) -> tuple[RolloutLoop, Stream]:
+    stream = Stream()
+    loop = loop_of(Source(), stream, Verifiers(), Generators(kind))
     running = asyncio.create_task(loop.run())
     for _ in range(50):
         await asyncio.sleep(0)
@@ -112,3 +122,64 @@ def test_a_dropped_group_makes_room_for_another(
     parts = [f"{kind} {part}" for part in range(PARTS[kind])]
     assert stream.append.logged == ([parts] if parts else [])
     assert found.tokens_generated == (10 if parts else 0)
+
+
+class Unjudged(Generators):
+    """Every group comes back, none with a reward."""
+
+    async def generate(self, request: GroupRequest, deadline_s: float) -> AsyncIterator[str]:
+        for part in range(2):
+            yield f"{request.group_id} {part}"
+
+
+class WithoutRewards(Append):
+    async def remote(self, refs: list[str]) -> GroupReceipt:
+        group = int(refs[0].split()[0])
+        return replace(receipt(group, 0, 0), num_completions=2, num_unscored=2)
+
+
+def test_verifiers_that_judge_nothing_end_the_run_by_name() -> None:
+    class Broken(Verifiers):
+        async def failures(self, deadline_s: float) -> Counter[str]:
+            return Counter({"my_rule returned nan": 32, "my_rule: too slow": 1})
+
+    stream = Stream()
+    stream.append = WithoutRewards()
+    loop = loop_of(Source(), stream, Broken(), Unjudged(""))
+    with pytest.raises(ExceptionGroup) as raised:
+        asyncio.run(asyncio.wait_for(loop.run(), 10))
+    assert raised.group_contains(VerifierError, match="32 times: my_rule returned nan")
+    assert loop.counts.groups_filtered == 15
+
+
+class Solved(Source):
+    """Worked solutions of three letters and of none; a letter is a token."""
+
+    def __init__(self, solution: str | None) -> None:
+        self.solution = solution
+
+    def next(self) -> Prompt:
+        return Prompt("p", 0, 0, "?", [1], "{}", self.solution, None)
+
+    def encode(self, solution: str) -> list[int]:
+        return [ord(letter) for letter in solution]
+
+
+@pytest.mark.parametrize(
+    ("solution", "guidance", "guided"),
+    [("abcdefghij", (97, 98, 99, 100, 101), 1), ("abc", (97, 98, 99), 1), ("", (), 0)],
+)
+def test_guidance_is_what_there_is_of_the_solution(
+    solution: str, guidance: tuple[int, ...], guided: int
+) -> None:
+    keys = ("algorithm.rollout.guidance.ratio=0.5", "algorithm.rollout.guidance.max_tokens=5")
+    loop = loop_of(Solved(solution), Stream(), Verifiers(), Generators("kept"), *keys)
+    request = loop._dispatch(Solved(solution).next())
+    assert (request.guidance_ids, request.num_guided) == (guidance, guided)
+
+
+def test_a_prompt_without_a_solution_cannot_be_guided() -> None:
+    keys = ("algorithm.rollout.guidance.ratio=0.5",)
+    loop = loop_of(Solved(None), Stream(), Verifiers(), Generators("kept"), *keys)
+    with pytest.raises(UserError, match=r"set data\.solution_column"):
+        loop._dispatch(Solved(None).next())

@@ -10,6 +10,11 @@ Every step trains on as many groups; a recipe that filters samples more, which `
 sees itself in its curve only what it kept. G2RPO-A's curve counts guided completions too: compare
 those rows by their held-out accuracy, which no guidance touches.
 
+With one optimiser step a batch, as in `recipes`, the policy is the old one at every step: no clip
+binds, and ε-trace and ε-weight differ only in where the off-policy correction stands (S = 1).
+`epochs` trains twice on every batch. `staleness` compares plain and cut traces on the advantage,
+where the correction belongs to the token it weighs (`learner/traces.py`).
+
 The task: an answer of the tiny preset is either worked out in steps or blurted, which its first
 tokens decide, and only the number at its end is paid for. A rule that moves credit towards early
 tokens has something to gain here. `guidance` asks for sums of five digits, where the warm start
@@ -31,7 +36,7 @@ from curves import plot
 from harness import CONFIGS, RESULTS, ROOT
 
 from common.config import Config
-from common.config_loader import load_config
+from common.config_loader import dump_config, load_config
 from common.log_store import read_log
 from common.metrics import read_metrics
 from deploy.launch import train_each
@@ -56,10 +61,12 @@ def rows_of(table: str, runs: Path) -> list[Row]:
             Row(f"{label}, S = {staleness}", recipe, (f"generator.max_staleness={staleness}",))
             for staleness in (0, 2, 8)
             for label, recipe in (
-                ("plain traces", "grpo_lambda_recent"),
+                ("plain traces", "grpo_lambda_recent_weight"),
                 ("cut traces", "grpo_lambda_cut"),
             )
         ]
+    if table == "epochs":
+        return _two_epochs()
     if table == "guidance":
         task = _hard_task(runs / "five-digits.jsonl")
         guided = "algorithm.rollout.guidance"
@@ -76,7 +83,7 @@ def rows_of(table: str, runs: Path) -> list[Row]:
                 (*task, f"{guided}.max_tokens=24", f"{guided}.ratio=0.75"),
             ),
         ]
-    raise SystemExit(f"no table {table!r}: use recipes, staleness or guidance")
+    raise SystemExit(f"no table {table!r}: use recipes, epochs, staleness or guidance")
 
 
 def _baselines() -> list[Row]:
@@ -98,6 +105,17 @@ def _traces() -> list[Row]:
         for application, name in (("ε-trace", ""), ("ε-weight", "_weight"))
         for suffix, overrides in (("", ()), (", no clamp", unclamped))
     ]
+
+
+def _two_epochs() -> list[Row]:
+    """Where inside and outside the ratio are two things: see the module."""
+    twice = ("algorithm.objective.epochs=2",)
+    recipes = {"GRPO": "grpo"} | {
+        f"GRPO-λ {shape} {application}": f"grpo_lambda_{shape}{name}"
+        for shape in ("recent", "both")
+        for application, name in (("ε-trace", ""), ("ε-weight", "_weight"))
+    }
+    return [Row(f"{label}, two epochs", recipe, twice) for label, recipe in recipes.items()]
 
 
 def _beyond() -> list[Row]:
@@ -181,7 +199,11 @@ def folder_of(config: Config) -> Path:
 
 
 def is_finished(config: Config) -> bool:
-    return (folder_of(config) / "checkpoints" / f"step-{config.steps}").is_dir()
+    """With this very configuration: a recipe that has changed since is run again."""
+    folder = folder_of(config)
+    if not (folder / "checkpoints" / f"step-{config.steps}").is_dir():
+        return False
+    return (folder / "config.yaml").read_text() == dump_config(config)
 
 
 def outcome(row: Row, config: Config) -> Outcome:
@@ -261,7 +283,7 @@ def write(table: str, rows: list[Row], outcomes: list[Outcome], out: Path) -> No
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("tables", nargs="+", help="recipes, staleness, guidance; or key=value")
+    parser.add_argument("tables", nargs="+", help="recipes, epochs, staleness, guidance; key=value")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--rows", nargs="+", default=[], help="labels; default: all of a table")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "compare")

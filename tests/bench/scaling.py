@@ -113,7 +113,7 @@ async def measure(config: Config, folder: Path, generators: int, tokens: int) ->
         generators=pool,
         verifiers=VerifierPool({"verifier-0": verifier}, waits),
         stream=stream,
-        guidance=Guidance(config.algorithm.rollout.guidance, 1),
+        guidance=Guidance(config.algorithm.rollout.guidance, 1, 1),
         first_group_id=0,
         waits=waits,
     )
