@@ -3,13 +3,18 @@ VENV ?= .venv
 export VENV PYTHON ENGINE
 RUN = $(VENV)/bin/python
 
-.PHONY: train test test-recipes lint compare bench bench-long setup clean
+.PHONY: train test test-oracle test-recipes lint compare bench bench-long setup clean
 
 train: setup
 	$(RUN) -m deploy.cli train --config deploy/configs/smollm2.yaml $(ARGS)
 
 test: setup
 	$(RUN) -m pytest $(ARGS)
+
+# Our losses against TRL's, in an environment of its own.
+test-oracle: setup
+	@bash tests/bench/peer_setup.sh
+	PYTHONPATH=. $${TRL_PYTHON:-.venv-trl/bin/python} -m pytest tests/test_trl_oracle.py $(ARGS)
 
 # Every recipe, ten steps on real parts: some eight minutes on two cores.
 test-recipes: setup
@@ -38,4 +43,4 @@ setup:
 	@bash deploy/setup.sh
 
 clean:
-	rm -rf $(VENV) .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-trl .mypy_cache .ruff_cache .hypothesis

@@ -85,7 +85,10 @@ def _dr_grpo(grouped: GroupedRewards, epsilon: float) -> tuple[Tensor, Tensor]:
 
 
 def _rloo(grouped: GroupedRewards, epsilon: float) -> tuple[Tensor, Tensor]:
-    """R minus the mean of the others, = (R - mean) G / (G - 1); zero in a group of one."""
+    """R minus the mean of the others, = (R - mean) G / (G - 1); zero in a group of one.
+
+    arXiv 2402.14740 [P].
+    """
     size_V = grouped.size_V
     return grouped.centred_V * size_V / (size_V - 1).clamp(min=1), _all(grouped)
 
@@ -169,9 +172,10 @@ def group_advantages(
 
 
 def kl_penalised_rewards(rewards_B: Tensor, log_ratio_sums_B: Tensor, beta: float) -> Tensor:
-    """R - beta * sum_t (log pi_old - log pi_ref): the KL term inside the reward, not the loss.
+    """R - beta * sum_t (log mu - log pi_ref): the KL term inside the reward, not the loss [D].
 
-    The unbiased one-sample (k1) estimate of the completion's KL divergence, in nats.
+    mu is the policy that sampled, so the sum is the unbiased one-sample (k1) estimate of the
+    completion's KL divergence, in nats.
     """
     return rewards_B - beta * log_ratio_sums_B
 

@@ -175,9 +175,12 @@ class Trainer:
         plan = self._plan(batch, batch.lengths_B > 0)
         for microbatch in self._mine(batch, plan):
             gap_N = microbatch.behaviour_logprobs_N - self._reference_logprobs(microbatch.row)
-            sums_B = PackedAxis(microbatch.lengths_B).sum(gap_N.nan_to_num(0.0))
+            given_N = microbatch.behaviour_logprobs_N.isnan()  # not sampled
+            sums_B = PackedAxis(microbatch.lengths_B).sum(gap_N.masked_fill(given_N, 0.0))
             kl_B[microbatch.indices_B.numpy()] = sums_B.cpu().numpy()
         kl_B = np.sum(fsdp.gather_objects(kl_B), axis=0)
+        if not np.isfinite(kl_B).all():
+            raise RunError("the reference policy gives log-probabilities that are not finite")
         rewards_B = kl_penalised_rewards(
             torch.from_numpy(batch.rewards_B), torch.from_numpy(kl_B), self.recipe.kl
         )

@@ -1,6 +1,6 @@
 """Losses of GRPO, DAPO, Dr. GRPO, GSPO and CISPO against TRL, on the same tensors.
 
-TRL is not a dependency: `pip install --no-deps trl==1.16.*` beside this project turns the tests on.
+TRL is in a dependency group of its own; `make test-oracle` runs these in TRL's environment.
 Its loss method runs on a stand-in that holds the log-probabilities and the few settings it reads.
 """
 
