@@ -119,7 +119,7 @@ def test_the_event_loop_stays_free_and_groups_keep_to_themselves() -> None:
             longest = max(longest, time.monotonic() - start)
         return [batch for batch, _ in await judging], longest
 
-    with worker_for(HOSTILE) as worker:
+    with worker_for(HOSTILE, timeout_s=10.0) as worker:
         verified, longest = asyncio.run(judge_and_tick(worker))
     assert longest < 0.8
     assert [v.column("accuracy").to_pylist() for v in verified] == [[1.0, i] for i in range(3)]

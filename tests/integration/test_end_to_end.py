@@ -54,14 +54,19 @@ def command(*overrides: str) -> list[str]:
 
 
 def start(*overrides: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        command(*overrides),
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
+    # In the background of a shell Ctrl-C is ignored, and a child would inherit that.
+    inherited = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        return subprocess.Popen(
+            command(*overrides),
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+    finally:
+        signal.signal(signal.SIGINT, inherited)
 
 
 def finish(process: subprocess.Popen[str], timeout_s: float) -> str:
