@@ -69,7 +69,11 @@ def _load(options: argparse.Namespace) -> Config:
             raise UserError(f"resume={resumed[-1]}: there is no run in this folder")
     elif path is None:
         path = CONFIGS / "smollm2.yaml"
-    return load_config([path], options.overrides, CONFIGS / "recipes", resolved=resolved)
+    config = load_config([path], options.overrides, CONFIGS / "recipes", resolved=resolved)
+    from learner.recipe import check_recipe
+
+    check_recipe(config.algorithm, config.correction_kind, config.generator.max_completion_tokens)
+    return config
 
 
 def _train(options: argparse.Namespace) -> int:

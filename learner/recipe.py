@@ -54,7 +54,7 @@ class Recipe:
     def __init__(
         self, config: AlgorithmConfig, correction_kind: str, max_completion_tokens: int
     ) -> None:
-        _check(config, correction_kind, max_completion_tokens)
+        check_recipe(config, correction_kind, max_completion_tokens)
         self._config = config
         self._max_completion_tokens = max_completion_tokens
         self._correction_kind = correction_kind
@@ -160,7 +160,7 @@ class Recipe:
         self._aggregation.load_state_dict(state["aggregation"])
 
 
-def _check(config: AlgorithmConfig, correction_kind: str, max_completion_tokens: int) -> None:
+def check_recipe(config: AlgorithmConfig, correction_kind: str, max_completion_tokens: int) -> None:
     """Raise `UserError` for the first value that makes no sense, with the range that does."""
     credit, correction, objective = config.credit, config.correction, config.objective
     decay, quantile = credit.gamma * credit.lambda_, credit.entropy_quantile

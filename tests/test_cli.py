@@ -17,6 +17,8 @@ from deploy.placement import plan_cores
 
 ROOT = Path(__file__).resolve().parent.parent
 RULE = "verifier.rules=[{name: math_answer}]"
+IN_RATIO = "algorithm.credit.application=trace"
+GUIDED = ("data.source=file", "data.path=x.jsonl", "algorithm.rollout.guidance.ratio=0.5")
 
 
 def test_plan_prints_everything_and_starts_nothing(capsys: pytest.CaptureFixture[str]) -> None:
@@ -39,6 +41,10 @@ def test_plan_prints_everything_and_starts_nothing(capsys: pytest.CaptureFixture
         (["train", "weights.transport=nccl", "learner.device=cpu"], 2, "object_store"),
         (["train", "data.source=file", "data.path=no.jsonl", RULE], 2, "no.jsonl does not"),
         (["train", "ray.address=ray://127.0.0.1:1"], 2, "submit the run as a job"),
+        (["plan", "recipe=grpo_lambda_cut", IN_RATIO], 2, "application = weight"),
+        (["train", "algorithm.credit.lambda_=1.5"], 2, "must lie in [0, 1]"),
+        (["plan", "algorithm.rollout.guidance.ratio=1.5"], 2, "must lie in [0, 1]"),
+        (["plan", *GUIDED, RULE], 2, "needs data.solution_column"),
     ],
 )
 def test_mistakes_end_with_a_status_and_a_message(
