@@ -88,7 +88,7 @@ class Guidance:
         return {"length": self._length, "history": list(self._history), "step": self._step}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._length = float(state["length"])
+        self._length = min(float(state["length"]), float(self._longest))
         self._history = [float(reward) for reward in state["history"]]
         self._step = int(state["step"])
 

@@ -163,8 +163,7 @@ class RolloutLoop:
 
     async def _check_judged(self, receipt: GroupReceipt) -> None:
         """End a run whose verifiers judge nothing: its groups would be dropped for ever."""
-        judged = receipt.num_unscored < receipt.num_completions
-        self._unjudged_in_a_row = 0 if judged else self._unjudged_in_a_row + 1
+        self._unjudged_in_a_row = self._unjudged_in_a_row + 1 if receipt.unjudged else 0
         if self._unjudged_in_a_row >= _UNJUDGED_LIMIT:
             reasons = await self._verifiers.failures(self._verify_timeout_s)
             listed = "\n".join(f"  {n} times: {why}" for why, n in reasons.most_common(5))
@@ -179,8 +178,7 @@ class RolloutLoop:
         self._budget.release(1)
 
     def _is_filtered(self, receipt: GroupReceipt) -> bool:
-        no_reward = receipt.num_unscored == receipt.num_completions
-        return no_reward or (self._rollout.dynamic_sampling and receipt.rewards_equal)
+        return receipt.unjudged or (self._rollout.dynamic_sampling and receipt.rewards_equal)
 
     async def take(self, version: int, deadline_s: float) -> list[GroupReceipt]:
         """The next step's groups (see `common.budget`). Raises `StallError` at the deadline."""

@@ -151,6 +151,8 @@ def check_config(config: Config) -> None:
         "model.max_length",
         "weights.bucket_mib",
         "algorithm.objective.epochs",
+        "algorithm.rollout.guidance.window",
+        "algorithm.rollout.guidance.max_tokens",
     )
     _require_not_negative(
         config,
@@ -194,8 +196,6 @@ def _check_guidance(config: Config) -> None:
     key = "algorithm.rollout.guidance"
     if not 0 <= guidance.ratio <= 1:
         raise UserError(f"{key}.ratio={guidance.ratio} must lie in [0, 1]")
-    if guidance.window < 1 or guidance.max_tokens < 1:
-        raise UserError(f"{key}.window and {key}.max_tokens must be at least 1")
     if guidance.ratio > 0 and data.source != "reasoning_gym" and not data.solution_column:
         raise UserError(
             f"{key}.ratio={guidance.ratio} needs data.solution_column, the worked solutions"

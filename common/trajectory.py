@@ -46,6 +46,7 @@ class GroupReceipt:
     """Newest."""
     num_completions: int
     num_tokens: int
+    """Sampled ones: guidance does not count."""
     reward_mean: float
     rewards_equal: bool
     """No completion differs in reward from another: the group carries no advantage."""
@@ -53,3 +54,8 @@ class GroupReceipt:
     """Completions whose verdict was `error` or `timeout`."""
     generate_s: float
     """Seconds from dispatch to the last completion."""
+
+    @property
+    def unjudged(self) -> bool:
+        """No completion has a reward."""
+        return self.num_unscored == self.num_completions

@@ -191,11 +191,13 @@ def check_recipe(config: AlgorithmConfig, correction_kind: str, max_completion_t
         f"baseline.min_advantage = {min_advantage}: must be null or <= 0": (
             min_advantage is None or min_advantage <= 0
         ),
+        "credit.cut = true needs credit.application = weight: see learner/traces.py": (
+            credit.kind != "lambda_trace"
+            or not credit.cut
+            or credit.application == "weight"
+            or correction_kind == "none"
+        ),
     }
-    cuts_ratio = credit.cut and credit.application == "trace" and correction_kind != "none"
-    rules["credit.cut = true needs credit.application = weight: see learner/traces.py"] = (
-        credit.kind != "lambda_trace" or not cuts_ratio
-    )
     for message, holds in rules.items():
         if not holds:
             raise UserError(f"algorithm.{message}")

@@ -6,8 +6,9 @@ import asyncio
 import sys
 import threading
 import time
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 
@@ -79,11 +80,26 @@ async def answer(thread: EngineThread, name: str, steps: int) -> Output:
     return output  # type: ignore[no-any-return]
 
 
+T = TypeVar("T")
+
+
+def on_thread(work: Callable[[EngineThread], Awaitable[T]], engine: Any = None) -> T:
+    """The result of `work` with a thread of its own around `engine`."""
+
+    async def main() -> T:
+        thread = await EngineThread.start(lambda: engine or ScriptedEngine())
+        try:
+            return await work(thread)
+        finally:
+            thread.shutdown()
+
+    return asyncio.run(main())
+
+
 def test_requests_end_when_their_own_tokens_do_and_all_in_one_thread() -> None:
     engine = ScriptedEngine()
 
-    async def main() -> list[str]:
-        thread = await EngineThread.start(lambda: engine)
+    async def work(thread: EngineThread) -> list[str]:
         order: list[str] = []
 
         async def ask(name: str, steps: int) -> None:
@@ -91,10 +107,9 @@ def test_requests_end_when_their_own_tokens_do_and_all_in_one_thread() -> None:
             order.append(name)
 
         await asyncio.gather(ask("long", 30), ask("short", 2), ask("middle", 10))
-        thread.shutdown()
         return order
 
-    assert asyncio.run(main()) == ["short", "middle", "long"]
+    assert on_thread(work, engine) == ["short", "middle", "long"]
     assert len(engine.threads) == 1
     assert engine.threads != {threading.get_ident()}
 
@@ -102,17 +117,15 @@ def test_requests_end_when_their_own_tokens_do_and_all_in_one_thread() -> None:
 def test_no_step_falls_into_an_update_and_requests_live_through_it() -> None:
     engine = ScriptedEngine()
 
-    async def main() -> Output:
-        thread = await EngineThread.start(lambda: engine)
+    async def work(thread: EngineThread) -> Output:
         going = asyncio.create_task(answer(thread, "a", 40))
         await asyncio.sleep(0.02)
         assert await thread.update([{"bucket": index} for index in range(3)], "7") >= 0
         output = await going
         assert await thread.get_weight_version() == "7"
-        thread.shutdown()
         return output
 
-    assert asyncio.run(main()).version == "7"
+    assert on_thread(work, engine).version == "7"
     update = ["start_weight_update", *["update_weights"] * 3, "finish_weight_update"]
     first = engine.events.index("start_weight_update")
     assert engine.events[first : first + len(update)] == update
@@ -124,8 +137,7 @@ def test_half_an_update_ends_the_engine() -> None:
     """vLLM would take a second attempt for the rest of the first, and load layers wrongly."""
     engine = ScriptedEngine()
 
-    async def main() -> None:
-        thread = await EngineThread.start(lambda: engine)
+    async def work(thread: EngineThread) -> None:
         going = asyncio.create_task(answer(thread, "a", 30))
         await asyncio.sleep(0.01)
         with pytest.raises(RuntimeError, match="checksum"):
@@ -136,14 +148,13 @@ def test_half_an_update_ends_the_engine() -> None:
         with pytest.raises(RunError, match="checksum"):
             await thread.update([{"bucket": 0}, {"bucket": 1}], "7")
         assert engine.events.count("step") == steps < 30
-        assert engine.events[-1] == "shutdown"
 
-    asyncio.run(main())
+    on_thread(work, engine)
+    assert engine.events[-1] == "shutdown"
 
 
 def test_an_exit_in_the_engine_is_heard_by_all_and_a_request_is_answered_once() -> None:
-    async def main() -> None:
-        thread = await EngineThread.start(ScriptedEngine)
+    async def work(thread: EngineThread) -> None:
         first = asyncio.create_task(answer(thread, "a", 50))
         await asyncio.sleep(0)
         with pytest.raises(ValueError, match="a is under way"):
@@ -153,25 +164,22 @@ def test_an_exit_in_the_engine_is_heard_by_all_and_a_request_is_answered_once() 
         with pytest.raises(RunError, match=r"SystemExit\(3\)"):
             await first
 
-    asyncio.run(main())
+    on_thread(work)
 
 
 def test_a_refused_request_is_its_own_failure_only() -> None:
-    async def main() -> None:
-        thread = await EngineThread.start(ScriptedEngine)
+    async def work(thread: EngineThread) -> None:
         with pytest.raises(ValueError, match="empty prompt"):
             await answer(thread, "a", 0)
         assert (await answer(thread, "b", 1)).request_id == "b"
-        thread.shutdown()
 
-    asyncio.run(main())
+    on_thread(work)
 
 
 def test_a_cancelled_request_is_aborted_and_the_others_go_on() -> None:
     engine = ScriptedEngine()
 
-    async def main() -> None:
-        thread = await EngineThread.start(lambda: engine)
+    async def work(thread: EngineThread) -> None:
         doomed = asyncio.create_task(answer(thread, "doomed", 10_000))
         other = asyncio.create_task(answer(thread, "other", 20))
         await asyncio.sleep(0.01)
@@ -179,16 +187,14 @@ def test_a_cancelled_request_is_aborted_and_the_others_go_on() -> None:
         await other
         with pytest.raises(asyncio.CancelledError):
             await doomed
-        thread.shutdown()
 
-    asyncio.run(main())
+    on_thread(work, engine)
     assert "abort doomed" in engine.events
     assert engine.left == {}
 
 
 def test_a_failed_step_fails_every_request_and_all_that_come_later() -> None:
-    async def main() -> None:
-        thread = await EngineThread.start(ScriptedEngine)
+    async def work(thread: EngineThread) -> None:
         results = await asyncio.gather(
             answer(thread, "a", 50), answer(thread, "breaks", 50), return_exceptions=True
         )
@@ -196,12 +202,11 @@ def test_a_failed_step_fails_every_request_and_all_that_come_later() -> None:
         with pytest.raises(RunError, match="a kernel failed"):
             await answer(thread, "late", 1)
 
-    asyncio.run(main())
+    on_thread(work)
 
 
 def test_shutdown_ends_the_thread_and_whoever_waits() -> None:
-    async def main() -> None:
-        thread = await EngineThread.start(ScriptedEngine)
+    async def work(thread: EngineThread) -> None:
         going = asyncio.create_task(answer(thread, "a", 100_000))
         await asyncio.sleep(0.01)
         thread.shutdown()
@@ -211,12 +216,11 @@ def test_shutdown_ends_the_thread_and_whoever_waits() -> None:
             await thread.get_weight_version()
         assert not thread._thread.is_alive()
 
-    asyncio.run(main())
+    on_thread(work)
 
 
 def test_requests_still_in_the_queue_when_the_engine_ends_hear_of_it() -> None:
-    async def main() -> None:
-        thread = await EngineThread.start(ScriptedEngine)
+    async def work(thread: EngineThread) -> None:
         going = [asyncio.create_task(answer(thread, "a", 50))]
         await asyncio.sleep(0.01)
         blocking = asyncio.create_task(thread._call(lambda: time.sleep(0.1)))
@@ -228,7 +232,7 @@ def test_requests_still_in_the_queue_when_the_engine_ends_hear_of_it() -> None:
         with pytest.raises(RuntimeError, match="checksum"):
             await update
 
-    asyncio.run(main())
+    on_thread(work)
 
 
 def test_an_engine_that_cannot_start_says_why_and_leaves_no_thread() -> None:

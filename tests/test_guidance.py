@@ -82,3 +82,9 @@ def test_the_length_begins_and_ends_where_a_completion_has_room() -> None:
     for step, reward in enumerate([0.5, 1.0, 1.0, 0.5], 1):  # halved, then twice as long
         guidance.observe(step, reward)
     assert guidance.length == 23
+
+
+def test_a_longer_limit_before_a_resume_does_not_leave_a_completion_without_room() -> None:
+    guidance = Guidance(GuidanceConfig(ratio=0.5), 10, 23)
+    guidance.load_state_dict({"length": 3072.0, "history": [], "step": 0})
+    assert guidance.length == 23

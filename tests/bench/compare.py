@@ -96,13 +96,21 @@ def _baselines() -> list[Row]:
     ]
 
 
-def _traces() -> list[Row]:
-    """GRPO-lambda: the trace's two shapes, inside the ratio or as a weight, clamp on or off."""
-    unclamped = ("algorithm.baseline.min_advantage=null",)
-    return [
-        Row(f"GRPO-λ {shape} {application}{suffix}", f"grpo_lambda_{shape}{name}", overrides)
+def _lambda_recipes() -> dict[str, str]:
+    """GRPO-lambda: the trace's two shapes, inside the ratio or as a weight; recipes by label."""
+    return {
+        f"GRPO-λ {shape} {application}": f"grpo_lambda_{shape}{name}"
         for shape in ("recent", "both")
         for application, name in (("ε-trace", ""), ("ε-weight", "_weight"))
+    }
+
+
+def _traces() -> list[Row]:
+    """GRPO-lambda, clamp on or off."""
+    unclamped = ("algorithm.baseline.min_advantage=null",)
+    return [
+        Row(f"{label}{suffix}", recipe, overrides)
+        for label, recipe in _lambda_recipes().items()
         for suffix, overrides in (("", ()), (", no clamp", unclamped))
     ]
 
@@ -110,11 +118,7 @@ def _traces() -> list[Row]:
 def _two_epochs() -> list[Row]:
     """Where inside and outside the ratio are two things: see the module."""
     twice = ("algorithm.objective.epochs=2",)
-    recipes = {"GRPO": "grpo"} | {
-        f"GRPO-λ {shape} {application}": f"grpo_lambda_{shape}{name}"
-        for shape in ("recent", "both")
-        for application, name in (("ε-trace", ""), ("ε-weight", "_weight"))
-    }
+    recipes = {"GRPO": "grpo"} | _lambda_recipes()
     return [Row(f"{label}, two epochs", recipe, twice) for label, recipe in recipes.items()]
 
 

@@ -32,7 +32,11 @@ GROUPS, SIZE, TOKENS, REPEATS = 32, 8, 96, 5
 
 
 def main() -> None:
-    folder = without_end(resolve_model("builtin:tiny-chain-sum"), Path(tempfile.mkdtemp()))
+    with tempfile.TemporaryDirectory() as name:
+        emit(measure(without_end(resolve_model("builtin:tiny-chain-sum"), Path(name))))
+
+
+def measure(folder: str) -> list[Row]:
     config = load_config([CONFIGS / "tiny.yaml"], [f"model.path={folder}"], CONFIGS / "recipes")
     cores = plan_cores(config, available_cores(), preload_libraries())
     connect(config, cores)
@@ -54,28 +58,26 @@ def main() -> None:
     stalls, copies = publish_stalls(generator, folder, prompts)
     ray.get(generator.shutdown.remote(), timeout=30)
     disconnect(Path("/tmp"))
-    emit(
-        [
-            Row(
-                "generator actor, tokens per second, tiny model",
-                "vLLM offline, the same batch",
-                [a / b for a, b in zip(rates["actor"], rates["offline"], strict=True)],
-                0.85,
-                True,
-                f"{statistics.median(rates['actor']):.0f} against "
-                f"{statistics.median(rates['offline']):.0f} tokens/s, {GROUPS} x {SIZE}",
-            ),
-            Row(
-                "stall of generation per publish, tiny model",
-                "copy of the weights + 20 ms",
-                [stall / (copy + 0.02) for stall, copy in zip(stalls, copies, strict=True)],
-                2.0,
-                False,
-                f"{1e3 * statistics.median(stalls):.0f} ms; the copy alone takes "
-                f"{1e3 * statistics.median(copies):.1f} ms",
-            ),
-        ]
-    )
+    return [
+        Row(
+            "generator actor, tokens per second, tiny model",
+            "vLLM offline, the same batch",
+            [a / b for a, b in zip(rates["actor"], rates["offline"], strict=True)],
+            0.85,
+            True,
+            f"{statistics.median(rates['actor']):.0f} against "
+            f"{statistics.median(rates['offline']):.0f} tokens/s, {GROUPS} x {SIZE}",
+        ),
+        Row(
+            "stall of generation per publish, tiny model",
+            "copy of the weights + 20 ms",
+            [stall / (copy + 0.02) for stall, copy in zip(stalls, copies, strict=True)],
+            2.0,
+            False,
+            f"{1e3 * statistics.median(stalls):.0f} ms; the copy alone takes "
+            f"{1e3 * statistics.median(copies):.1f} ms",
+        ),
+    ]
 
 
 def without_end(model: Path, copy: Path) -> str:

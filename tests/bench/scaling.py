@@ -51,19 +51,18 @@ class ScriptedGenerator:
     """A group of `length` tokens a completion, at once."""
 
     def __init__(self, length: int) -> None:
-        self._batches: dict[int, Any] = {}
+        self._batches: dict[int, pa.RecordBatch] = {}
         self._completion = Completion([5] * length, [-0.5] * length, [0] * length, "stop")
 
     async def generate_group(self, request: GroupRequest) -> AsyncIterator[int]:
         count = request.num_completions
         sampled = dict.fromkeys(range(count), self._completion)
-        number = len(self._batches)
-        self._batches[number] = rollout_batch(request, sampled, [""] * count, "scripted")
-        yield number
+        batch = rollout_batch(request, sampled, [""] * count, "scripted")
+        self._batches[request.group_id] = batch
+        yield request.group_id
 
     async def take_batch(self, number: int) -> pa.RecordBatch:
-        batch, self._batches[number] = self._batches[number], None
-        return batch
+        return self._batches.pop(number)
 
 
 class ScriptedVerifier:
