@@ -61,8 +61,15 @@ def test_preference_sums_to_the_group_size(sizes: list[int], lambda_: float, see
             assert derivative[inside].abs().max() < 1e-12
 
 
-def test_zero_is_token_mean_exactly() -> None:
-    assert torch.equal(weights("lambda_grpo"), weights("token_mean"))
+@given(st.lists(st.integers(0, 500), min_size=1, max_size=40), st.integers(1, 5), seeds)
+@settings(max_examples=60, deadline=None)
+def test_zero_is_token_mean_exactly(sizes: list[int], num_groups: int, seed: int) -> None:
+    """At lambda = 0 the learnable preference is DAPO's reduction, to the last bit."""
+    groups = torch.randint(0, num_groups, (len(sizes),), generator=random(seed))
+    lengths = torch.tensor(sizes)
+    assert torch.equal(
+        weights("lambda_grpo", lengths, groups), weights("token_mean", lengths, groups)
+    )
 
 
 def test_preference_by_hand() -> None:

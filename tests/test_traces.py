@@ -182,12 +182,14 @@ def test_quantile_keeps_the_rest(sizes: list[int], quantile: float, seed: int) -
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_long_sequences_in_float32(kind: str) -> None:
+@pytest.mark.parametrize("cut", [False, True])
+def test_long_sequences_in_float32(kind: str, cut: bool) -> None:
     """32,768 tokens: float32 agrees with float64, in well under a second."""
     x_N = normal(2 * 32768, random(0), 0.05)
     axis = packed([32768, 32768])
+    keep_N = normal(2 * 32768, random(1), 0.05).clamp(max=0).exp() if cut else None
     for decay in (0.99, 1.0):
-        trace = LambdaTrace(axis, kind, decay)
+        trace = LambdaTrace(axis, kind, decay, keep_N)
         begin = time.perf_counter()
         single_N = trace.apply(x_N.float())
         assert time.perf_counter() - begin < 1.0
