@@ -3,7 +3,7 @@ VENV ?= .venv
 export VENV PYTHON ENGINE
 RUN = $(VENV)/bin/python
 
-.PHONY: train test test-oracle test-recipes lint compare bench bench-long setup clean
+.PHONY: train test test-oracle test-recipes faults lint compare bench bench-long setup clean
 
 train: setup
 	$(RUN) -m deploy.cli train --config deploy/configs/smollm2.yaml $(ARGS)
@@ -19,6 +19,10 @@ test-oracle: setup
 # Every recipe, ten steps on real parts: some eight minutes on two cores.
 test-recipes: setup
 	$(RUN) -m pytest -m long $(ARGS)
+
+# Real runs, killed and broken on purpose.
+faults: setup
+	$(RUN) -m pytest -m faults $(ARGS)
 
 # About two hours on two cores; what is finished is not run again.
 compare: setup

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from vllm.v1.engine.async_llm import AsyncLLM
 
 VLLM_VERSION = "0.32"
+_BATCHED_TOKENS = 8192
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ class Engine:
     async def generate(
         self, request_id: str, prompt_ids: list[int], sampling: dict[str, Any]
     ) -> Completion:
-        """Sample one completion; `sampling` holds temperature and max_tokens.
+        """Sample one completion; `sampling` holds temperature, max_tokens and perhaps a seed.
 
         The completions of a group are requests of their own, so that each is there when it ends;
         they share their prompt through vLLM's prefix cache. Cancelling aborts the request.
@@ -222,6 +223,11 @@ def _engine_arguments(
         arguments["gpu_memory_utilization"] = generator.memory_fraction
     else:
         arguments["kv_cache_memory_bytes"] = int(generator.kv_cache_gib * 2**30)
+        if generator.max_staleness == 0:
+            # A seed a request and a prompt in pieces do not go together on CPU: vLLM rewinds the
+            # generator of a piece that samples nothing, which CPU generators cannot do.
+            arguments["enable_chunked_prefill"] = False
+            arguments["max_num_batched_tokens"] = max(model.max_length, _BATCHED_TOKENS)
         arguments.update(_single_process_on_cpu(generator))
     return arguments
 

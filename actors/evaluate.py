@@ -59,6 +59,7 @@ class Evaluator:
     async def _one(self, index: int, prompt: Prompt) -> Any:
         request = GroupRequest(
             group_id=-1 - index,
+            turn=-1,
             prompt_id=prompt.prompt_id,
             epoch=0,
             prompt_text=prompt.text,

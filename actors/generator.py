@@ -111,13 +111,16 @@ class Generator:
         guidance: list[int] = []
         if index >= request.num_completions - request.num_guided:
             guidance = list(request.guidance_ids)
+        sampling: dict[str, Any] = {
+            "temperature": request.temperature,
+            "max_tokens": request.max_tokens - len(guidance),
+        }
+        if request.seed is not None and self._config.max_staleness == 0:
+            sampling["seed"] = request.seed + index
         sampled = await self.engine.generate(
             f"group-{request.group_id}-{index}-{request.dispatched_s}",
             request.prompt_ids + guidance,
-            {
-                "temperature": request.temperature,
-                "max_tokens": request.max_tokens - len(guidance),
-            },
+            sampling,
         )
         return with_guidance(sampled, guidance, request.dispatch_version) if guidance else sampled
 
@@ -240,6 +243,7 @@ def rollout_batch(
     count = len(completions)
     columns: dict[str, list[Any]] = {
         "group_id": [request.group_id] * count,
+        "turn": [request.turn] * count,
         "completion_index": list(sampled),
         "prompt_id": [request.prompt_id] * count,
         "epoch": [request.epoch] * count,

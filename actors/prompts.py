@@ -1,13 +1,9 @@
 """An endless, resumable stream of prompts.
 
-`build_prompt_source` loads and checks the data; `PromptSource` serves them epoch after epoch. The
-cursor is small: the order of an epoch is a function of (seed, epoch), so an epoch, an offset and
-the prompts that must be served again say everything.
-
-    next():       returned prompts, oldest first; else the next of the epoch's order
-    give_back():  a prompt whose group was dropped joins the returned ones
-    state_dict(): the cursor; prompts outstanding (served, neither trained nor given back) are
-                  recorded as returned, and so are served again after a resume
+`build_prompt_source` loads and checks the data; `PromptSource` serves them epoch after epoch, in
+*turns*: turn t is place t % size of epoch t // size, and the order of an epoch is a function of
+(seed, epoch). So a turn says which prompt it is, in every process of a run, and the next turn with
+those to be served again is the whole cursor. `common.ledger` keeps it.
 """
 
 from __future__ import annotations
@@ -17,7 +13,7 @@ import random
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import lru_cache
 
 from actors.chat import Template, Tokenizer
 from actors.data_sources import Row, Rows, load_rows
@@ -36,6 +32,8 @@ class Prompt:
     reasoning-gym `task`, `params` and `entry`.
     """
 
+    turn: int
+    """Its place in the order of serving, over all epochs; -1 for evaluation."""
     prompt_id: str
     index: int
     epoch: int
@@ -50,7 +48,7 @@ class PromptSource:
     """Serves the training rows once an epoch, in an order of its own each epoch.
 
     Attributes: `size`, training prompts an epoch; `removed`, training rows left out because
-    their question is held out.
+    their question is held out; `identity`, a digest of what the order of serving depends on.
     """
 
     def __init__(
@@ -59,36 +57,37 @@ class PromptSource:
         self._rows, self._held_out = rows.train, rows.held_out
         self._template = template
         self._seed, self._how = seed, order
-        self._returned: deque[tuple[int, int]] = deque()
-        self._identity = _identity(rows.train, seed, order)
+        self._again: deque[int] = deque()
+        self._next_turn = 0
+        self.identity = _identity(rows.train, seed, order)
         self.size = len(rows.train)
         self.removed = rows.removed
-        self._seek(epoch=0, offset=0)
+        self._order_of = lru_cache(maxsize=2)(self._make_order)
+        self._order_of(0)
 
     def next(self) -> Prompt:
-        """The next prompt; there always is one."""
-        if self._returned:
-            epoch, index = self._returned.popleft()
-            return self._make(self._rows[index], index, epoch)
-        if self._offset == self.size:
-            self._seek(self._epoch + 1, 0)
-        index = self._order[self._offset]
-        self._offset += 1
-        return self._make(self._rows[index], index, self._epoch)
+        """The next prompt, those to be served again first; there always is one."""
+        if self._again:
+            return self._at(self._again.popleft())
+        self._next_turn += 1
+        return self._at(self._next_turn - 1)
+
+    def seek(self, next_turn: int, again: Sequence[int] = ()) -> None:
+        """Serve the turns `again`, then go on from `next_turn`."""
+        self._next_turn, self._again = next_turn, deque(again)
+
+    def give_back(self, turn: int) -> None:
+        """Serve a turn once more, before new ones: its group was lost.
+
+        Raises: `ValueError` when it has not been served, or is waiting already.
+        """
+        if not 0 <= turn < self._next_turn or turn in self._again:
+            raise ValueError(f"turn {turn} is not out")
+        self._again.append(turn)
 
     def encode(self, solution: str) -> list[int]:
         """Token ids of a reference solution."""
         return self._template.encode_solution(solution)
-
-    def give_back(self, prompt: Prompt) -> None:
-        """Serve `prompt` again, before new ones.
-
-        Raises: `ValueError` when it is already waiting, or has not been served.
-        """
-        place = (prompt.epoch, prompt.index)
-        if place in self._returned or not self._was_served(*place):
-            raise ValueError(f"prompt {prompt.prompt_id} of epoch {prompt.epoch} is not out")
-        self._returned.append(place)
 
     def eval_prompts(self, count: int) -> list[Prompt]:
         """The first `count` held-out prompts, always the same; epoch is -1.
@@ -97,55 +96,26 @@ class PromptSource:
         """
         if count > len(self._held_out):
             raise ValueError(f"{count} evaluation prompts wanted, {len(self._held_out)} held out")
-        return [self._make(row, i, -1) for i, row in enumerate(self._held_out[:count])]
+        return [self._make(row, i, -1, -1) for i, row in enumerate(self._held_out[:count])]
 
-    def state_dict(self, outstanding: Sequence[Prompt] = ()) -> dict[str, Any]:
-        """The cursor in JSON values. `outstanding` prompts are served again after a resume.
+    def _at(self, turn: int) -> Prompt:
+        epoch, place = divmod(turn, self.size)
+        index = self._order_of(epoch)[place]
+        return self._make(self._rows[index], index, epoch, turn)
 
-        Raises: `ValueError` when one of them is listed twice or was given back.
-        """
-        again = [(prompt.epoch, prompt.index) for prompt in outstanding]
-        returned = [*again, *self._returned]
-        if len(set(returned)) < len(returned):
-            raise ValueError("a prompt is outstanding twice, or outstanding and given back")
-        return {
-            "epoch": self._epoch,
-            "offset": self._offset,
-            "returned": [list(place) for place in returned],
-            "identity": self._identity,
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state_dict` was taken.
-
-        Raises: `UserError` when the training data, their split, order or seed are others.
-        """
-        if state["identity"] != self._identity:
-            raise UserError(
-                "the training prompts are not those of the checkpoint "
-                f"(now {self._identity}, then {state['identity']}): resume with the same "
-                "data, seed, data.order and eval.prompts, or start a new run"
-            )
-        self._seek(state["epoch"], state["offset"])
-        self._returned = deque((epoch, index) for epoch, index in state["returned"])
-
-    def _seek(self, epoch: int, offset: int) -> None:
+    def _make_order(self, epoch: int) -> list[int]:
         order = list(range(self.size))
         if self._how == "shuffle":
             # A string seed is hashed by SHA-512: near seeds and epochs give unrelated orders.
             random.Random(f"{self._seed}/{epoch}").shuffle(order)
         elif self._how == "curriculum":
             order.sort(key=lambda index: _difficulty(self._rows[index]))
-        self._epoch, self._offset, self._order = epoch, offset, order
+        return order
 
-    def _was_served(self, epoch: int, index: int) -> bool:
-        if epoch == self._epoch:
-            return index in self._order[: self._offset]
-        return 0 <= epoch < self._epoch
-
-    def _make(self, row: Row, index: int, epoch: int) -> Prompt:
+    def _make(self, row: Row, index: int, epoch: int, turn: int) -> Prompt:
         text = self._template.render(row.question)
         return Prompt(
+            turn=turn,
             prompt_id=f"{_digest(row.question)[:12]}-{index}",
             index=index,
             epoch=epoch,

@@ -12,6 +12,7 @@ prompt goes out.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -19,12 +20,14 @@ from typing import Any
 from actors.guidance import Guidance, num_guided
 from actors.pools import GeneratorPool, VerifierPool
 from actors.prompts import Prompt, PromptSource
-from common.budget import GroupWindow, StalenessBudget
+from common.budget import GroupWindow, StalenessBudget, in_time
 from common.config import Config
 from common.errors import StallError, UserError, VerifierError
+from common.ledger import Ledger, OpenGroup, Outcome, Outcomes, outcomes_of
 from common.trajectory import GroupReceipt, GroupRequest
 from common.waits import Waits, until
 
+_RECOVER_S = 600.0
 _UNJUDGED_LIMIT = 16
 """Groups in a row without a single reward that end the run."""
 
@@ -51,7 +54,7 @@ class RolloutLoop:
         verifiers: VerifierPool,
         stream: Any,
         guidance: Guidance,
-        first_group_id: int,
+        ledger: Ledger,
         waits: Waits,
     ) -> None:
         self._source = source
@@ -62,15 +65,17 @@ class RolloutLoop:
         self._rollout = config.algorithm.rollout
         self._group_size = config.batch.group_size
         self._groups_per_step = config.groups_per_step
+        self._seed = config.seed
         self._verify_timeout_s = config.verify_timeout_s
         self.guidance = guidance
         self._waits = waits
         staleness = config.generator.max_staleness
+        self._max_staleness = staleness
         self._budget = StalenessBudget(staleness, self._groups_per_step)
         self._window = GroupWindow(staleness, self._groups_per_step)
-        self._prompts: dict[int, Prompt] = {}  # of groups not yet trained on
         self._changed = asyncio.Condition()
-        self.next_group_id = first_group_id
+        self._ledger = ledger
+        self._next_group_id = ledger.next_group_id()
         self.counts = RolloutCounts()
         self._unjudged_in_a_row = 0
 
@@ -85,7 +90,8 @@ class RolloutLoop:
         guidance_ids = self._guidance_ids(prompt)
         guided = num_guided(self._group_size, self._rollout.guidance.ratio)
         request = GroupRequest(
-            group_id=self.next_group_id,
+            group_id=self._next_group_id,
+            turn=prompt.turn,
             prompt_id=prompt.prompt_id,
             epoch=prompt.epoch,
             prompt_text=prompt.text,
@@ -99,13 +105,19 @@ class RolloutLoop:
             guidance_ids=guidance_ids,
             num_guided=guided if guidance_ids else 0,
             mask_guidance=self._rollout.guidance.mask,
+            seed=self._seed_of(prompt.turn) if self._max_staleness == 0 else None,
             cap_s=self._config.group_cap_s,
         )
-        self.next_group_id += 1
+        self._next_group_id += 1
         self.counts.groups_dispatched += 1
-        self._prompts[request.group_id] = prompt
+        self._ledger.dispatched(request)
         self._window.dispatch(request.group_id, request.dispatch_version)
         return request
+
+    def _seed_of(self, turn: int) -> int:
+        """A synchronous run samples the same for a turn in whatever process it is served."""
+        digest = hashlib.sha256(f"{self._seed}/{turn}".encode()).digest()
+        return int.from_bytes(digest[:6])
 
     def _guidance_ids(self, prompt: Prompt) -> tuple[int, ...]:
         """The solution's first tokens; all of a shorter one."""
@@ -127,10 +139,12 @@ class RolloutLoop:
         async with self._changed:
             if receipt is None or receipt.num_completions < request.num_completions:
                 self.counts.groups_abandoned += 1
-                self._drop(request.group_id)
+                tokens = receipt.num_tokens if receipt else 0
+                self._drop(request.group_id, {"abandoned": (request.num_completions, tokens)})
             elif self._is_filtered(receipt):
                 self.counts.groups_filtered += 1
-                self._drop(request.group_id)
+                outcome: Outcome = "failed" if receipt.unjudged else "filtered"
+                self._drop(request.group_id, outcomes_of(receipt, outcome))
             else:
                 self._window.complete(receipt)
             self._changed.notify_all()
@@ -158,6 +172,7 @@ class RolloutLoop:
             cause="the trajectory log",
             deadline_s=self._verify_timeout_s,
         )
+        self._ledger.verified(group_id, receipt.num_tokens)
         self.counts.tokens_generated += receipt.num_tokens
         return receipt
 
@@ -171,10 +186,10 @@ class RolloutLoop:
                 f"{_UNJUDGED_LIMIT} groups in a row got no reward: mend the verifier.\n{listed}"
             )
 
-    def _drop(self, group_id: int) -> None:
+    def _drop(self, group_id: int, outcomes: Outcomes) -> None:
         """The group is not trained on; another prompt takes its place."""
+        self._ledger.close_group(group_id, outcomes)
         self._window.drop(group_id)
-        del self._prompts[group_id]
         self._budget.release(1)
 
     def _is_filtered(self, receipt: GroupReceipt) -> bool:
@@ -190,8 +205,6 @@ class RolloutLoop:
         )
         if not receipts:
             raise StallError("the window gave no groups")
-        for receipt in receipts:
-            del self._prompts[receipt.group_id]
         taken: list[GroupReceipt] = receipts
         return taken
 
@@ -201,11 +214,14 @@ class RolloutLoop:
             self._budget.release(self._groups_per_step)
             self._changed.notify_all()
 
-    def observe(self, step: int, metrics: dict[str, float]) -> dict[str, float]:
-        """Let the rollout axis see a learner step; returns its own state as metrics.
+    def trained(
+        self, step: int, receipts: list[GroupReceipt], metrics: dict[str, float]
+    ) -> dict[str, float]:
+        """The learner has taken a step on these groups; returns the rollout axis' own metrics.
 
         Counts of groups are since the run, or its last resume, began.
         """
+        self._ledger.trained(step, receipts)
         state = {
             "groups/dispatched": float(self.counts.groups_dispatched),
             "groups/filtered": float(self.counts.groups_filtered),
@@ -216,13 +232,69 @@ class RolloutLoop:
             state["guidance/length"] = float(self.guidance.length)
         return state
 
-    def state_dict(self) -> dict[str, object]:
-        """Cursor of the prompts, with those not yet trained on, and the next group id."""
-        return {
-            "prompts": self._source.state_dict(list(self._prompts.values())),
-            "guidance": self.guidance.state_dict(),
-            "next_group_id": self.next_group_id,
-        }
+    def save(self, step: int) -> dict[str, object]:
+        """State for the checkpoint of `step`. Prompts and groups are in the ledger."""
+        self._ledger.cut(step)
+        return {"guidance": self.guidance.state_dict()}
+
+    async def resume(self, step: int, state: dict[str, Any]) -> tuple[int, int]:
+        """Go on at the checkpoint of `step`; call it before `run`.
+
+        Groups that were verified and not trained on come back from the trajectory log, unless
+        the bound or a changed configuration forbids it. Those with a token of a version behind
+        the checkpoint do not: that version is lost with the steps that made it. The turns of all
+        others are served again.
+
+        Args:
+            state: what `save` returned; empty at step 0.
+
+        Returns:
+            (groups taken from the log, turns to be served again).
+        """
+        if state:
+            self.guidance.load_state_dict(state["guidance"])
+        opened = {group.group_id: group for group in self._ledger.roll_back(step)}
+        logged: list[GroupReceipt] = await self._waits.on(
+            self._stream.recover.remote(list(opened)),
+            owner="resume",
+            cause="the trajectory log",
+            deadline_s=_RECOVER_S,
+        )
+        of_now = [
+            receipt
+            for receipt in logged
+            if max(receipt.max_version, receipt.dispatch_version) <= step
+            and receipt.num_completions == self._group_size
+            and not self._is_filtered(receipt)
+        ]
+        kept = in_time(of_now, step, self._max_staleness, self._groups_per_step)
+        for receipt in kept:
+            self._budget.try_acquire()
+            self._window.dispatch(receipt.group_id, receipt.dispatch_version)
+            self._window.complete(receipt)
+            self._ledger.verified(receipt.group_id, receipt.num_tokens)
+        self._close_lost(opened, logged, kept, of_now)
+        self._source.seek(*self._ledger.cursor())
+        return len(kept), len(opened) - len(kept)
+
+    def _close_lost(
+        self,
+        opened: dict[int, OpenGroup],
+        logged: list[GroupReceipt],
+        kept: list[GroupReceipt],
+        of_now: list[GroupReceipt],
+    ) -> None:
+        """Those not kept: `stale` where only the bound forbids it, else `abandoned`."""
+        tokens = {receipt.group_id: receipt.num_tokens for receipt in logged}
+        too_old = {receipt.group_id for receipt in of_now}
+        for group_id in opened.keys() - {receipt.group_id for receipt in kept}:
+            outcome: Outcome = "stale" if group_id in too_old else "abandoned"
+            if group_id in tokens:
+                self._ledger.verified(group_id, tokens[group_id])
+            part = (opened[group_id].completions, tokens.get(group_id, 0))
+            self._ledger.close_group(
+                group_id, {outcome: part}, again=True, reason="not there after a resume"
+            )
 
     def status(self) -> str:
         """One line for the display."""

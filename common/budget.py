@@ -94,10 +94,7 @@ class GroupWindow:
         """The P groups to train at `version`, oldest first; None while they are not there."""
         if self.missing(version):
             return None
-        oldest_first = sorted(
-            self._complete.values(), key=lambda group: (group.dispatch_version, group.group_id)
-        )
-        taken = oldest_first[: self._prompts_per_step]
+        taken = _oldest_first(self._complete.values())[: self._prompts_per_step]
         for receipt in taken:
             del self._complete[receipt.group_id]
         return taken
@@ -113,3 +110,23 @@ class GroupWindow:
     def outstanding(self) -> Iterable[int]:
         """Ids of every group dispatched and not taken."""
         return [*self._dispatched, *self._complete]
+
+
+def in_time(
+    receipts: Iterable[GroupReceipt], version: int, max_staleness: int, prompts_per_step: int
+) -> list[GroupReceipt]:
+    """Of complete groups, those that a learner at `version` can still train within the bound.
+
+    Oldest first, the k-th is trained at version + k // P. What was out when a run ended all is
+    in time, unless the run goes on with smaller S or P. At most (S + 1) * P are.
+    """
+    kept: list[GroupReceipt] = []
+    for receipt in _oldest_first(receipts):
+        if version + len(kept) // prompts_per_step <= receipt.dispatch_version + max_staleness:
+            kept.append(receipt)
+    return kept
+
+
+def _oldest_first(receipts: Iterable[GroupReceipt]) -> list[GroupReceipt]:
+    """A turn's place does not depend on how often it was dispatched, or in which process."""
+    return sorted(receipts, key=lambda group: (group.dispatch_version, group.turn))

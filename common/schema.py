@@ -18,7 +18,7 @@ from collections.abc import Sequence
 
 import pyarrow as pa
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 VERSION_KEY = b"grpo_lambda.schema_version"
 
 REWARD_PREFIX = "reward/"
@@ -29,6 +29,7 @@ PASS, FAIL, ERROR, TIMEOUT = "pass", "fail", "error", "timeout"
 
 _ROLLOUT_FIELDS: tuple[pa.Field, ...] = (
     pa.field("group_id", pa.int64(), nullable=False),
+    pa.field("turn", pa.int64(), nullable=False),  # see `common.ledger`
     pa.field("completion_index", pa.int32(), nullable=False),
     pa.field("prompt_id", pa.string(), nullable=False),
     pa.field("epoch", pa.int32(), nullable=False),

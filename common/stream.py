@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet
 import ray
 
-from common.log_store import TrajectoryLog
+from common.log_store import TrajectoryLog, read_segment, segments
 from common.schema import trajectory_schema
 from common.trajectory import GroupReceipt
 
@@ -52,6 +52,22 @@ class TrajectoryStream:
         self._log.append(group)
         return receipt(group, ref)
 
+    def recover(self, group_ids: list[int]) -> list[GroupReceipt]:
+        """Receipts of those groups that an earlier process of the run has logged whole.
+
+        Groups of another schema (other verifiers) are left out.
+        """
+        wanted, found = set(group_ids), []
+        for path in reversed(segments(self._run_folder / "trajectories")):
+            if not wanted:
+                break
+            for batch in read_segment(path):
+                group_id = batch.column("group_id")[0].as_py()
+                if group_id in wanted and batch.schema.equals(self._schema, check_metadata=False):
+                    wanted.discard(group_id)
+                    found.append(receipt(batch, ray.put(batch)))
+        return found
+
     def write_evaluation(self, step: int, refs: list[Any]) -> dict[str, float]:
         """Keep the held-out completions of one evaluation as `evaluations/step-N.parquet`.
 
@@ -76,22 +92,26 @@ class TrajectoryStream:
 
 def receipt(batch: pa.RecordBatch, ref: Any) -> GroupReceipt:
     """Sum a verified group up for the control plane."""
+    lengths_G = pc.subtract(
+        pc.list_value_length(batch.column("token_ids")), batch.column("guidance_length")
+    ).to_numpy(zero_copy_only=False)
     rewards_G = batch.column("reward").to_numpy(zero_copy_only=False).astype(np.float64)
     scored = rewards_G[~np.isnan(rewards_G)]
     versions = batch.column("weight_versions").flatten()
     dispatch_version = batch.column("dispatch_version")[0].as_py()
     return GroupReceipt(
         group_id=batch.column("group_id")[0].as_py(),
+        turn=batch.column("turn")[0].as_py(),
         batch_ref=ref,
         dispatch_version=dispatch_version,
         min_version=pc.min(versions).as_py() if len(versions) else dispatch_version,
         max_version=pc.max(versions).as_py() if len(versions) else dispatch_version,
         num_completions=batch.num_rows,
-        num_tokens=len(batch.column("token_ids").flatten())
-        - pc.sum(batch.column("guidance_length")).as_py(),
+        num_tokens=int(lengths_G.sum()),
         reward_mean=float(scored.mean()) if scored.size else float("nan"),
         rewards_equal=bool(scored.size == 0 or scored.min() == scored.max()),
         num_unscored=int(np.isnan(rewards_G).sum()),
+        unscored_tokens=int(lengths_G[np.isnan(rewards_G)].sum()),
         generate_s=pc.max(batch.column("finished_s")).as_py()
         - batch.column("dispatched_s")[0].as_py(),
     )

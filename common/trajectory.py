@@ -14,6 +14,8 @@ class GroupRequest:
     """Sample `num_completions` completions of one prompt."""
 
     group_id: int
+    turn: int
+    """The prompt's place in the order of serving, over all epochs; -1 outside training."""
     prompt_id: str
     epoch: int
     prompt_text: str
@@ -29,6 +31,8 @@ class GroupRequest:
     """First tokens of a reference solution; they lead the last `num_guided` completions."""
     num_guided: int = 0
     mask_guidance: bool = True
+    seed: int | None = None
+    """Of this group's samples; None leaves them to the engine's random state."""
     cap_s: float | None = None
     """Seconds after which completions still being sampled are aborted and left out."""
 
@@ -38,6 +42,7 @@ class GroupReceipt:
     """A verified group that is in the trajectory log. `batch_ref` names its record batch."""
 
     group_id: int
+    turn: int
     batch_ref: Any
     dispatch_version: int
     min_version: int
@@ -52,6 +57,8 @@ class GroupReceipt:
     """No completion differs in reward from another: the group carries no advantage."""
     num_unscored: int
     """Completions whose verdict was `error` or `timeout`."""
+    unscored_tokens: int
+    """Of those."""
     generate_s: float
     """Seconds from dispatch to the last completion."""
 

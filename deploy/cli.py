@@ -21,7 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a verb; returns the exit status: 0 done, 1 the run failed, 2 wrong input, 130 stopped."""
     options = _parser().parse_args(arguments)
     try:
-        verb = {"train": _train, "plan": _plan}[options.verb]
+        verb = {"train": _train, "plan": _plan, "inspect": _inspect}[options.verb]
         return verb(options)
     except (UserError, RunError) as error:
         print(f"\nerror: {_message(error)}", file=sys.stderr)
@@ -54,6 +54,10 @@ def _parser() -> argparse.ArgumentParser:
             "--config", type=Path, default=None, help="YAML file (default: the smollm2 preset)"
         )
         sub.add_argument("overrides", nargs="*", metavar="key=value", help="configuration keys")
+    text = "what became of every completion of a run; fails when the account does not close"
+    sub = verbs.add_parser("inspect", help=text, description=text)
+    sub.add_argument("run", type=Path, help="run directory")
+    sub.add_argument("--ledger", action="store_true", required=True, help="print the account")
     return parser
 
 
@@ -92,6 +96,12 @@ def _plan(options: argparse.Namespace) -> int:
     cores = available_cores()
     print(describe(config, plan_cores(config, cores, []), len(cores)))
     return 0
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    from deploy.account import inspect_ledger
+
+    return inspect_ledger(options.run)
 
 
 def entry_point() -> None:

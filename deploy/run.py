@@ -18,12 +18,13 @@ from actors.prompts import PromptSource, build_prompt_source
 from actors.rollout import RolloutLoop
 from common.config import Config
 from common.errors import RunError, UserError
+from common.ledger import Ledger
 from common.metrics import JsonlSink, Metrics, TensorBoardSink
 from deploy.cluster import Actors, start_stream
 from deploy.display import Display, make_display
 from deploy.models import resolve_model
 from deploy.placement import with_compute_dtype
-from deploy.run_dir import RunDirectory
+from deploy.run_dir import LEDGER, RunDirectory
 from deploy.service import Service
 from learner.group import LearnerGroup
 from learner.loop import LearnerLoop, Schedule
@@ -62,15 +63,11 @@ class Run:
                 await self._service.end_run(stream)
 
     def _model_folder(self) -> str:
-        """The model's folder, or on resume the newest checkpoint."""
-        if not self._config.resume:
-            self._display.event(f"model {self._config.model.path}")
-            return str(resolve_model(self._config.model.path))
-        steps = self._run.checkpoints()
+        """The model's folder, or on resume the newest checkpoint if there is one."""
+        steps = self._run.checkpoints() if self._config.resume else []
         if not steps:
-            raise UserError(
-                f"{self._run.path} has no checkpoint to resume from: start anew with another name="
-            )
+            self._display.event(f"model {self._config.model.path}, from step 0")
+            return str(resolve_model(self._config.model.path))
         self._first_step = steps[-1]
         if self._first_step >= self._config.steps:
             raise UserError(
@@ -104,23 +101,40 @@ class Run:
         verifiers = VerifierPool(actors.verifiers, self._waits)
         learner = LearnerGroup(actors.learners, self._waits, config.learner.step_timeout_s)
         await self._start(generators, verifiers, learner, used)
+        ledger = Ledger(self._run.path / LEDGER, source.identity)
         room = config.generator.max_completion_tokens - 1
-        guidance = Guidance(config.algorithm.rollout.guidance, config.steps, room)
-        first_group_id = await self._restore(learner, source, guidance)
-        publisher = await self._publisher(learner, generators, source)
-        if used:
-            await publisher.deliver(await publisher.export(self._first_step))
-        self._display.event("all parts are up")
         self._rollout = RolloutLoop(
             config,
             source=source,
             generators=generators,
             verifiers=verifiers,
             stream=stream,
-            guidance=guidance,
-            first_group_id=first_group_id,
+            guidance=Guidance(config.algorithm.rollout.guidance, config.steps, room),
+            ledger=ledger,
             waits=self._waits,
         )
+        try:
+            await self._restore(learner, self._rollout)
+            publisher = await self._publisher(learner, generators, source)
+            if used:
+                await publisher.deliver(await publisher.export(self._first_step))
+            self._display.event("all parts are up")
+            return await self._loops(learner, publisher, source, generators, verifiers, stream)
+        finally:
+            ledger.end()
+
+    async def _loops(
+        self,
+        learner: LearnerGroup,
+        publisher: Publisher,
+        source: PromptSource,
+        generators: GeneratorPool,
+        verifiers: VerifierPool,
+        stream: Any,
+    ) -> dict[str, float]:
+        """The two loops, until the learner's ends."""
+        config = self._config
+        assert self._rollout is not None
         metrics = self._metrics()
         loop = LearnerLoop(
             learner=learner,
@@ -157,17 +171,22 @@ class Run:
             ]
         await asyncio.gather(*starts)
 
-    async def _restore(
-        self, learner: LearnerGroup, source: PromptSource, guidance: Guidance
-    ) -> int:
-        """Load learner and prompt cursor on resume; returns the first group id."""
-        if self._first_step == 0:
-            return 0
-        folder = str(self._run.checkpoint(self._first_step))
-        extra = await learner.load_checkpoint(folder, self._config.checkpoint.timeout_s)
-        source.load_state_dict(extra["prompts"])
-        guidance.load_state_dict(extra["guidance"])
-        return int(extra["next_group_id"])
+    async def _restore(self, learner: LearnerGroup, rollout: RolloutLoop) -> None:
+        """On resume: the learner, the groups not yet trained on, the cursor of the prompts.
+
+        Step 0 is a checkpoint too, that of the untrained model.
+        """
+        if not self._config.resume:
+            rollout.save(0)
+            return
+        state = {}
+        if self._first_step:
+            folder = str(self._run.checkpoint(self._first_step))
+            state = await learner.load_checkpoint(folder, self._config.checkpoint.timeout_s)
+        kept, again = await rollout.resume(self._first_step, state)
+        self._display.event(
+            f"{kept} verified group(s) taken from the trajectory log, {again} to be sampled again"
+        )
 
     async def _publisher(
         self, learner: LearnerGroup, generators: GeneratorPool, source: PromptSource
@@ -197,7 +216,9 @@ class Run:
         )
 
     def _metrics(self) -> Metrics:
-        last_step = self._first_step if self._first_step else None
+        last_step = None
+        if self._config.resume:
+            last_step = self._first_step or -1  # step 0 is evaluated again
         return Metrics(
             [
                 JsonlSink(self._run.path / "metrics.jsonl", last_step),
@@ -218,7 +239,7 @@ class Run:
             folder = self._run.checkpoint(step)
             folder.parent.mkdir(exist_ok=True)
             await learner.save_checkpoint(
-                str(folder), self._rollout.state_dict(), self._config.checkpoint.timeout_s
+                str(folder), self._rollout.save(step), self._config.checkpoint.timeout_s
             )
             self._run.prune_checkpoints(self._config.checkpoint.keep_last)
             self._display.event(f"checkpoint {folder}")

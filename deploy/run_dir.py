@@ -5,6 +5,7 @@ runs/NAME/config.yaml        resolved configuration
          /trajectories/      every verified group (Arrow, closed segments also Parquet)
          /evaluations/       held-out completions, a Parquet file an evaluation
          /checkpoints/step-N a Hugging Face folder with training_state/ inside
+         /ledger.sqlite      what became of every completion (`common.ledger`)
          /log/               Ray's logs of this run's processes, copied when it ends
 """
 
@@ -22,6 +23,7 @@ from common.config import Config
 from common.config_loader import dump_config
 from common.errors import UserError
 
+LEDGER = "ledger.sqlite"
 _STEP = re.compile(r"^step-(\d+)$")
 
 

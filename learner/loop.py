@@ -24,7 +24,9 @@ class GroupSource(Protocol):
 
     async def take(self, version: int, deadline_s: float) -> list[GroupReceipt]: ...
 
-    def observe(self, step: int, metrics: dict[str, float]) -> dict[str, float]: ...
+    def trained(
+        self, step: int, receipts: list[GroupReceipt], metrics: dict[str, float]
+    ) -> dict[str, float]: ...
 
     async def release(self) -> None: ...
 
@@ -105,11 +107,11 @@ class LearnerLoop:
             await self._delivery
         taken = time.monotonic()
         metrics = await self._learner.step(receipts, version, schedule.max_staleness)
+        metrics |= self._groups.trained(step, receipts, metrics)
         trained = time.monotonic()
         await self._delivery  # of the step before: versions reach the generators one by one
         delivered = time.monotonic()
         exported = await self._publisher.export(step)
-        metrics |= self._groups.observe(step, metrics)
         return exported, metrics | {
             "policy_version": float(step),
             "time/wait_data": taken - started,

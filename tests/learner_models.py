@@ -97,6 +97,7 @@ def trajectories(
         scores = list(rewards[g]) if rewards else [float((i + g) % 2) for i in range(n)]
         columns: dict[str, list[Any]] = {
             "group_id": [g] * n,
+            "turn": [g] * n,
             "completion_index": list(range(n)),
             "prompt_id": [str(g)] * n,
             "epoch": [0] * n,

@@ -16,6 +16,7 @@ from common.trajectory import GroupReceipt
 def receipt(group_id: int, dispatched_at: int, oldest_token: int) -> GroupReceipt:
     return GroupReceipt(
         group_id=group_id,
+        turn=group_id,
         batch_ref=None,
         dispatch_version=dispatched_at,
         min_version=oldest_token,
@@ -25,6 +26,7 @@ def receipt(group_id: int, dispatched_at: int, oldest_token: int) -> GroupReceip
         reward_mean=0.5,
         rewards_equal=False,
         num_unscored=0,
+        unscored_tokens=0,
         generate_s=1.0,
     )
 

@@ -17,6 +17,7 @@ from common.trajectory import GroupRequest
 def request(**changes: Any) -> GroupRequest:
     values: dict[str, Any] = {
         "group_id": 5,
+        "turn": 5,
         "prompt_id": "p",
         "epoch": 1,
         "prompt_text": "2 + 2 =",

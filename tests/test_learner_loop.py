@@ -10,6 +10,7 @@ import pytest
 from test_budget import receipt
 
 from common.errors import RunError, WeightsError
+from common.trajectory import GroupReceipt
 from deploy.run import first_cause, until_learner_ends
 from learner.loop import LearnerLoop, Schedule
 from learner.publish import Exported
@@ -39,7 +40,10 @@ class Recorder:
         self.calls.append(f"take {version}")
         return [receipt(0, version, self.newest_token)]
 
-    def observe(self, step: int, metrics: dict[str, float]) -> dict[str, float]:
+    def trained(
+        self, step: int, receipts: list[GroupReceipt], metrics: dict[str, float]
+    ) -> dict[str, float]:
+        assert len(receipts) == 1
         assert "loss/policy" in metrics
         return {"guidance/length": float(step)}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import multiprocessing as mp
 import queue
+import shutil
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -187,6 +188,15 @@ def test_a_step_moves_the_weights_and_reports_the_contract(folder: Path, baselin
         {"tokens_per_microbatch": 1},
         {"vocabulary_chunk_tokens": 3},
         {"activation_checkpointing": True},
+        pytest.param(
+            {"compile": True},
+            marks=[
+                pytest.mark.long,  # compiling takes a minute
+                pytest.mark.skipif(
+                    shutil.which("g++") is None, reason="torch.compile on CPU needs a C++ compiler"
+                ),
+            ],
+        ),
     ],
 )
 def test_how_it_is_computed_changes_nothing(folder: Path, baseline, changes) -> None:

@@ -19,6 +19,7 @@ from common.trajectory import GroupRequest
 def group(group_id: int, tokens: int = 3) -> pa.RecordBatch:
     request = GroupRequest(
         group_id=group_id,
+        turn=group_id,
         prompt_id=f"p{group_id}",
         epoch=0,
         prompt_text="1 + 1 =",

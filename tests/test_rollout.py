@@ -6,6 +6,8 @@ import asyncio
 from collections import Counter
 from collections.abc import AsyncIterator
 from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,8 +16,10 @@ from test_budget import receipt
 from actors.guidance import Guidance
 from actors.prompts import Prompt
 from actors.rollout import RolloutLoop
+from common.config import Config
 from common.config_loader import load_config
 from common.errors import UserError, VerifierError
+from common.ledger import Ledger
 from common.trajectory import GroupReceipt, GroupRequest
 from common.waits import Waits
 
@@ -25,7 +29,7 @@ PARTS = {"kept": 2, "filtered": 2, "cut short": 1, "nothing": 0}
 
 class Source:
     def next(self) -> Prompt:
-        return Prompt("p", 0, 0, "?", [1], "{}", None, None)
+        return Prompt(0, "p", 0, 0, "?", [1], "{}", None, None)
 
 
 class Generators:
@@ -65,20 +69,27 @@ class Stream:
         self.append = Append()
 
 
+@lru_cache
+def config_with(*overrides: str) -> Config:
+    keys = [
+        "model.path=none",
+        "batch.prompts_per_step=1",
+        "batch.group_size=2",
+        "generator.max_staleness=0",
+        "algorithm.rollout.dynamic_sampling=true",
+    ]
+    return load_config([], [*keys, *overrides])
+
+
 def loop_of(
-    source: Any, stream: Any, verifiers: Any, generators: Any, *overrides: str
+    source: Any,
+    stream: Any,
+    verifiers: Any,
+    generators: Any,
+    *overrides: str,
+    ledger: Ledger | None = None,
 ) -> RolloutLoop:
-    config = load_config(
-        [],
-        [
-            "model.path=none",
-            "batch.prompts_per_step=1",
-            "batch.group_size=2",
-            "generator.max_staleness=0",
-            "algorithm.rollout.dynamic_sampling=true",
-            *overrides,
-        ],
-    )
+    config = config_with(*overrides)
     return RolloutLoop(
         config,
         source=source,
@@ -86,7 +97,7 @@ def loop_of(
         verifiers=verifiers,
         generators=generators,
         guidance=Guidance(config.algorithm.rollout.guidance, 1, 7),
-        first_group_id=0,
+        ledger=ledger or Ledger(Path(":memory:"), "prompts of the test"),
         waits=Waits(),
     )
 
@@ -159,7 +170,7 @@ class Solved(Source):
         self.solution = solution
 
     def next(self) -> Prompt:
-        return Prompt("p", 0, 0, "?", [1], "{}", self.solution, None)
+        return Prompt(0, "p", 0, 0, "?", [1], "{}", self.solution, None)
 
     def encode(self, solution: str) -> list[int]:
         return [ord(letter) for letter in solution]

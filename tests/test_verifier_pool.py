@@ -22,6 +22,7 @@ def rollout_batch(texts: list[str], answer: str = "3") -> pa.RecordBatch:
     rows = [
         {
             "group_id": 7,
+            "turn": 7,
             "completion_index": index,
             "prompt_id": "p",
             "epoch": 0,
@@ -65,7 +66,10 @@ def test_rewards_verdicts_and_totals() -> None:
         failures = worker.failures()
     assert verified.schema.equals(trajectory_schema(["hostile", "format_rules"]), True)
     assert verified.select(rollout_schema().names).equals(batch)
-    found = {name: verified.column(name).to_pylist() for name in verified.schema.names[18:]}
+    found = {
+        name: verified.column(name).to_pylist()
+        for name in verified.schema.names[len(batch.schema) :]
+    }
     assert found == {
         "reward/hostile": [0.25, 0.0, None, None, 1.0],
         "verdict/hostile": ["pass", "fail", "timeout", "error", "pass"],

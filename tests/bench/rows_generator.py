@@ -135,7 +135,9 @@ def ask(generator: Any, prompts: list[list[int]], first: int) -> list[Any]:
     """Every group asked for at once, as the loop does; streams of batches."""
     return [
         generator.generate_group.options(num_returns="streaming").remote(
-            GroupRequest(first + i, "p", 0, "?", ids, "{}", SIZE, TOKENS, 1.0, 0, time.time())
+            GroupRequest(
+                first + i, first + i, "p", 0, "?", ids, "{}", SIZE, TOKENS, 1.0, 0, time.time()
+            )
         )
         for i, ids in enumerate(prompts)
     ]

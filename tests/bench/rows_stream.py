@@ -1,19 +1,40 @@
-"""Groups through stream and log, no model: 8 completions of 1,000 tokens each."""
+"""Groups through stream actor, ledger and log, no model: 8 completions of 1,000 tokens each."""
 
 from __future__ import annotations
 
-import shutil
+import asyncio
 import tempfile
 import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import ray
 from harness import Row, emit
 from learner_models import trajectories
 
-from common.stream import TrajectoryStream
+from common.ledger import Ledger
+from common.stream import TrajectoryStreamActor
+from common.trajectory import GroupReceipt, GroupRequest
 
-GROUPS, REPEATS = 300, 5
+GROUPS, REPEATS, STEP, UNDER_WAY = 320, 5, 16, 32
+
+
+async def pass_through(stream: Any, ledger: Ledger, refs: list[Any], first: int) -> None:
+    """Every group dispatched, logged, booked and trained on, as a run's coordinator does it."""
+    slots = asyncio.Semaphore(UNDER_WAY)
+
+    async def one(group: int) -> GroupReceipt:
+        async with slots:
+            ledger.dispatched(GroupRequest(group, group, "p", 0, "", [], "", 8, 1, 1.0, 0, 0.0))
+            receipt = await stream.append.remote([refs[group % len(refs)]])
+            ledger.verified(group, receipt.num_tokens)
+            return replace(receipt, group_id=group)
+
+    receipts = await asyncio.gather(*[one(first + index) for index in range(GROUPS)])
+    for start in range(0, GROUPS, STEP):
+        ledger.trained(start // STEP, receipts[start : start + STEP])
 
 
 def main() -> None:
@@ -23,26 +44,27 @@ def main() -> None:
     nbytes = batches[0].nbytes
     rates, ratios = [], []
     source = np.random.default_rng(0).integers(0, 255, nbytes, dtype=np.uint8)
-    for _ in range(REPEATS):
-        folder = tempfile.mkdtemp()
-        stream = TrajectoryStream(folder, ["test"])
-        started = time.perf_counter()
-        for index in range(GROUPS):
-            stream.append([refs[index % len(refs)]])
-        taken = time.perf_counter() - started
-        stream.close()
-        shutil.rmtree(folder)
-        started = time.perf_counter()
-        for _ in range(GROUPS):
-            source.copy()
-        copied = time.perf_counter() - started
-        rates.append(GROUPS / taken)
-        ratios.append(taken / copied)
+    with tempfile.TemporaryDirectory() as name:
+        stream = TrajectoryStreamActor.options(num_cpus=0).remote(name, ["test"])
+        ledger = Ledger(Path(name) / "ledger.sqlite", "made up")
+        asyncio.run(pass_through(stream, ledger, refs, 0))  # warms up
+        for repeat in range(1, REPEATS + 1):
+            started = time.perf_counter()
+            asyncio.run(pass_through(stream, ledger, refs, repeat * GROUPS))
+            taken = time.perf_counter() - started
+            started = time.perf_counter()
+            for _ in range(GROUPS):
+                source.copy()
+            copied = time.perf_counter() - started
+            rates.append(GROUPS / taken)
+            ratios.append(taken / copied)
+        ledger.end()
+        ray.kill(stream)
     ray.shutdown()
     emit(
         [
             Row(
-                "groups per second through stream and log, 8 x 1,000 tokens",
+                "groups per second through stream, ledger and log, 8 x 1,000 tokens",
                 "500 groups a second",
                 [rate / 500 for rate in rates],
                 1.0,

@@ -16,7 +16,6 @@ import time
 from collections.abc import AsyncIterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -38,6 +37,7 @@ from actors.verifier_pool import with_verdicts
 from actors.verifiers.base import Verdict
 from common.config import Config
 from common.config_loader import load_config
+from common.ledger import Ledger
 from common.stream import TrajectoryStreamActor
 from common.trajectory import GroupRequest
 from common.waits import Waits
@@ -76,14 +76,15 @@ class ScriptedVerifier:
 class Prompts:
     """One prompt, for ever."""
 
+    def __init__(self) -> None:
+        self.turn = -1
+
     def next(self) -> Prompt:
-        return Prompt("p", 0, 0, "?", [1] * 32, "{}", None, None)
+        self.turn += 1
+        return Prompt(self.turn, "p", 0, 0, "?", [1] * 32, "{}", None, None)
 
     def encode(self, solution: str) -> list[int]:
         return []
-
-    def state_dict(self, outstanding: object) -> dict[str, Any]:
-        return {}
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,7 @@ async def measure(config: Config, folder: Path, generators: int, tokens: int) ->
     verifier = ray.remote(ScriptedVerifier).options(num_cpus=0, max_concurrency=1000).remote()
     stream = TrajectoryStreamActor.options(num_cpus=0).remote(str(folder), ["rule"])
     waits = Waits()
+    ledger = Ledger(folder / "ledger.sqlite", "one prompt")
     handles = {f"generator-{i}": hosts[i % HOSTS] for i in range(generators)}
     pool = GeneratorPool(handles, waits, 0)
     loop = RolloutLoop(
@@ -113,14 +115,14 @@ async def measure(config: Config, folder: Path, generators: int, tokens: int) ->
         verifiers=VerifierPool({"verifier-0": verifier}, waits),
         stream=stream,
         guidance=Guidance(config.algorithm.rollout.guidance, 1, 1),
-        first_group_id=0,
+        ledger=ledger,
         waits=waits,
     )
     running = asyncio.create_task(loop.run())
     walls, cpus, process = [], [], psutil.Process()
     for step in range(STEPS):
         wall, cpu = time.perf_counter(), time.process_time()
-        await loop.take(step, 300.0)
+        loop.trained(step + 1, await loop.take(step, 300.0), {})
         pool.version = step + 1
         await loop.release()
         if step >= SKIPPED:
@@ -128,6 +130,7 @@ async def measure(config: Config, folder: Path, generators: int, tokens: int) ->
             cpus.append(time.process_time() - cpu)
     running.cancel()
     await asyncio.gather(running, return_exceptions=True)
+    ledger.end()
     for actor in (*hosts, verifier, stream):
         ray.kill(actor)
     return Point(

@@ -7,7 +7,6 @@ what it left behind.
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -17,13 +16,12 @@ from pathlib import Path
 import psutil
 import pyarrow.parquet as pq
 import pytest
+from run_process import ROOT, finish, inspect, leftovers, start
 
 from common.config_loader import load_config
 from common.log_store import read_log, segments
 from common.metrics import read_metrics
 
-ROOT = Path(__file__).resolve().parents[2]
-TINY = ROOT / "deploy" / "configs" / "tiny.yaml"
 STEPS = 24
 CONTRACT = [
     "step",
@@ -47,51 +45,6 @@ CONTRACT = [
     "logprob_gap/mean",
     "packing/efficiency",
 ]
-
-
-def command(*overrides: str) -> list[str]:
-    return [sys.executable, "-m", "deploy.cli", "train", "--config", str(TINY), *overrides]
-
-
-def start(*overrides: str) -> subprocess.Popen[str]:
-    # In the background of a shell Ctrl-C is ignored, and a child would inherit that.
-    inherited = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        return subprocess.Popen(
-            command(*overrides),
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
-    finally:
-        signal.signal(signal.SIGINT, inherited)
-
-
-def finish(process: subprocess.Popen[str], timeout_s: float) -> str:
-    try:
-        output, _ = process.communicate(timeout=timeout_s)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        output, _ = process.communicate()
-        pytest.fail(f"not done after {timeout_s:.0f} s:\n{output}")
-    return output
-
-
-def leftovers(before: set[int]) -> list[str]:
-    """Processes that a run left: actors, engines, Ray itself, verifier children."""
-    deadline = time.monotonic() + 10
-    marks = ("ray::", "raylet", "gcs_server", "EngineCore", "actors.sandbox")
-    while True:
-        found = []
-        for process in psutil.process_iter(["pid", "cmdline", "name"]):
-            line = " ".join(process.info["cmdline"] or [process.info["name"] or ""])
-            if process.info["pid"] not in before and any(mark in line for mark in marks):
-                found.append(f"{process.info['pid']} {line[:80]}")
-        if not found or time.monotonic() > deadline:
-            return found
-        time.sleep(0.5)
 
 
 @pytest.fixture(scope="module")
@@ -157,6 +110,15 @@ def test_every_group_is_in_the_log_once_and_held_out_questions_never(run: Path) 
     assert not questions & held_out
 
 
+def test_the_account_closes(run: Path) -> None:
+    status, output = inspect(run)
+    assert status == 0, output
+    assert output.splitlines()[-1] == "the account closes"
+    config = load_config([run / "config.yaml"], [], resolved=True)
+    trained = STEPS * config.completions_per_step
+    assert f"trained{trained:>17}" in output
+
+
 def test_one_rank_computes_the_loss_that_two_ranks_did(run: Path) -> None:
     """The first step's groups, from the log, through a learner of one rank on the start model."""
     result = subprocess.run(
@@ -207,6 +169,8 @@ def test_the_run_goes_on_from_its_checkpoint(run: Path) -> None:
     assert records[STEPS + 1]["reward/mean"] > records[1]["reward/mean"]
     ids = [batch.column("group_id")[0].as_py() for batch in read_log(run / "trajectories")]
     assert len(ids) == len(set(ids))
+    status, account = inspect(run)
+    assert status == 0, account
 
 
 def test_ctrl_c_ends_everything_and_says_so(tmp_path: Path) -> None:
@@ -214,7 +178,7 @@ def test_ctrl_c_ends_everything_and_says_so(tmp_path: Path) -> None:
     process = start(f"runs_dir={tmp_path}", "name=stopped", "eval.prompts=20")
     deadline = time.monotonic() + 200
     metrics = tmp_path / "stopped" / "metrics.jsonl"
-    while not (metrics.exists() and len(read_metrics(metrics)) > 1):
+    while not (metrics.exists() and len(read_metrics(metrics)) > 5):
         if time.monotonic() > deadline:
             pytest.fail(f"no step within 200 s:\n{finish(process, 0)}")
         assert process.poll() is None
@@ -225,4 +189,18 @@ def test_ctrl_c_ends_everything_and_says_so(tmp_path: Path) -> None:
     assert "stopped by Ctrl-C" in output
     assert "Traceback" not in output
     assert leftovers(before) == []
-    assert read_metrics(metrics)[-1]["step"] >= 1
+    assert read_metrics(metrics)[-1]["step"] >= 5
+    status, account = inspect(tmp_path / "stopped")
+    assert status == 0, account
+    assert_updates_in_flight(tmp_path / "stopped")
+
+
+def assert_updates_in_flight(run: Path) -> None:
+    """Some completions were sampled by two versions, the older one first."""
+    spans = [
+        versions
+        for batch in read_log(run / "trajectories")
+        for versions in batch.column("weight_versions").to_pylist()
+    ]
+    assert all(versions == sorted(versions) for versions in spans)
+    assert any(versions[0] < versions[-1] for versions in spans)

@@ -50,7 +50,7 @@ def scripted() -> Iterator[Any]:
 
 
 def request(text: str, completions: int) -> GroupRequest:
-    return GroupRequest(0, "p", 0, text, [1], "{}", completions, 10, 1.0, 0, 0.0)
+    return GroupRequest(0, 0, "p", 0, text, [1], "{}", completions, 10, 1.0, 0, 0.0)
 
 
 async def received(actor: Any, asked: GroupRequest, deadline_s: float = 30.0) -> list[Any]:

@@ -1,0 +1,90 @@
+"""Runs that are killed, and go on: nothing lost, nothing twice, and the same losses."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from run_process import AGENTS, finish, inspect, leftovers, start
+
+from common.log_store import read_log
+from common.metrics import read_metrics
+
+pytestmark = [pytest.mark.faults, pytest.mark.timeout(900)]
+QUICK = ("eval.every=0", "eval.prompts=16", "checkpoint.every=2", "learner.credit_probe_every=0")
+
+
+def wait_for_step(process: subprocess.Popen[str], run: Path, step: int) -> None:
+    metrics = run / "metrics.jsonl"
+    deadline = time.monotonic() + 200
+    while not (metrics.exists() and any(r["step"] >= step for r in read_metrics(metrics))):
+        assert process.poll() is None, finish(process, 10)
+        assert time.monotonic() < deadline, f"no step {step}"
+        time.sleep(0.02)
+
+
+def kill_at_step(run: Path, step: int, *overrides: str) -> None:
+    """Start (or go on with) a run and kill it -9 as soon as `step` is on record."""
+    before = set(psutil.pids())
+    process = start(*overrides)
+    wait_for_step(process, run, step)
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate(timeout=30)
+    assert leftovers(before, ignored=AGENTS) == []
+
+
+def complete(*overrides: str) -> str:
+    before = set(psutil.pids())
+    process = start(*overrides)
+    output = finish(process, 280)
+    assert process.returncode == 0, output
+    assert leftovers(before) == []
+    return output
+
+
+def turns(run: Path) -> list[int]:
+    return [batch.column("turn")[0].as_py() for batch in read_log(run / "trajectories")]
+
+
+def test_a_killed_synchronous_run_has_the_losses_of_one_that_was_not(tmp_path: Path) -> None:
+    keys = (*QUICK, "generator.max_staleness=0", f"runs_dir={tmp_path}", "steps=6")
+    complete("name=whole", *keys)
+    # Step 5 is trained and lost: the last checkpoint is that of step 4.
+    kill_at_step(tmp_path / "torn", 5, "name=torn", *keys)
+    status, output = inspect(tmp_path / "torn")
+    assert status == 1
+    assert "the run was killed; go on with it by resume=" in output
+    output = complete(f"resume={tmp_path / 'torn'}", *keys)
+    assert "resuming from step 4" in output
+    whole, torn = [read_metrics(tmp_path / name / "metrics.jsonl") for name in ("whole", "torn")]
+    assert [record["step"] for record in torn] == list(range(7))
+    for mine, theirs in zip(torn, whole, strict=True):
+        for key in mine:
+            if key.startswith(("loss/", "grad_norm", "reward/", "tokens/trained")):
+                assert mine[key] == theirs[key], (mine["step"], key)
+    status, output = inspect(tmp_path / "torn")
+    assert status == 0, output
+
+
+def test_an_asynchronous_run_survives_kills_before_and_after_its_first_checkpoint(
+    tmp_path: Path,
+) -> None:
+    run = tmp_path / "torn"
+    keys = (*QUICK, f"runs_dir={tmp_path}", "steps=9")
+    kill_at_step(run, 1, "name=torn", *keys)
+    kill_at_step(run, 5, f"resume={run}", *keys)
+    complete(f"resume={run}", *keys)
+    assert [record["step"] for record in read_metrics(run / "metrics.jsonl")] == list(range(10))
+    status, output = inspect(run)
+    assert status == 0, output
+    logged = turns(run)
+    assert set(logged) == set(range(max(logged) + 1))  # no prompt was skipped
+
+
+def test_what_ray_leaves_after_a_kill_ends_by_itself() -> None:
+    assert leftovers(set(), patience_s=120) == []

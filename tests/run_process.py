@@ -1,0 +1,82 @@
+"""Runs as a person starts them: command lines, their ends, and what they leave behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = ROOT / "deploy" / "configs" / "tiny.yaml"
+
+
+def command(*overrides: str) -> list[str]:
+    return [sys.executable, "-m", "deploy.cli", "train", "--config", str(TINY), *overrides]
+
+
+def start(*overrides: str) -> subprocess.Popen[str]:
+    # In the background of a shell Ctrl-C is ignored, and a child would inherit that.
+    inherited = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        return subprocess.Popen(
+            command(*overrides),
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+    finally:
+        signal.signal(signal.SIGINT, inherited)
+
+
+def finish(process: subprocess.Popen[str], timeout_s: float) -> str:
+    try:
+        output, _ = process.communicate(timeout=timeout_s)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        output, _ = process.communicate()
+        pytest.fail(f"not done after {timeout_s:.0f} s:\n{output}")
+    return output
+
+
+AGENTS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
+"""When their server is killed with the run, they try for a minute to report it there, then end."""
+
+
+def leftovers(
+    before: set[int], *, patience_s: float = 10.0, ignored: tuple[str, ...] = ()
+) -> list[str]:
+    """Processes that a run left: actors, engines, Ray itself, verifier children."""
+    deadline = time.monotonic() + patience_s
+    marks = ("ray::", "raylet", "gcs_server", "EngineCore", "actors.sandbox")
+    while True:
+        found = []
+        for process in psutil.process_iter(["pid", "cmdline", "name"]):
+            line = " ".join(process.info["cmdline"] or [process.info["name"] or ""])
+            if process.info["pid"] in before or any(name in line for name in ignored):
+                continue
+            if any(mark in line for mark in marks):
+                found.append(f"{process.info['pid']} {line[:80]}")
+        if not found or time.monotonic() > deadline:
+            return found
+        time.sleep(0.5)
+
+
+def inspect(run: Path) -> tuple[int, str]:
+    """Exit status and output of `inspect --ledger`."""
+    done = subprocess.run(
+        [sys.executable, "-m", "deploy.cli", "inspect", str(run), "--ledger"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    return done.returncode, done.stdout + done.stderr
