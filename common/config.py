@@ -232,6 +232,12 @@ class LearnerConfig:
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.95)
     max_grad_norm: float = 1.0
+    max_skipped_steps: int = 3
+    """So many steps in a row whose gradient is not finite are left out; one more ends the run."""
+    logprob_gap_warn: float = 0.2
+    logprob_gap_stop: float = 1.0
+    """Mean |log-probability gap| a token between trainer and sampler, in nats, that warns, and
+    that ends the run. bfloat16 alone makes some 0.02, eight versions of staleness 0.05."""
     vocabulary_chunk_tokens: int = 512
     """Tokens whose logits exist at one time in the fused log-probability head."""
     activation_checkpointing: bool = False

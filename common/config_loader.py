@@ -161,6 +161,7 @@ def check_config(config: Config) -> None:
         "eval.every",
         "eval.prompts",
         "checkpoint.every",
+        "learner.max_skipped_steps",
         "algorithm.objective.kl",
     )
     generator, batch = config.generator, config.batch

@@ -27,6 +27,7 @@ from deploy.placement import with_compute_dtype
 from deploy.run_dir import LEDGER, RunDirectory
 from deploy.service import Service
 from learner.group import LearnerGroup
+from learner.guards import check_logprob_gap
 from learner.loop import LearnerLoop, Schedule
 from learner.publish import Canary, DeviceToDevice, Publisher, ThroughObjectStore, Transport
 
@@ -230,6 +231,9 @@ class Run:
         def record(step: int, values: dict[str, float]) -> None:
             metrics.write(step, values)
             self._display.step(step, values)
+            if "logprob_gap/mean" in values and not values["steps/skipped"]:
+                gap = values["logprob_gap/mean"]
+                check_logprob_gap(gap, step, self._config.learner, self._display.event)
 
         return record
 

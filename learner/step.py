@@ -28,6 +28,7 @@ from common.config import LearnerConfig
 from common.errors import RunError
 from learner import fsdp
 from learner.advantages import kl_penalised_rewards
+from learner.guards import GradientGuard
 from learner.loss import CompletionBatch, Metrics
 from learner.model import Policy
 from learner.packing import (
@@ -114,6 +115,10 @@ class Trainer:
     primary_verifier: str
     step: int = 0
     """Learner steps done."""
+    guard: GradientGuard = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.guard = GradientGuard(self.config)
 
     def train(self, batch: StepBatch) -> dict[str, float]:
         """Update the policy on `batch`: one optimiser step an epoch. Collective.
@@ -122,7 +127,7 @@ class Trainer:
             The step's metrics, the same on every rank.
 
         Raises:
-            RunError: a gradient norm is not finite.
+            RunError: the gradient norms of too many steps in a row were not finite.
         """
         started = time.perf_counter()
         penalty: dict[str, float] = {}
@@ -231,7 +236,7 @@ class Trainer:
         """Every optimiser step of the batch, and the metrics that come from them."""
         old_logprobs: list[Tensor] = []
         totals = _Totals()
-        metrics = {"grad_norm": 0.0}
+        metrics = {"grad_norm": 0.0, "steps/skipped": 0.0}
         for epoch in range(self.epochs):
             if epoch:  # the weights follow what `end_step` learned
                 prepared = self._prepare(batch)
@@ -243,10 +248,13 @@ class Trainer:
                 if not epoch:
                     old_logprobs.append(logprobs_N)
             # Without a gradient AdamW's momentum must not move the weights.
+            finite = True
             if microbatches:
-                metrics["grad_norm"] = self._optimize()
+                metrics["grad_norm"], finite = self._optimize()
             summed = totals.over_ranks()
-            metrics |= self.recipe.end_step(torch.from_numpy(summed.surrogate_sums_B))
+            if finite:
+                metrics |= self.recipe.end_step(torch.from_numpy(summed.surrogate_sums_B))
+            metrics["steps/skipped"] += float(not finite)
         for name, (value, weight) in summed.metrics.items():
             metrics[name] = value / (weight or self.epochs)
         return metrics
@@ -311,13 +319,14 @@ class Trainer:
         totals.surrogate_sums_B[chosen.numpy()] = output.surrogate_sums_B.cpu().numpy()
         return logprobs_N.detach()
 
-    def _optimize(self) -> float:
+    def _optimize(self) -> tuple[float, bool]:
+        """(gradient norm, whether the step was taken)."""
         grad_norm = fsdp.clip_gradients(self.policy.model, self.config.max_grad_norm)
-        if not math.isfinite(grad_norm):
-            raise RunError(f"the gradient norm of learner step {self.step} is {grad_norm}")
-        self.optimizer.step()
+        allowed = self.guard.allows(grad_norm, self.step + 1)
+        if allowed:
+            self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return grad_norm
+        return grad_norm, allowed
 
 
 def describe(batch: StepBatch, prepared: Prepared) -> dict[str, float]:

@@ -15,6 +15,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 from harness import RESULTS, ROOT, Row, load_baseline, machine, save_baseline, table
@@ -71,13 +72,15 @@ def main() -> int:
     options = parser.parse_args()
     kind = "long" if options.long else "short"
     names = options.only or (LONG if options.long else SHORT)
+    started = time.monotonic()
     rows = [row for name in names for row in run(name)]
     name = f"cpu-{kind}"
     baseline = load_baseline(name)
     text = table(rows, baseline)
     holding = sum(row.meets_target() for row in rows)
     regressed = [row.name for row in rows if row.regressed(baseline.get(row.name))]
-    last = f"{holding} of {len(rows)} rows hold"
+    minutes = (time.monotonic() - started) / 60
+    last = f"{holding} of {len(rows)} rows hold, after {minutes:.0f} minutes"
     if regressed:
         last += f"; fallen behind their baseline: {', '.join(regressed)}"
     print(f"\n{text}\n\n{last}")
