@@ -3,7 +3,7 @@ VENV ?= .venv
 export VENV PYTHON ENGINE
 RUN = $(VENV)/bin/python
 
-.PHONY: train test test-oracle test-recipes faults lint compare bench bench-long setup clean
+.PHONY: train test test-oracle test-recipes faults soak lint compare bench bench-long setup clean
 
 train: setup
 	$(RUN) -m deploy.cli train --config deploy/configs/smollm2.yaml $(ARGS)
@@ -23,6 +23,10 @@ test-recipes: setup
 # Real runs, killed and broken on purpose.
 faults: setup
 	$(RUN) -m pytest -m faults $(ARGS)
+
+# ARGS='--minutes 20': processes killed at random, and the account at the end.
+soak: setup
+	PYTHONPATH=.:tests $(RUN) tests/faults/soak.py $(ARGS)
 
 # About two hours on two cores; what is finished is not run again.
 compare: setup

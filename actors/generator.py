@@ -20,6 +20,7 @@ import ray
 from actors.engine import Completion, Engine
 from common.config import GeneratorConfig, ModelConfig
 from common.schema import rollout_schema
+from common.stacks import arm
 from common.trajectory import GroupRequest
 from common.weights import WeightBucket
 
@@ -58,6 +59,7 @@ class Generator:
         """Start the engine; returns this process's id."""
         from transformers import AutoTokenizer
 
+        arm()
         if self._cores is not None:
             os.sched_setaffinity(0, self._cores)  # of this thread and those the engine starts
         self._tokenizer = AutoTokenizer.from_pretrained(

@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from actors.guidance import Guidance, num_guided
@@ -167,11 +167,13 @@ class RolloutLoop:
 
     async def _logged(self, group_id: int, refs: list[Any]) -> GroupReceipt:
         receipt: GroupReceipt = await self._waits.on(
-            self._stream.append.remote(refs),
+            self._stream.append.remote(*refs),
             owner=f"group {group_id}",
             cause="the trajectory log",
             deadline_s=self._verify_timeout_s,
         )
+        if receipt.batch_ref is None:
+            receipt = replace(receipt, batch_ref=refs[0])
         self._ledger.verified(group_id, receipt.num_tokens)
         self.counts.tokens_generated += receipt.num_tokens
         return receipt

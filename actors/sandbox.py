@@ -12,7 +12,8 @@ Linux what has left it. A *guardian*, forked by the child before anything else, 
 pipe the parent holds open: when the parent is gone, however it went, the guardian kills the
 group. (PR_SET_PDEATHSIG would do it for the child alone, and would fire when the *thread* that
 started the child ends.) Rules run on the child's main thread, where SIGALRM works, with the
-environment of `_environment` and no more; their standard output is discarded.
+environment of `_environment` and no more, in an empty folder; their standard output is discarded.
+What else they may not do stands in `actors.confinement`.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import select
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Sequence
@@ -82,12 +84,14 @@ class Sandbox:
         timeout_s: float,
         memory_bytes: int = MEMORY_LIMIT_BYTES,
         start_timeout_s: float = START_TIMEOUT_S,
+        network: bool = False,
     ) -> None:
         self._rules = tuple(rules)
         self._hello = {
             "rules": [asdict(rule) for rule in rules],
             "timeout_s": timeout_s,
             "memory_bytes": memory_bytes,
+            "network": network,
         }
         self._timeout_s = timeout_s
         self._start_timeout_s = start_timeout_s
@@ -183,6 +187,7 @@ class Sandbox:
             if self._closed:
                 raise RunError("the verifier sandbox is closed")
             guardian_end, parent_end = os.pipe()
+            self._folder = tempfile.TemporaryDirectory(prefix="grpo-lambda-verifier-")
             self._process = subprocess.Popen(
                 [sys.executable, "-P", "-m", "actors.sandbox_child", str(guardian_end)],
                 stdin=subprocess.PIPE,
@@ -190,6 +195,7 @@ class Sandbox:
                 pass_fds=(guardian_end,),
                 start_new_session=True,
                 env=_environment(),
+                cwd=self._folder.name,
                 bufsize=0,
             )
             os.close(guardian_end)
@@ -217,6 +223,7 @@ class Sandbox:
         self._process.wait(timeout=_EXIT_TIMEOUT_S)
         for pipe in (self._requests, self._answers, self._lifeline):
             pipe.close()
+        self._folder.cleanup()
 
     def _death(self) -> _ChildDiedError:
         try:

@@ -20,6 +20,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
 
+from actors.confinement import close_network, limit_files
 from actors.verifiers.base import Verdict
 from actors.verifiers.registry import Rule, resolve
 from common.errors import UserError
@@ -66,7 +67,10 @@ def _serve(requests: IO[bytes], answers: IO[bytes], guardian: int) -> None:
     if hello is None:
         return
     _limit(hello["memory_bytes"])
+    limit_files()
     try:
+        if not hello["network"]:
+            close_network()
         rules = [resolve(**spec) for spec in hello["rules"]]
     except UserError as error:
         answers.write(frame({"failure": str(error)}))

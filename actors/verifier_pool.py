@@ -28,6 +28,7 @@ from common.schema import (
     rollout_schema,
     trajectory_schema,
 )
+from common.stacks import arm
 
 __all__ = ["VerifierActor", "VerifierWorker", "verifier_names", "with_verdicts"]
 
@@ -52,7 +53,7 @@ class VerifierWorker:
             RuleSpec(name, rule.name, dict(rule.args))
             for name, rule in zip(self._names, config.rules, strict=True)
         ]
-        self._sandbox = Sandbox(specs, config.timeout_s)
+        self._sandbox = Sandbox(specs, config.timeout_s, network=config.network)
         # One thread: the sandbox takes one caller, and groups queue for it in order.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="verifier")
 
@@ -61,6 +62,7 @@ class VerifierWorker:
 
         Raises: `UserError` for a rule that cannot be used; `VerifierError` when it does not start.
         """
+        arm()
         await self._run(self._sandbox.wait_ready)
 
     async def score_group(self, batch: pa.RecordBatch) -> tuple[pa.RecordBatch, int]:

@@ -107,6 +107,8 @@ class VerifierConfig:
     """Verifier actors; each scores in a child process that can be killed."""
     timeout_s: float = 10.0
     """Wall-clock limit of one completion's verdict."""
+    network: bool = False
+    """Whether rules may open network sockets (a judge behind HTTP needs it)."""
     rules: list[VerifierSpec] = field(default_factory=lambda: [VerifierSpec(name="reasoning_gym")])
     """At least one; the reward is the weighted sum. The first is the one called accuracy."""
 
@@ -278,7 +280,24 @@ class CheckpointConfig:
     every: int = 20
     """Steps between checkpoints; 0 writes only the last."""
     keep_last: int = 2
+    """Older checkpoints are removed; 0 keeps all."""
+    keep_every: int = 0
+    """Of the older ones those of every so many steps stay."""
+    stop_grace_s: float = 60.0
+    """After SIGTERM: time to finish the step under way and save it."""
     timeout_s: float = 900.0
+
+
+@dataclass
+class RestartConfig:
+    """What happens when a process of the run dies or hangs."""
+
+    limit: int = 3
+    """So often within `window_s` the run goes on by itself from its last checkpoint; then it ends
+    with the causes. 0: the first one ends it."""
+    window_s: float = 1800.0
+    backoff_s: float = 2.0
+    """Before the first restart; doubled for each further one in the window."""
 
 
 @dataclass
@@ -317,6 +336,7 @@ class Config:
     weights: WeightsConfig = field(default_factory=WeightsConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    restart: RestartConfig = field(default_factory=RestartConfig)
     placement: PlacementConfig = field(default_factory=PlacementConfig)
     ray: RayConfig = field(default_factory=RayConfig)
 

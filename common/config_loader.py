@@ -132,38 +132,43 @@ def _nearest(word: str, known: Sequence[str]) -> str:
     return f" (did you mean {match[0]}?)" if match else ""
 
 
+_POSITIVE = (
+    "steps",
+    "batch.prompts_per_step",
+    "batch.group_size",
+    "batch.tokens_per_microbatch",
+    "generator.count",
+    "generator.max_completion_tokens",
+    "generator.max_concurrent_sequences",
+    "generator.kv_cache_gib",
+    "verifier.workers",
+    "learner.ranks",
+    "learner.learning_rate",
+    "learner.vocabulary_chunk_tokens",
+    "model.max_length",
+    "weights.bucket_mib",
+    "algorithm.objective.epochs",
+    "algorithm.rollout.guidance.window",
+    "algorithm.rollout.guidance.max_tokens",
+)
+_NOT_NEGATIVE = (
+    "generator.max_staleness",
+    "generator.temperature",
+    "eval.every",
+    "eval.prompts",
+    "checkpoint.every",
+    "learner.max_skipped_steps",
+    "restart.limit",
+    "restart.window_s",
+    "restart.backoff_s",
+    "algorithm.objective.kl",
+)
+
+
 def check_config(config: Config) -> None:
     """Raise `UserError` for values that cannot work together, naming the keys and a remedy."""
-    _require_positive(
-        config,
-        "steps",
-        "batch.prompts_per_step",
-        "batch.group_size",
-        "batch.tokens_per_microbatch",
-        "generator.count",
-        "generator.max_completion_tokens",
-        "generator.max_concurrent_sequences",
-        "generator.kv_cache_gib",
-        "verifier.workers",
-        "learner.ranks",
-        "learner.learning_rate",
-        "learner.vocabulary_chunk_tokens",
-        "model.max_length",
-        "weights.bucket_mib",
-        "algorithm.objective.epochs",
-        "algorithm.rollout.guidance.window",
-        "algorithm.rollout.guidance.max_tokens",
-    )
-    _require_not_negative(
-        config,
-        "generator.max_staleness",
-        "generator.temperature",
-        "eval.every",
-        "eval.prompts",
-        "checkpoint.every",
-        "learner.max_skipped_steps",
-        "algorithm.objective.kl",
-    )
+    _require_positive(config, *_POSITIVE)
+    _require_not_negative(config, *_NOT_NEGATIVE)
     generator, batch = config.generator, config.batch
     if generator.max_completion_tokens >= config.model.max_length:
         raise UserError(

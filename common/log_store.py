@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pyarrow as pa
@@ -30,6 +31,8 @@ class TrajectoryLog:
         self._segment_bytes = segment_bytes
         folder.mkdir(parents=True, exist_ok=True)
         self._index = len(segments(folder))
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="parquet")
+        self._twins: list[Future[None]] = []  # those whose outcome nobody has looked at
         self._file: pa.OSFile | None = None
         self._writer: pa.ipc.RecordBatchStreamWriter | None = None
 
@@ -42,21 +45,28 @@ class TrajectoryLog:
         self._writer.write_batch(batch)
         self._file.flush()
         if self._file.tell() >= self._segment_bytes:
-            self.close()
+            self._finish_segment()
 
     def close(self) -> None:
-        """Close the open segment, if any, and write its Parquet twin."""
+        """Close the open segment, if any, and wait for the Parquet twins. Raises as `append`."""
+        self._finish_segment()
+        for twin in self._twins:
+            twin.result()
+        self._twins.clear()
+
+    def _finish_segment(self) -> None:
+        """Its Parquet twin is written beside the next segment, by a thread: it takes a second."""
         if self._writer is None or self._file is None:
             return
         self._writer.close()
         self._file.close()
         self._writer = self._file = None
+        for twin in [twin for twin in self._twins if twin.done()]:
+            twin.result()
+            self._twins.remove(twin)
         path = self._path(self._index)
         self._index += 1
-        table = pa.Table.from_batches(read_segment(path), schema=self._schema)
-        partial = path.with_suffix(".parquet.partial")
-        pa.parquet.write_table(table, partial, compression="zstd")
-        os.replace(partial, path.with_suffix(".parquet"))
+        self._twins.append(self._thread.submit(_write_twin, path, self._schema))
 
     def _open(self) -> None:
         self._file = pa.OSFile(str(self._path(self._index)), "wb")
@@ -64,6 +74,21 @@ class TrajectoryLog:
 
     def _path(self, index: int) -> Path:
         return self._folder / f"segment-{index:06d}.arrow"
+
+
+def _write_twin(path: Path, schema: pa.Schema) -> None:
+    """`path`, a closed segment, as Parquet beside it."""
+    table = pa.Table.from_batches(read_segment(path), schema=schema)
+    partial = path.with_suffix(".parquet.partial")
+    # Dictionaries of numbers that hardly repeat cost three times the rest.
+    plain = ("token_ids", "behaviour_logprobs")
+    repeating = [
+        f"{field.name}.list.element" if pa.types.is_list(field.type) else field.name
+        for field in schema
+        if field.name not in plain
+    ]
+    pa.parquet.write_table(table, partial, compression="zstd", use_dictionary=repeating)
+    os.replace(partial, path.with_suffix(".parquet"))
 
 
 def segments(folder: Path) -> list[Path]:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-import signal
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import replace
 
 from ray.exceptions import RayError
 
 from common.config import Config
-from common.errors import RunError, UserError
+from common.errors import RunError, StallError, UserError
+from common.stacks import stall_report
+from deploy.preemption import Preemption
+from deploy.restart import Restarts, is_recoverable
 from deploy.run import Run
 from deploy.run_dir import RunDirectory, last_errors
 from deploy.service import Service
@@ -36,26 +38,35 @@ def train_each(configs: Sequence[Config]) -> list[dict[str, float]]:
 
 
 async def _train_each(configs: Sequence[Config]) -> list[dict[str, float]]:
-    stop_on_sigterm(asyncio.current_task())
-    service = Service()
-    return [
-        await _train_one(config, service, last=index == len(configs) - 1)
-        for index, config in enumerate(configs)
-    ]
+    task = asyncio.current_task()
+    assert task is not None
+    preemption = Preemption(task, configs[0].checkpoint.stop_grace_s)
+    service, results = Service(), []
+    for index, config in enumerate(configs):
+        last = index == len(configs) - 1
+        results.append(await _train_one(config, service, preemption, last=last))
+        if preemption.requested.is_set():
+            break
+    return results
 
 
-async def _train_one(config: Config, service: Service, *, last: bool) -> dict[str, float]:
-    """A run in its directory. `service` is ended after the last run and after a failed one."""
+async def _train_one(
+    config: Config, service: Service, preemption: Preemption, *, last: bool
+) -> dict[str, float]:
+    """A run in its directory, through the deaths of its processes."""
     run = RunDirectory.reopen(config.resume) if config.resume else RunDirectory.create(config)
-    end_service = True
+    restarts = Restarts(config.restart)
     try:
-        try:
-            result = await Run(config, run, service).main()
-            end_service = last
-            return result
-        finally:
-            if end_service:
-                await service.end(run.path / "log")
+        while True:
+            try:
+                return await _attempt(config, run, service, preemption, last=last)
+            except Exception as error:
+                if not is_recoverable(error):
+                    raise
+                wait_s = restarts.after(error)
+                print(f"{_explained(error, run)}\nall processes start again in {wait_s:.0f} s")
+            await asyncio.sleep(wait_s)
+            config = replace(config, resume=str(run.path))
     except RayError as error:
         raise RunError(_explained(error, run)) from error
     except (UserError, RunError) as error:
@@ -66,15 +77,28 @@ async def _train_one(config: Config, service: Service, *, last: bool) -> dict[st
         run.release()
 
 
+async def _attempt(
+    config: Config, run: RunDirectory, service: Service, preemption: Preemption, *, last: bool
+) -> dict[str, float]:
+    """`service` is ended after the last run and after a failed one."""
+    end_service = True
+    try:
+        result = await Run(config, run, service, preemption).main()
+        end_service = last or preemption.requested.is_set()
+        if preemption.requested.is_set():
+            print(f"stopped by SIGTERM with a checkpoint; go on by resume={run.path}", flush=True)
+        return result
+    except StallError:
+        print(stall_report(), flush=True)
+        raise
+    finally:
+        if end_service:
+            await service.end(run.path / "log")
+
+
 def _explained(error: Exception, run: RunDirectory) -> str:
     """The error, and what the processes themselves said last."""
     cause = getattr(error, "cause", None) or error
     said = last_errors(run.path / "log")
     lines = [f"{cause}", *(f"  {line}" for line in said), f"Logs of all processes: {run.path}/log"]
     return "\n".join(lines)
-
-
-def stop_on_sigterm(task: asyncio.Task[Any] | None) -> None:
-    """SIGTERM ends the run as Ctrl-C does."""
-    if task is not None:
-        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel, "SIGTERM")

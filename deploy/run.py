@@ -24,6 +24,7 @@ from deploy.cluster import Actors, start_stream
 from deploy.display import Display, make_display
 from deploy.models import resolve_model
 from deploy.placement import with_compute_dtype
+from deploy.preemption import Preemption
 from deploy.run_dir import LEDGER, RunDirectory
 from deploy.service import Service
 from learner.group import LearnerGroup
@@ -35,8 +36,15 @@ from learner.publish import Canary, DeviceToDevice, Publisher, ThroughObjectStor
 class Run:
     """One run in its directory. `main` is its life."""
 
-    def __init__(self, config: Config, run: RunDirectory, service: Service) -> None:
+    def __init__(
+        self,
+        config: Config,
+        run: RunDirectory,
+        service: Service,
+        preemption: Preemption,
+    ) -> None:
         self._config = config
+        self._preemption = preemption
         self._run = run
         self._service = service
         self._waits = service.waits
@@ -65,11 +73,11 @@ class Run:
 
     def _model_folder(self) -> str:
         """The model's folder, or on resume the newest checkpoint if there is one."""
-        steps = self._run.checkpoints() if self._config.resume else []
-        if not steps:
+        if self._config.resume:
+            self._first_step = self._run.newest_checkpoint(self._display.event)
+        if not self._first_step:
             self._display.event(f"model {self._config.model.path}, from step 0")
             return str(resolve_model(self._config.model.path))
-        self._first_step = steps[-1]
         if self._first_step >= self._config.steps:
             raise UserError(
                 f"{self._run.path} is at step {self._first_step} and steps={self._config.steps}: "
@@ -153,9 +161,11 @@ class Run:
             save=self._saver(learner),
             record=self._recorder(metrics),
             schedule=self._schedule(),
+            stop=self._preemption.requested,
         )
         try:
-            return await until_learner_ends(loop.run(), self._rollout.run())
+            with self._preemption.between_steps():
+                return await until_learner_ends(loop.run(), self._rollout.run())
         finally:
             metrics.close()
 
@@ -245,7 +255,8 @@ class Run:
             await learner.save_checkpoint(
                 str(folder), self._rollout.save(step), self._config.checkpoint.timeout_s
             )
-            self._run.prune_checkpoints(self._config.checkpoint.keep_last)
+            keep = self._config.checkpoint
+            self._run.prune_checkpoints(keep.keep_last, keep.keep_every)
             self._display.event(f"checkpoint {folder}")
 
         return save

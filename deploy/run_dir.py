@@ -16,12 +16,14 @@ import fcntl
 import os
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import TextIO
 
 from common.config import Config
 from common.config_loader import dump_config
 from common.errors import UserError
+from common.manifest import damage
 
 LEDGER = "ledger.sqlite"
 _STEP = re.compile(r"^step-(\d+)$")
@@ -108,8 +110,18 @@ class RunDirectory:
         found = [_STEP.match(entry.name) for entry in folder.iterdir() if entry.is_dir()]
         return sorted(int(match.group(1)) for match in found if match)
 
-    def prune_checkpoints(self, keep_last: int) -> None:
-        """Remove all but the newest; 0 keeps all."""
+    def newest_checkpoint(self, say: Callable[[str], None]) -> int:
+        """Step of the newest checkpoint that is whole, or 0; damaged ones are named and passed."""
+        for step in reversed(self.checkpoints()):
+            wrong = damage(self.checkpoint(step))
+            if wrong is None:
+                return step
+            say(f"warning: checkpoint {self.checkpoint(step)} is damaged, passed over: {wrong}")
+        return 0
+
+    def prune_checkpoints(self, keep_last: int, keep_every: int) -> None:
+        """Keep the newest `keep_last` and of the older every `keep_every`-th step; 0 keeps all."""
         steps = self.checkpoints()
         for step in steps[:-keep_last] if keep_last > 0 else []:
-            shutil.rmtree(self.checkpoint(step))
+            if not (keep_every and step % keep_every == 0):
+                shutil.rmtree(self.checkpoint(step))

@@ -3,9 +3,10 @@
     step-N/  config.json, model.safetensors, tokenizer files     compute dtype; loads as it is
              training_state/  float32 master weights and AdamW state, sharded (torch DCP)
                               trainer_state.json
+            manifest.json     sizes and checksums (`common.manifest`)
 
-A checkpoint is written to a sibling folder and renamed when it is whole, so that a folder with
-the final name is always complete. Any number of ranks can load what another number wrote.
+A checkpoint is written to a sibling folder, sealed, flushed to the disk and renamed, so that a
+folder with the final name is complete. Any number of ranks can load what another number wrote.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from torch.distributed.checkpoint.state_dict_loader import load as load_sharded
 from torch.distributed.checkpoint.state_dict_saver import save as save_sharded
 
 from common.errors import UserError
+from common.manifest import seal
 from learner import fsdp
 from learner.model import Policy, save_hf_folder
 
@@ -75,6 +77,7 @@ def save_checkpoint(
         save_hf_folder(policy, tensors, partial, source, dtype)
         document = {**state.__dict__, "rng": generators}
         (partial / TRAINING_STATE / _TRAINER_STATE).write_text(json.dumps(document, indent=1))
+        seal(partial)
     dist.barrier()
     if writer:
         _put_in_place(partial, folder)

@@ -55,7 +55,10 @@ class Schedule:
 
 
 class LearnerLoop:
-    """Runs from `first_step` to `last_step` and returns the last step's metrics."""
+    """Runs from `first_step` to `last_step` and returns the last step's metrics.
+
+    `stop`, once set, ends it early: the step under way is finished and saved, none is begun.
+    """
 
     def __init__(
         self,
@@ -67,6 +70,7 @@ class LearnerLoop:
         save: Callable[[int], Awaitable[None]],
         record: Callable[[int, dict[str, float]], None],
         schedule: Schedule,
+        stop: asyncio.Event | None = None,
     ) -> None:
         self._learner = learner
         self._publisher = publisher
@@ -75,8 +79,11 @@ class LearnerLoop:
         self._save = save
         self._record = record
         self._schedule = schedule
+        self._stop = stop or asyncio.Event()
         self._delivery: asyncio.Future[dict[str, float]]
         """The generators' half of the last step; done before the first."""
+        self._saved = schedule.first_step
+        """The newest checkpoint's step; that of the untrained model is the model itself."""
 
     async def run(self) -> dict[str, float]:
         """Steps are numbered from 1; the record of step 0 is the evaluation before training."""
@@ -86,12 +93,41 @@ class LearnerLoop:
         self._delivery.set_result({})
         async with asyncio.TaskGroup() as beside:
             for step in range(schedule.first_step + 1, schedule.last_step + 1):
-                exported, metrics = await self._step(step)
+                taking = time.monotonic()
+                receipts = await self._take(step - 1)
+                if receipts is None:
+                    break
+                exported, metrics = await self._step(step, receipts, taking)
                 self._delivery = beside.create_task(self._deliver(exported, metrics))
-                if schedule.checkpoints(step):
-                    await self._delivery  # a saved step is proved, evaluated and recorded
-                    await self._save(step)
+                if schedule.checkpoints(step) or self._stop.is_set():
+                    await self._save_proved(step)
+                if self._stop.is_set():
+                    break
         return await self._delivery
+
+    async def _take(self, version: int) -> list[GroupReceipt] | None:
+        """The next step's groups; None, and everything saved, when the run is to stop."""
+        waits = [
+            asyncio.ensure_future(self._groups.take(version, self._schedule.take_timeout_s)),
+            asyncio.ensure_future(self._stop.wait()),
+        ]
+        try:
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+            if waits[0].done() and not self._stop.is_set():
+                return waits[0].result()  # type: ignore[return-value]
+        finally:
+            for wait in waits:
+                wait.cancel()
+            await asyncio.gather(*waits, return_exceptions=True)
+        if version > self._saved:
+            await self._save_proved(version)
+        return None
+
+    async def _save_proved(self, step: int) -> None:
+        """A saved step is delivered, proved, evaluated and recorded."""
+        await self._delivery
+        await self._save(step)
+        self._saved = step
 
     async def _before_training(self) -> None:
         first = self._schedule.first_step
@@ -99,14 +135,15 @@ class LearnerLoop:
         if first == 0:
             self._record(0, metrics | await self._evaluation.run(0))
 
-    async def _step(self, step: int) -> tuple[Exported, dict[str, float]]:
-        schedule, version = self._schedule, step - 1
-        started = time.monotonic()
-        receipts = await self._groups.take(version, schedule.take_timeout_s)
+    async def _step(
+        self, step: int, receipts: list[GroupReceipt], started: float
+    ) -> tuple[Exported, dict[str, float]]:
+        """`started`: when the step began to wait for its groups, by `time.monotonic()`."""
+        version = step - 1
         if max(receipt.max_version for receipt in receipts) > self._publisher.proved:
             await self._delivery
         taken = time.monotonic()
-        metrics = await self._learner.step(receipts, version, schedule.max_staleness)
+        metrics = await self._learner.step(receipts, version, self._schedule.max_staleness)
         metrics |= self._groups.trained(step, receipts, metrics)
         trained = time.monotonic()
         await self._delivery  # of the step before: versions reach the generators one by one

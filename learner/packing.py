@@ -129,8 +129,8 @@ class PackingPlan:
 
     microbatches: tuple[tuple[tuple[Segment, ...], ...], ...]
     efficiency: float
-    """Real tokens / (micro-batches of all ranks x budget), empty ones counted; a micro-batch
-    over the budget counts with its own size. Repeated prompts are real tokens."""
+    """Work (tokens and attention) / (ranks x the longest rank's, micro-batch by micro-batch, for
+    the ranks wait for each other there). Rows hold no padding; repeated prompts count as work."""
 
 
 def plan_packing(
@@ -159,11 +159,15 @@ def plan_packing(
     while bins is None:
         bins = _deal(order, rounds * ranks, budget, pairs_per_token)
         rounds += 1
-    tokens = [sum(s.tokens for s in members) for members in bins]
+    loaded = sorted(
+        ((sum(s.cost(pairs_per_token) for s in members), members) for members in bins),
+        key=lambda pair: -pair[0],
+    )  # those of one round next to each other, so that no rank waits for much
     microbatches = tuple(
-        tuple(tuple(members) for members in bins[rank::ranks]) for rank in range(ranks)
+        tuple(tuple(members) for _, members in loaded[rank::ranks]) for rank in range(ranks)
     )
-    return PackingPlan(microbatches, sum(tokens) / sum(max(budget, t) for t in tokens))
+    longest = sum(load for load, _ in loaded[::ranks])
+    return PackingPlan(microbatches, sum(load for load, _ in loaded) / (ranks * longest))
 
 
 def _segments(

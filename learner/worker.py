@@ -25,6 +25,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from common.config import AlgorithmConfig, LearnerConfig, ModelConfig
 from common.errors import RunError
 from common.schema import check_schema
+from common.stacks import arm
 from common.weights import WeightBucket, pack_tensors
 from learner import fsdp
 from learner.checkpoint import TrainerState, load_checkpoint, save_checkpoint
@@ -123,6 +124,7 @@ class LearnerWorker:
         Raises:
             UserError: no such model, or one whose packed forward pass gives other numbers.
         """
+        arm()
         if self._config.threads is not None:
             torch.set_num_threads(self._config.threads)
         fsdp.seed_everything(self._job.seed + self._rank)

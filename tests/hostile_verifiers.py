@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -101,7 +102,40 @@ def _write_everywhere(argument: str) -> float:
     return 1.0
 
 
+def _connect(argument: str) -> float:
+    """1 when this process can open a socket of the family."""
+    with socket.socket(getattr(socket, argument), socket.SOCK_STREAM):
+        return 1.0
+
+
+def _child_connects(argument: str) -> float:
+    code = "import socket; socket.socket(socket.AF_INET)"
+    return float(subprocess.run([sys.executable, "-c", code], check=False).returncode == 0)
+
+
+def _write_file(argument: str) -> float:
+    try:
+        with open("big", "wb") as file:
+            file.write(b"x" * int(argument))
+    finally:
+        os.unlink("big")
+    return 1.0
+
+
+def _open_files(argument: str) -> float:
+    return float(len([os.open(os.devnull, os.O_RDONLY) for _ in range(int(argument))]))
+
+
+def _list_folder(argument: str) -> float:
+    return float(len(os.listdir()))
+
+
 ACTIONS: dict[str, Any] = {
+    "connect": _connect,
+    "child_connects": _child_connects,
+    "write_file": _write_file,
+    "open_files": _open_files,
+    "list_folder": _list_folder,
     "number": float,
     "loop": _loop,
     "hold": _loop_holding_the_interpreter,

@@ -12,6 +12,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from common.metrics import read_metrics
+
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ROOT / "deploy" / "configs" / "tiny.yaml"
 
@@ -80,3 +82,30 @@ def inspect(run: Path) -> tuple[int, str]:
         check=False,
     )
     return done.returncode, done.stdout + done.stderr
+
+
+def last_step(run: Path) -> int:
+    """The newest step on record in a run directory; 0 without any."""
+    metrics = run / "metrics.jsonl"
+    return (
+        int(max((r["step"] for r in read_metrics(metrics)), default=0)) if metrics.exists() else 0
+    )
+
+
+def wait_for_step(process: subprocess.Popen[str], run: Path, step: int) -> None:
+    deadline = time.monotonic() + 240
+    while last_step(run) < step:
+        assert process.poll() is None, finish(process, 10)
+        assert time.monotonic() < deadline, f"no step {step}"
+        time.sleep(0.02)
+
+
+def process_of(run: subprocess.Popen[str], mark: str) -> psutil.Process | None:
+    """A process below the run whose name has `mark` in it."""
+    for process in psutil.Process(run.pid).children(recursive=True):
+        try:
+            if mark in " ".join(process.cmdline()[:1]):
+                return process
+        except psutil.NoSuchProcess:
+            continue
+    return None

@@ -81,7 +81,7 @@ class Recorder:
         self.records[step] = metrics
 
 
-def loop_over(parts: Any, schedule: Schedule) -> LearnerLoop:
+def loop_over(parts: Any, schedule: Schedule, stop: asyncio.Event | None = None) -> LearnerLoop:
     return LearnerLoop(
         learner=parts,
         publisher=parts,
@@ -90,6 +90,7 @@ def loop_over(parts: Any, schedule: Schedule) -> LearnerLoop:
         save=parts.save,
         record=parts.record,
         schedule=schedule,
+        stop=stop,
     )
 
 
@@ -171,6 +172,46 @@ def test_a_resumed_run_does_not_evaluate_or_train_its_past_again() -> None:
     parts = run(replace(SCHEDULE, first_step=3))
     assert parts.calls[:2] == ["prove 3", "take 3"]
     assert sorted(parts.records) == [4]
+
+
+class Stopped(Recorder):
+    """Asked to stop in the middle of a step, or while it waits for groups that never come."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__()
+        self.where, self.stop = where, asyncio.Event()
+
+    async def step(self, receipts: list[Any], version: int, staleness: int) -> dict[str, float]:
+        if self.where == f"step {version}":
+            self.stop.set()
+        return await super().step(receipts, version, staleness)
+
+    async def take(self, version: int, deadline_s: float) -> list[Any]:
+        taken = await super().take(version, deadline_s)
+        if self.where == f"take {version}":
+            asyncio.get_running_loop().call_later(0.01, self.stop.set)
+            await asyncio.sleep(60.0)
+        return taken
+
+
+@pytest.mark.parametrize(
+    ("where", "last_calls"),
+    [
+        ("step 1", ["step 1", "export 2", "deliver 2", "release", "eval 2", "save 2"]),
+        ("take 2", ["take 2", "save 2"]),
+        ("take 3", ["save 3", "take 3"]),  # the schedule has saved it
+        ("take 0", ["eval 0", "take 0"]),  # nothing was trained
+    ],
+)
+def test_asked_to_stop_it_saves_what_is_trained_and_begins_nothing(
+    where: str, last_calls: list[str]
+) -> None:
+    async def main() -> list[str]:
+        parts = Stopped(where)
+        await asyncio.wait_for(loop_over(parts, SCHEDULE, parts.stop).run(), 5.0)
+        return parts.calls
+
+    assert asyncio.run(main())[-len(last_calls) :] == last_calls
 
 
 def test_any_other_loop_that_returns_is_an_error() -> None:

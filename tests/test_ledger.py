@@ -167,7 +167,7 @@ class Stream:
         self.storage, self.generators = storage, generators
         self.append, self.recover = Method(self._append), Method(self._recover)
 
-    def _append(self, refs: list[str]) -> GroupReceipt:
+    def _append(self, *refs: str) -> GroupReceipt:
         _, group_id = refs[0].split()
         asked, kind, version = self.generators.ended[int(group_id)]
         unscored = {"unjudged": 2, "partly": 1}.get(kind, 0)

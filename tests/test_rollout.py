@@ -58,8 +58,8 @@ class Append:
     def __init__(self) -> None:
         self.logged: list[list[str]] = []
 
-    async def remote(self, refs: list[str]) -> GroupReceipt:
-        self.logged.append(refs)
+    async def remote(self, *refs: str) -> GroupReceipt:
+        self.logged.append(list(refs))
         equal = refs[0].startswith("filtered")
         return replace(receipt(0, 0, 0), num_completions=len(refs), rewards_equal=equal)
 
@@ -144,7 +144,7 @@ class Unjudged(Generators):
 
 
 class WithoutRewards(Append):
-    async def remote(self, refs: list[str]) -> GroupReceipt:
+    async def remote(self, *refs: str) -> GroupReceipt:
         group = int(refs[0].split()[0])
         return replace(receipt(group, 0, 0), num_completions=2, num_unscored=2)
 

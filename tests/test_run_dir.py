@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from common.config_loader import load_config
 from common.errors import UserError
+from common.manifest import seal
 from common.metrics import JsonlSink, read_metrics
 from deploy.run_dir import RunDirectory
 
@@ -46,10 +48,46 @@ def test_only_whole_checkpoints_count_and_old_ones_go(tmp_path: Path) -> None:
         run.checkpoint(step).mkdir(parents=True)
     (run.path / "checkpoints" / "step-30.partial").mkdir()
     assert run.checkpoints() == [5, 10, 20]
-    run.prune_checkpoints(keep_last=2)
+    run.prune_checkpoints(keep_last=2, keep_every=0)
     assert run.checkpoints() == [10, 20]
-    run.prune_checkpoints(keep_last=0)
+    run.prune_checkpoints(keep_last=0, keep_every=0)
     assert run.checkpoints() == [10, 20]
+    run.checkpoint(25).mkdir()
+    run.prune_checkpoints(keep_last=1, keep_every=20)
+    assert run.checkpoints() == [20, 25]
+
+
+@pytest.mark.parametrize(
+    ("break_it", "wrong"),
+    [
+        (
+            lambda folder: (folder / "inside" / "b").write_bytes(b"12x45"),
+            "inside/b is not what was",
+        ),
+        (lambda folder: (folder / "a").write_bytes(b"1"), "a has 1 bytes, not 3"),
+        (lambda folder: (folder / "a").unlink(), "a is missing"),
+        (lambda folder: (folder / "manifest.json").write_text("{"), "manifest.json cannot be read"),
+        (lambda folder: (folder / "manifest.json").unlink(), "manifest.json cannot be read"),
+    ],
+)
+def test_a_torn_checkpoint_is_passed_over_with_a_warning(
+    tmp_path: Path, break_it: Callable[[Path], None], wrong: str
+) -> None:
+    run = create(tmp_path)
+    said: list[str] = []
+    assert run.newest_checkpoint(said.append) == 0
+    for step in (5, 10):
+        folder = run.checkpoint(step)
+        (folder / "inside").mkdir(parents=True)
+        (folder / "a").write_bytes(b"abc")
+        (folder / "inside" / "b").write_bytes(b"12345")
+        seal(folder)
+    assert run.newest_checkpoint(said.append) == 10
+    assert said == []
+    break_it(run.checkpoint(10))
+    assert run.newest_checkpoint(said.append) == 5
+    assert len(said) == 1
+    assert f"{run.checkpoint(10)} is damaged, passed over: {wrong}" in said[0]
 
 
 def test_metrics_of_steps_after_the_checkpoint_are_taken_back_on_resume(tmp_path: Path) -> None:

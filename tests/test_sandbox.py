@@ -72,6 +72,14 @@ def kinds(sandbox: Sandbox, *texts: str) -> list[str]:
         ("read", "fail", ""),
         ("alarm", "pass", ""),
         ("main_thread", "pass", ""),
+        ("connect AF_INET", "error", "PermissionError"),
+        ("connect AF_INET6", "error", "PermissionError"),
+        ("connect AF_UNIX", "pass", ""),
+        ("child_connects", "fail", ""),
+        ("write_file 1000", "pass", ""),
+        ("write_file 70000000", "error", "File too large"),
+        ("open_files 2000", "error", "hostile"),
+        ("list_folder", "fail", ""),
     ],
 )
 def test_a_bad_rule_costs_one_verdict(sandbox: Sandbox, text: str, kind: str, reason: str) -> None:
@@ -83,6 +91,14 @@ def test_a_bad_rule_costs_one_verdict(sandbox: Sandbox, text: str, kind: str, re
     if kind in ("error", "timeout"):
         assert verdict.reward is None
         assert verdict.reason.startswith("hostile")
+
+
+def test_the_network_is_open_to_those_who_ask_for_it() -> None:
+    sandbox = Sandbox([HOSTILE], TIMEOUT_S, network=True)
+    try:
+        assert kinds(sandbox, "connect AF_INET", "child_connects") == ["pass", "pass"]
+    finally:
+        sandbox.close()
 
 
 def test_every_completion_has_the_whole_limit(sandbox: Sandbox) -> None:

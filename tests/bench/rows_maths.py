@@ -64,7 +64,9 @@ def packing() -> Row:
             pairs_per_token=6.0 * 1536,
         )
         values.append(plan.efficiency)
-    return Row("packing efficiency, log-normal lengths", "1", values, 0.95, True, "2 ranks")
+    return Row(
+        "packing efficiency, log-normal lengths", "1", values, 0.95, True, "2 ranks, who wait"
+    )
 
 
 def head_peak(chunk: int, tokens: int) -> float:

@@ -26,7 +26,7 @@ KEYS = (
     "batch.group_size=16",
     "batch.tokens_per_microbatch=8192",
     "learner.vocabulary_chunk_tokens=4096",
-    "algorithm.objective.epochs=1",
+    "algorithm.objective.epochs=2",
 )
 
 

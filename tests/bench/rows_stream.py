@@ -28,7 +28,7 @@ async def pass_through(stream: Any, ledger: Ledger, refs: list[Any], first: int)
     async def one(group: int) -> GroupReceipt:
         async with slots:
             ledger.dispatched(GroupRequest(group, group, "p", 0, "", [], "", 8, 1, 1.0, 0, 0.0))
-            receipt = await stream.append.remote([refs[group % len(refs)]])
+            receipt = await stream.append.remote(refs[group % len(refs)])
             ledger.verified(group, receipt.num_tokens)
             return replace(receipt, group_id=group)
 

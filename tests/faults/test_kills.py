@@ -4,28 +4,17 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import time
 from pathlib import Path
 
 import psutil
 import pytest
-from run_process import AGENTS, finish, inspect, leftovers, start
+from run_process import AGENTS, finish, inspect, last_step, leftovers, start, wait_for_step
 
 from common.log_store import read_log
 from common.metrics import read_metrics
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(900)]
 QUICK = ("eval.every=0", "eval.prompts=16", "checkpoint.every=2", "learner.credit_probe_every=0")
-
-
-def wait_for_step(process: subprocess.Popen[str], run: Path, step: int) -> None:
-    metrics = run / "metrics.jsonl"
-    deadline = time.monotonic() + 200
-    while not (metrics.exists() and any(r["step"] >= step for r in read_metrics(metrics))):
-        assert process.poll() is None, finish(process, 10)
-        assert time.monotonic() < deadline, f"no step {step}"
-        time.sleep(0.02)
 
 
 def kill_at_step(run: Path, step: int, *overrides: str) -> None:
@@ -45,6 +34,34 @@ def complete(*overrides: str) -> str:
     assert process.returncode == 0, output
     assert leftovers(before) == []
     return output
+
+
+def test_sigterm_saves_and_a_torn_checkpoint_is_passed_over(tmp_path: Path) -> None:
+    """Stopped in an orderly way, its newest checkpoint damaged, then resumed."""
+    run, before = tmp_path / "stopped", set(psutil.pids())
+    keys = (*QUICK, "checkpoint.every=3", f"runs_dir={tmp_path}")
+    process = start("name=stopped", "steps=1000", *keys)
+    wait_for_step(process, run, 4)
+    process.send_signal(signal.SIGTERM)
+    output = finish(process, 90)
+    assert process.returncode == 0, output
+    assert f"stopped by SIGTERM with a checkpoint; go on by resume={run}" in output
+    assert leftovers(before, ignored=AGENTS) == []
+    stopped = last_step(run)
+    saved = sorted(int(path.name.partition("-")[2]) for path in (run / "checkpoints").iterdir())
+    assert saved[-1] == stopped
+    status, account = inspect(run)
+    assert status == 0, account
+    weights = run / "checkpoints" / f"step-{stopped}" / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[len(content) // 2] ^= 1
+    weights.write_bytes(content)
+    output = complete(f"resume={run}", f"steps={stopped + 1}", *keys)
+    assert f"step-{stopped} is damaged, passed over: model.safetensors is not what" in output
+    assert f"resuming from step {saved[-2]}" in output
+    assert [r["step"] for r in read_metrics(run / "metrics.jsonl")] == list(range(stopped + 2))
+    status, account = inspect(run)
+    assert status == 0, account
 
 
 def turns(run: Path) -> list[int]:

@@ -1,0 +1,53 @@
+"""Going on by itself after a lost process: from the last checkpoint, a few times, then no more.
+
+Whatever process dies or hangs, the answer is the same: end all, start again, resume.
+The ledger and the trajectory log make that cheap: what was verified is trained on, not sampled
+again, and only the learner's steps since the checkpoint are repeated.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from ray.exceptions import NodeDiedError, ObjectLostError, RayActorError, WorkerCrashedError
+
+from common.config import RestartConfig
+from common.errors import RunError, StallError, WeightsError
+
+_LOST = (RayActorError, ObjectLostError, NodeDiedError, WorkerCrashedError)
+"""Ray's words for a process that is gone."""
+
+
+def is_recoverable(error: BaseException) -> bool:
+    """A process died or hangs, or weights did not arrive; not wrong input, not bad numbers."""
+    return isinstance(error, (*_LOST, StallError, WeightsError))
+
+
+class Restarts:
+    """Counts restarts in a sliding window."""
+
+    def __init__(self, config: RestartConfig, clock: Callable[[], float] = time.monotonic) -> None:
+        self._config = config
+        self._clock = clock
+        self._causes: list[tuple[float, str]] = []
+
+    def after(self, error: BaseException) -> float:
+        """Seconds to wait before the restart that answers `error`.
+
+        Raises:
+            RunError: there were too many; all their causes are in the message.
+        """
+        now = self._clock()
+        cause = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        self._causes = [(at, why) for at, why in self._causes if now - at < self._config.window_s]
+        self._causes.append((now, f"{type(error).__name__}: {cause}"))
+        restarts = len(self._causes)
+        if restarts > self._config.limit:
+            listed = "\n".join(f"  {now - at:.0f} s ago: {why}" for at, why in self._causes)
+            raise RunError(
+                f"{restarts} failures within {self._config.window_s:.0f} s, more than "
+                f"restart.limit={self._config.limit}:\n{listed}\n"
+                "Mend the cause and go on by resume="
+            ) from error
+        return float(self._config.backoff_s * 2 ** (restarts - 1))
