@@ -19,6 +19,10 @@ class Preemption:
         self._grace_s = grace_s
         self._steps = False
         self._loop = asyncio.get_running_loop()
+        self.listen()
+
+    def listen(self) -> None:
+        """Take the signal. `ray.init` replaces the handler by one that aborts: call this after."""
         self._loop.add_signal_handler(signal.SIGTERM, self._on_signal)
 
     @contextmanager

@@ -63,6 +63,7 @@ class Run:
             actors, used = await self._service.open(
                 self._config, self._first_step, self._display.event
             )
+            self._preemption.listen()
             stream = start_stream(self._config, self._run.path)
             try:
                 return await self._train(actors, stream, source, used)
