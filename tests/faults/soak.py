@@ -105,7 +105,7 @@ def main() -> None:
     leaked = sorted(set(os.listdir("/dev/shm")) - shared)
     command = f"make soak ARGS='--minutes {options.minutes:g} --seed {options.seed}'"
     lines = [f"`{command}`", ""]
-    lines += [f"- {what}: {count} times" for what, count in sorted(soak.killed.items())]
+    lines += [f"- {what}: {count}" for what, count in sorted(soak.killed.items())]
     left = f"processes left: {lost or 'none'}; files left in /dev/shm: {leaked or 'none'}"
     lines += ["", f"{steps} steps on record; {left}"]
     lines += ["", "```", account.rstrip(), "```", ""]
