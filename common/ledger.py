@@ -80,19 +80,19 @@ class OpenGroup:
     group_id: int
     turn: int
     completions: int
-    dispatch_version: int
+    tokens: int
 
 
 def outcomes_of(receipt: GroupReceipt, outcome: Outcome) -> Outcomes:
     """`outcome` for the completions with a reward, `failed` for those without."""
-    scored = receipt.num_completions - receipt.num_unscored
-    found: dict[Outcome, tuple[int, int]] = {
-        outcome: (scored, receipt.num_tokens - receipt.unscored_tokens)
-    }
-    failed = (receipt.num_unscored, receipt.unscored_tokens)
     if outcome == "failed":
         return {"failed": (receipt.num_completions, receipt.num_tokens)}
-    return {name: part for name, part in (*found.items(), ("failed", failed)) if part[0]}
+    scored = receipt.num_completions - receipt.num_unscored
+    parts: Outcomes = {
+        outcome: (scored, receipt.num_tokens - receipt.unscored_tokens),
+        "failed": (receipt.num_unscored, receipt.unscored_tokens),
+    }
+    return {name: part for name, part in parts.items() if part[0]}
 
 
 class Ledger:
@@ -222,7 +222,7 @@ class Ledger:
 
     def open_groups(self) -> list[OpenGroup]:
         rows = self._db.execute(
-            "SELECT group_id, turn, completions, dispatch_version FROM groups"
+            "SELECT group_id, turn, completions, tokens FROM groups"
             " WHERE state != 'closed' ORDER BY turn"
         )
         return [OpenGroup(*row) for row in rows]
@@ -243,10 +243,7 @@ class Ledger:
         """An orderly end: what is open is abandoned, and opened again by a resume."""
         with self._explained(), self._transaction():
             for group in self.open_groups():
-                (tokens,) = self._db.execute(
-                    "SELECT tokens FROM groups WHERE group_id = ?", (group.group_id,)
-                ).fetchone()
-                lost: Outcomes = {"abandoned": (group.completions, tokens)}
+                lost: Outcomes = {"abandoned": (group.completions, group.tokens)}
                 self._close(group.group_id, lost, None, True, END_OF_RUN)
         self._db.close()
 

@@ -16,7 +16,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 
 SCHEMA_VERSION = 2
 VERSION_KEY = b"grpo_lambda.schema_version"
@@ -72,6 +75,14 @@ def trajectory_schema(verifiers: Sequence[str]) -> pa.Schema:
     fields.append(pa.field("reward", pa.float32()))
     fields.append(pa.field("accuracy", pa.float32()))
     return _with_version(fields)
+
+
+def sampled_lengths(batch: pa.RecordBatch) -> npt.NDArray[np.int64]:
+    """[G] tokens of each completion that the policy sampled: guidance does not count."""
+    lengths_G = pc.subtract(
+        pc.list_value_length(batch.column("token_ids")), batch.column("guidance_length")
+    )
+    return np.asarray(lengths_G.to_numpy(zero_copy_only=False), np.int64)
 
 
 def check_schema(schema: pa.Schema) -> None:

@@ -16,7 +16,7 @@ import pyarrow.parquet
 import ray
 
 from common.log_store import TrajectoryLog, read_segment, segments
-from common.schema import trajectory_schema
+from common.schema import sampled_lengths, trajectory_schema
 from common.stacks import arm
 from common.trajectory import GroupReceipt
 
@@ -96,9 +96,7 @@ class TrajectoryStream:
 
 def receipt(batch: pa.RecordBatch, ref: Any) -> GroupReceipt:
     """Sum a verified group up for the control plane."""
-    lengths_G = pc.subtract(
-        pc.list_value_length(batch.column("token_ids")), batch.column("guidance_length")
-    ).to_numpy(zero_copy_only=False)
+    lengths_G = sampled_lengths(batch)
     rewards_G = batch.column("reward").to_numpy(zero_copy_only=False).astype(np.float64)
     scored = rewards_G[~np.isnan(rewards_G)]
     versions = batch.column("weight_versions").flatten()

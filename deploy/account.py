@@ -9,11 +9,10 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import pyarrow.compute as pc
-
 from common.errors import UserError
 from common.ledger import BUSY_S, OUTCOMES, Outcome
 from common.log_store import read_log
+from common.schema import sampled_lengths
 from deploy.run_dir import LEDGER
 
 _SHOWN = 20
@@ -95,8 +94,7 @@ def log_problems(run: Path) -> list[str]:
         group_id = batch.column("group_id")[0].as_py()
         if group_id in found:
             twice.append(f"group {group_id} is twice in the log")
-        guided = pc.sum(batch.column("guidance_length")).as_py()
-        found[group_id] = len(batch.column("token_ids").flatten()) - guided
+        found[group_id] = int(sampled_lengths(batch).sum())
     wrong = [
         f"group {group_id}: {tokens} tokens in the ledger, {found.get(group_id, 0)} in the log"
         for group_id, tokens in booked.items()

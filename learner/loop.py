@@ -107,18 +107,16 @@ class LearnerLoop:
 
     async def _take(self, version: int) -> list[GroupReceipt] | None:
         """The next step's groups; None, and everything saved, when the run is to stop."""
-        waits = [
-            asyncio.ensure_future(self._groups.take(version, self._schedule.take_timeout_s)),
-            asyncio.ensure_future(self._stop.wait()),
-        ]
+        taking = asyncio.ensure_future(self._groups.take(version, self._schedule.take_timeout_s))
+        stopping = asyncio.ensure_future(self._stop.wait())
         try:
-            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-            if waits[0].done() and not self._stop.is_set():
-                return waits[0].result()  # type: ignore[return-value]
+            await asyncio.wait((taking, stopping), return_when=asyncio.FIRST_COMPLETED)
+            if taking.done() and not self._stop.is_set():
+                return taking.result()
         finally:
-            for wait in waits:
-                wait.cancel()
-            await asyncio.gather(*waits, return_exceptions=True)
+            taking.cancel()
+            stopping.cancel()
+            await asyncio.gather(taking, stopping, return_exceptions=True)
         if version > self._saved:
             await self._save_proved(version)
         return None
