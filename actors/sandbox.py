@@ -32,9 +32,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from actors.sandbox_child import LENGTH, descendants, end, frame
+from actors.sandbox_child import LENGTH, end, frame
 from actors.verifiers.base import Verdict
 from common.errors import RunError, UserError, VerifierError
+from common.processes import descendants
 from common.schema import ERROR, TIMEOUT
 
 MEMORY_LIMIT_BYTES = 4 * 2**30

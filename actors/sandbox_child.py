@@ -17,30 +17,17 @@ import struct
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
-from pathlib import Path
 from typing import IO, Any
 
 from actors.confinement import close_network, limit_files
 from actors.verifiers.base import Verdict
 from actors.verifiers.registry import Rule, resolve
 from common.errors import UserError
+from common.processes import descendants
 from common.schema import ERROR
 
 LENGTH = struct.Struct(">I")
 _PR_SET_CHILD_SUBREAPER = 36
-
-
-def descendants(pid: int) -> list[int]:
-    """Process ids below `pid`, children before grandchildren; none where there is no /proc."""
-    found: list[int] = []
-    for listing in Path(f"/proc/{pid}/task").glob("*/children"):
-        try:
-            children = [int(child) for child in listing.read_text().split()]
-        except OSError:  # the process or the thread has just ended
-            continue
-        for child in children:
-            found += [child, *descendants(child)]
-    return found
 
 
 def end(pid: int, send: Callable[[int, int], None] = os.kill) -> None:

@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from common import processes
+
 _SIGNAL = signal.SIGUSR2
 _STANDARD_ERROR = 2
 _STATES = {"R": "running", "S": "waiting", "D": "waiting for a disk", "T": "stopped", "Z": "dead"}
@@ -49,30 +51,22 @@ def stall_report() -> str:
 
 
 def descendants(pid: int) -> Iterator[Process]:
-    """Every process below `pid` on this machine, parents first."""
-    children: dict[int, list[Process]] = {}
-    for folder in Path("/proc").glob("[0-9]*"):
+    """Every process below `pid` on this machine, a parent before its children."""
+    for child in processes.descendants(pid):
         try:
-            parent, process = _read(folder)
+            yield _read(Path(f"/proc/{child}"))
         except (OSError, ValueError, IndexError):
             continue  # it has ended meanwhile
-        children.setdefault(parent, []).append(process)
-    waiting = children.get(pid, [])
-    while waiting:
-        process = waiting.pop(0)
-        yield process
-        waiting += children.get(process.pid, [])
 
 
-def _read(folder: Path) -> tuple[int, Process]:
-    """(parent, process) from /proc/PID; see proc(5) for the fields."""
+def _read(folder: Path) -> Process:
+    """From /proc/PID; see proc(5) for the fields."""
     fields = (folder / "stat").read_text().rpartition(")")[2].split()
     words = (folder / "cmdline").read_text(errors="replace").split("\0")
     name = " ".join(" ".join(words).split())[:40] or "?"
     ticks = int(fields[11]) + int(fields[12])
     state = _STATES.get(fields[0], fields[0])
-    cpu_s = ticks / os.sysconf("SC_CLK_TCK")
-    return int(fields[1]), Process(int(folder.name), name, state, cpu_s)
+    return Process(int(folder.name), name, state, ticks / os.sysconf("SC_CLK_TCK"))
 
 
 def _is_armed(pid: int) -> bool:
