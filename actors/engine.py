@@ -128,6 +128,11 @@ class Engine:
         scored = zip(token_ids[prompt_length:], positions, strict=True)
         return [position[token].logprob for token, position in scored]
 
+    @property
+    def in_process(self) -> bool:
+        """Whether vLLM's worker runs in this process."""
+        return isinstance(self._llm, EngineThread)
+
     async def init_weight_transfer(self, init_info: dict[str, Any]) -> None:
         """Hand the transport its start-up parameters (ports and ranks for nccl)."""
         from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
@@ -139,7 +144,7 @@ class Engine:
 
         Returns the seconds they stood still, with `AsyncLLM` those of its pause included.
         """
-        if isinstance(self._llm, EngineThread):
+        if self.in_process:
             self._salt += 1  # commands keep their order: see `begin_update`
             return await self._llm.update(update_infos, str(version))
         started = time.monotonic()

@@ -18,6 +18,7 @@ import pyarrow as pa
 import ray
 
 from actors.engine import Completion, Engine
+from actors.lending import lend
 from common.config import GeneratorConfig, ModelConfig
 from common.schema import rollout_schema
 from common.stacks import arm
@@ -164,12 +165,12 @@ class Generator:
     async def update_weights(self, buckets: list[WeightBucket], version: int) -> float:
         """A whole update from the object store; returns the seconds generation stood still."""
         buffers = await asyncio.gather(*[bucket.ref for bucket in buckets])
-        with ExitStack() as files:
-            paths = [
-                files.enter_context(await asyncio.to_thread(MemoryFile, buffer))
+        with ExitStack() as loans:
+            places = [
+                loans.enter_context(await asyncio.to_thread(lend, buffer, self.engine.in_process))
                 for buffer in buffers
             ]
-            infos = [_update_info(*pair) for pair in zip(buckets, paths, strict=True)]
+            infos = [_update_info(*pair) for pair in zip(buckets, places, strict=True)]
             return await self.engine.update(infos, version)
 
     async def shutdown(self) -> None:
@@ -196,24 +197,9 @@ def with_guidance(sampled: Completion, guidance_ids: list[int], version: int) ->
     )
 
 
-class MemoryFile:
-    """A file without a name, gone with this process however that ends; as a context, its path."""
-
-    def __init__(self, content: Any) -> None:
-        self._descriptor = os.memfd_create("grpo-lambda-weights")
-        with open(self._descriptor, "wb", closefd=False) as file:
-            file.write(content)
-
-    def __enter__(self) -> str:
-        return f"/proc/{os.getpid()}/fd/{self._descriptor}"
-
-    def __exit__(self, *_: object) -> None:
-        os.close(self._descriptor)
-
-
-def _update_info(bucket: WeightBucket, path: str) -> dict[str, Any]:
+def _update_info(bucket: WeightBucket, place: str) -> dict[str, Any]:
     return {
-        "path": path,
+        "place": place,
         "names": list(bucket.names),
         "dtypes": list(bucket.dtypes),
         "shapes": [list(shape) for shape in bucket.shapes],

@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from actors.guidance import Guidance, num_guided
@@ -24,6 +24,7 @@ from common.budget import GroupWindow, StalenessBudget, in_time
 from common.config import Config
 from common.errors import StallError, UserError, VerifierError
 from common.ledger import Ledger, OpenGroup, Outcome, Outcomes, outcomes_of
+from common.stream import GroupLog
 from common.trajectory import GroupReceipt, GroupRequest
 from common.waits import Waits, until
 
@@ -61,6 +62,7 @@ class RolloutLoop:
         self._generators = generators
         self._verifiers = verifiers
         self._stream = stream
+        self._log = GroupLog(stream, waits, config.verify_timeout_s)
         self._config = config.generator
         self._rollout = config.algorithm.rollout
         self._group_size = config.batch.group_size
@@ -166,14 +168,7 @@ class RolloutLoop:
         return [part.result() for part in parts]
 
     async def _logged(self, group_id: int, refs: list[Any]) -> GroupReceipt:
-        receipt: GroupReceipt = await self._waits.on(
-            self._stream.append.remote(*refs),
-            owner=f"group {group_id}",
-            cause="the trajectory log",
-            deadline_s=self._verify_timeout_s,
-        )
-        if receipt.batch_ref is None:
-            receipt = replace(receipt, batch_ref=refs[0])
+        receipt = await self._log.append(group_id, refs)
         self._ledger.verified(group_id, receipt.num_tokens)
         self.counts.tokens_generated += receipt.num_tokens
         return receipt

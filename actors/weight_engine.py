@@ -1,9 +1,9 @@
 """The vLLM worker's side of the `object_store` transport.
 
-The generator actor copies a bucket of the learner's weights from Ray's object store into a file
-in memory; the worker, which may be in a process that is not Ray's, maps that file and loads the
-tensors through vLLM's layerwise reload, so that fused and prepacked layers are rebuilt as at
-start-up. vLLM's base class synchronises an accelerator after every update, hence the override.
+The generator actor takes a bucket of the learner's weights from Ray's object store and lends it to
+the worker, which may be in a process that is not Ray's; the worker loads the tensors through
+vLLM's layerwise reload, so that fused and prepacked layers are rebuilt as at start-up. vLLM's base
+class synchronises an accelerator after every update, hence the override.
 
 Loaded into the worker by `worker_extension_cls`; importing this module registers the transport
 and ties the worker's life to its parent's.
@@ -12,15 +12,12 @@ and ties the worker's life to its parent's.
 from __future__ import annotations
 
 import ctypes
-import mmap
 import multiprocessing
-import os
 import signal
 import sys
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from vllm.distributed.weight_transfer.base import (
     WeightTransferEngine,
@@ -29,6 +26,7 @@ from vllm.distributed.weight_transfer.base import (
 )
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
+from actors.lending import buffer_at
 from common.errors import WeightsError
 from common.weights import WeightBucket, unpack_tensors
 
@@ -43,9 +41,9 @@ class ObjectStoreInitInfo(WeightTransferInitInfo):
 
 @dataclass
 class ObjectStoreUpdateInfo(WeightTransferUpdateInfo):
-    """One bucket: a file in memory, and `WeightBucket`'s fields about it."""
+    """One bucket: where `actors.lending` put it, and `WeightBucket`'s fields about it."""
 
-    path: str
+    place: str
     names: list[str]
     dtypes: list[str]
     shapes: list[list[int]]
@@ -55,7 +53,7 @@ class ObjectStoreUpdateInfo(WeightTransferUpdateInfo):
 
 
 class ObjectStoreWeightEngine(WeightTransferEngine[ObjectStoreInitInfo, ObjectStoreUpdateInfo]):
-    """Receives buckets by mapping files; their checksum is verified before a tensor is touched."""
+    """Receives buckets that were lent; their checksum is verified before a tensor is touched."""
 
     init_info_cls = ObjectStoreInitInfo
     update_info_cls = ObjectStoreUpdateInfo
@@ -88,7 +86,7 @@ class ObjectStoreWeightEngine(WeightTransferEngine[ObjectStoreInitInfo, ObjectSt
             nbytes=update_info.nbytes,
             checksum=update_info.checksum,
         )
-        self.model.load_weights(unpack_tensors(bucket, _mapped(update_info.path)))
+        self.model.load_weights(unpack_tensors(bucket, buffer_at(update_info.place)))
 
     def shutdown(self) -> None:
         """No resources outlive an update."""
@@ -123,17 +121,6 @@ def refresh_tied_heads(model: torch.nn.Module) -> None:
             head.quant_method.process_weights_after_loading(head)
         elif tied:
             raise WeightsError("the tied output head lost the embedding's memory in the update")
-
-
-def _mapped(path: str) -> np.ndarray:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        size = os.fstat(descriptor).st_size
-        if size == 0:
-            raise WeightsError(f"weight bucket {path} is empty")
-        return np.frombuffer(mmap.mmap(descriptor, size, prot=mmap.PROT_READ), dtype=np.uint8)
-    finally:
-        os.close(descriptor)
 
 
 class WeightUpdateExtension:

@@ -2,10 +2,16 @@
 
 An actor of its own, so that the coordinator never touches tokens. The batch stays where it is in
 Ray's object store; the stream maps it, checks it, appends it to the log, and returns a receipt.
+
+    TrajectoryStream    the actor, owner of the trajectory log
+    GroupLog            the coordinator's side of it
 """
 
 from __future__ import annotations
 
+import asyncio
+import itertools
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +21,12 @@ import pyarrow.compute as pc
 import pyarrow.parquet
 import ray
 
+from common.errors import StallError
 from common.log_store import TrajectoryLog, read_segment, segments
 from common.schema import sampled_lengths, trajectory_schema
 from common.stacks import arm
 from common.trajectory import GroupReceipt
+from common.waits import Waits
 
 
 class TrajectoryStream:
@@ -34,10 +42,10 @@ class TrajectoryStream:
         """Answers once the actor has started."""
         return True
 
-    def append(self, *batches: pa.RecordBatch) -> GroupReceipt:
-        """Log one verified group, in one batch or several.
+    def append(self, sizes: list[int], *batches: pa.RecordBatch) -> list[GroupReceipt]:
+        """Log verified groups, the first of `sizes[0]` batches, the next of `sizes[1]`, and so on.
 
-        The receipt refers to the group as a whole: to a batch of its own where there were several,
+        A receipt refers to its group as a whole: to a batch of its own where there were several,
         to nothing (None) where the caller's only reference is the group's already. References are
         arguments of their own, not a list of them: Ray then resolves them, and does so three
         times as fast as a `get` in here, which has to ask their owner.
@@ -49,9 +57,13 @@ class TrajectoryStream:
         for batch in batches:
             if not batch.schema.equals(self._schema, check_metadata=False):
                 raise ValueError(f"group has schema {batch.schema}, the log has {self._schema}")
-        group, ref = batches[0], None
-        if len(batches) > 1:
-            group = pa.concat_batches(batches).sort_by("completion_index")
+        groups = iter(batches)
+        return [self._append_one(list(itertools.islice(groups, size))) for size in sizes]
+
+    def _append_one(self, parts: list[pa.RecordBatch]) -> GroupReceipt:
+        group, ref = parts[0], None
+        if len(parts) > 1:
+            group = pa.concat_batches(parts).sort_by("completion_index")
             ref = ray.put(group)
         self._log.append(group)
         return receipt(group, ref)
@@ -117,6 +129,55 @@ def receipt(batch: pa.RecordBatch, ref: Any) -> GroupReceipt:
         generate_s=pc.max(batch.column("finished_s")).as_py()
         - batch.column("dispatched_s")[0].as_py(),
     )
+
+
+class GroupLog:
+    """The stream as the coordinator writes to it: one call at a time, with all that is ready.
+
+    A call of Ray costs more than the writing of a group, so groups that end while one is under
+    way go together in the next.
+    """
+
+    def __init__(self, stream: Any, waits: Waits, deadline_s: float) -> None:
+        self._stream = stream
+        self._waits = waits
+        self._deadline_s = deadline_s
+        self._ready: list[_Unlogged] = []
+        self._calling = asyncio.Lock()
+
+    async def append(self, group_id: int, refs: list[Any]) -> GroupReceipt:
+        """Log a verified group, in one batch or several; returns once it is written.
+
+        Raises:
+            StallError: the deadline passed.
+        """
+        group = _Unlogged(group_id, refs)
+        self._ready.append(group)
+        async with self._calling:
+            if group in self._ready:
+                sent, self._ready = self._ready, []
+                await self._send(sent)
+        if group.receipt is None:
+            raise StallError(f"group {group_id} was in a call to the trajectory log that failed")
+        return group.receipt
+
+    async def _send(self, groups: list[_Unlogged]) -> None:
+        refs = [ref for group in groups for ref in group.refs]
+        receipts = await self._waits.on(
+            self._stream.append.remote([len(group.refs) for group in groups], *refs),
+            owner=f"group {groups[0].group_id}",
+            cause="the trajectory log",
+            deadline_s=self._deadline_s,
+        )
+        for group, made in zip(groups, receipts, strict=True):
+            group.receipt = made if made.batch_ref else replace(made, batch_ref=group.refs[0])
+
+
+@dataclass(eq=False)
+class _Unlogged:
+    group_id: int
+    refs: list[Any]
+    receipt: GroupReceipt | None = None
 
 
 TrajectoryStreamActor = ray.remote(TrajectoryStream)

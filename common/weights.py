@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 import warnings
-import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+import xxhash
 
 from common.errors import WeightsError
 
@@ -37,7 +37,7 @@ class WeightBucket:
         shapes: full (unsharded) shapes.
         offsets: first byte of each tensor in the buffer.
         nbytes: size of the buffer.
-        checksum: CRC-32 of the buffer.
+        checksum: XXH3 of the buffer, 64 bits.
     """
 
     ref: Any
@@ -77,11 +77,11 @@ def unpack_tensors(
     Raises:
         WeightsError: the buffer is not what the learner packed.
     """
-    found = zlib.crc32(buffer.data)
+    found = xxhash.xxh3_64_intdigest(buffer.data)
     if buffer.nbytes != bucket.nbytes or found != bucket.checksum:
         raise WeightsError(
             f"weight bucket {bucket.names[0]}..{bucket.names[-1]} arrived damaged: "
-            f"{buffer.nbytes} bytes with CRC {found:#x}, "
+            f"{buffer.nbytes} bytes with checksum {found:#x}, "
             f"expected {bucket.nbytes} with {bucket.checksum:#x}"
         )
     with warnings.catch_warnings():
@@ -102,7 +102,7 @@ def _aligned(nbytes: int) -> int:
 
 
 def _bucket(tensors: list[tuple[str, torch.Tensor]], nbytes: int) -> WeightBucket:
-    buffer = np.zeros(nbytes, dtype=np.uint8)
+    buffer = np.empty(nbytes, dtype=np.uint8)  # what lies between tensors is never read
     target = torch.from_numpy(buffer)
     offsets = []
     offset = 0
@@ -118,5 +118,5 @@ def _bucket(tensors: list[tuple[str, torch.Tensor]], nbytes: int) -> WeightBucke
         shapes=tuple(tuple(tensor.shape) for _, tensor in tensors),
         offsets=tuple(offsets),
         nbytes=nbytes,
-        checksum=zlib.crc32(buffer.data),
+        checksum=xxhash.xxh3_64_intdigest(buffer.data),
     )

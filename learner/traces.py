@@ -2,6 +2,7 @@
 
     PackedAxis          which token belongs to which completion, and where it stands in it
     linear_recurrence   z_t = x_t + a_t z_{t-1}, forward and exact backward by a parallel scan
+    uniform_recurrence  the same where a_t is one constant inside each completion
     LambdaTrace         the kernels `recent`, `both` and `terminal` of GRPO-lambda, cut or selective
 
 A trace is a linear map z = K x inside each completion, K lower triangular. At the old policy the
@@ -26,6 +27,9 @@ from torch import Tensor
 RADIX = 16
 """Block length of the scan: one level costs 2 * RADIX kernels and divides the length by RADIX."""
 
+UNIFORM_BLOCK = 32
+"""Block length where the decay is one constant: a block is then one row of a matrix product."""
+
 
 @dataclass(frozen=True)
 class PackedAxis:
@@ -37,6 +41,13 @@ class PackedAxis:
     def starts_B(self) -> Tensor:
         """First token of each completion (of an empty one: of its successor)."""
         return self.lengths_B.cumsum(0) - self.lengths_B
+
+    @cached_property
+    def ends(self) -> tuple[Tensor, Tensor]:
+        """First and last tokens of the completions that have any."""
+        some_B = self.lengths_B > 0
+        starts = self.starts_B[some_B]
+        return starts, starts + self.lengths_B[some_B] - 1
 
     @cached_property
     def completion_N(self) -> Tensor:
@@ -91,16 +102,59 @@ def _scan(inputs_N: Tensor, decays_N: Tensor, reverse: bool = False) -> Tensor:
     its solution is then fed into every block.
     """
     states_KM, decays_KM = _blocks(inputs_N), _blocks(decays_N)
-    order = range(RADIX)[::-1] if reverse else range(RADIX)
+    last = _advance(states_KM, decays_KM, reverse)
+    if states_KM.shape[1] > 1:
+        ends_M = _scan(states_KM[last], decays_KM[last], reverse)
+        fed, feeding = _fed_by_neighbour(reverse)
+        states_KM[:, fed].addcmul_(decays_KM[:, fed], ends_M[feeding])
+    return states_KM.t().reshape(-1)[: inputs_N.numel()]
+
+
+def _advance(states_KM: Tensor, decays_KM: Tensor, reverse: bool) -> int:
+    """In place: every column from inputs to states, from decays to their products so far.
+
+    Returns the offset at which a block ends.
+    """
+    order = range(len(states_KM))[:: -1 if reverse else 1]
     for before, here in itertools.pairwise(order):
         states_KM[here].addcmul_(decays_KM[here], states_KM[before])
         decays_KM[here].mul_(decays_KM[before])
-    if states_KM.shape[1] > 1:
-        ends_M = _scan(states_KM[order[-1]], decays_KM[order[-1]], reverse)
-        head, tail = slice(None, -1), slice(1, None)
-        fed, feeding = (head, tail) if reverse else (tail, head)
-        states_KM[:, fed].addcmul_(decays_KM[:, fed], ends_M[feeding])
-    return states_KM.t().reshape(-1)[: inputs_N.numel()]
+    return order[-1]
+
+
+def _fed_by_neighbour(reverse: bool) -> tuple[slice, slice]:
+    """Blocks that take a state over, and those that they take it from."""
+    head, tail = slice(None, -1), slice(1, None)
+    return (head, tail) if reverse else (tail, head)
+
+
+def _uniform_scan(inputs_N: Tensor, decay: float, resets_R: Tensor, reverse: bool) -> Tensor:
+    """`_scan` where every decay is `decay`, but 0 at the tokens `resets_R`.
+
+    Inside a block of UNIFORM_BLOCK tokens the map is then one matrix for all, L(i, j) =
+    decay^(i-j), and what a block takes over from its neighbour is an outer product: two passes over
+    memory instead of ten. Blocks with a reset, few by assumption, are advanced token by token.
+    """
+    length, block = inputs_N.numel(), UNIFORM_BLOCK
+    inputs_MK = torch.nn.functional.pad(inputs_N, (0, -length % block)).view(-1, block)
+    distance_K = torch.arange(block, device=inputs_N.device, dtype=torch.float64)
+    entering_K = (decay ** (distance_K + 1)).to(inputs_N.dtype)
+    kernel_KK = (decay ** (distance_K[:, None] - distance_K).clamp(min=0)).tril().to(inputs_N.dtype)
+    states_MK = inputs_MK @ (kernel_KK if reverse else kernel_KK.t())
+    cut_S, place_R = torch.unique(resets_R // block, return_inverse=True)
+    cut_states_KS = inputs_MK[cut_S].t().contiguous()
+    cut_decays_KS = torch.full_like(cut_states_KS, decay)
+    cut_decays_KS[resets_R % block, place_R] = 0.0
+    last = _advance(cut_states_KS, cut_decays_KS, reverse)
+    states_MK[cut_S, last] = cut_states_KS[last]
+    through_M = torch.full_like(states_MK[:, last], decay**block)
+    through_M[cut_S] = 0.0
+    ends_M = _scan(states_MK[:, last], through_M, reverse)
+    fed, feeding = _fed_by_neighbour(reverse)
+    states_MK[fed].addr_(ends_M[feeding], entering_K.flip(0) if reverse else entering_K)
+    before_S = torch.nn.functional.pad(ends_M, (1, 1))[cut_S + (2 if reverse else 0)]
+    states_MK[cut_S] = cut_states_KS.addcmul_(cut_decays_KS, before_S).t()
+    return states_MK.view(-1)[:length]
 
 
 class _LinearRecurrence(torch.autograd.Function):
@@ -127,6 +181,29 @@ class _LinearRecurrence(torch.autograd.Function):
         previous_N = states_N.roll(1)
         previous_N[:1] = 0
         return adjoint_N, adjoint_N * previous_N
+
+
+class _UniformRecurrence(torch.autograd.Function):
+    """One decay inside completions; the adjoint runs backwards from their last tokens."""
+
+    @staticmethod
+    def forward(ctx: Any, inputs_N: Tensor, decay: float, axis: PackedAxis) -> Tensor:
+        ctx.decay, ctx.axis = decay, axis
+        return _uniform_scan(inputs_N, decay, axis.ends[0], reverse=False)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_N: Tensor) -> tuple[Tensor, None, None]:
+        return _uniform_scan(grad_N, ctx.decay, ctx.axis.ends[1], reverse=True), None, None
+
+
+def uniform_recurrence(inputs_N: Tensor, decay: float, axis: PackedAxis) -> Tensor:
+    """z_t = x_t + decay * z_{t-1} inside every completion of `axis`, which starts at z = x.
+
+    `linear_recurrence` with one decay; several times as fast on long completions.
+    """
+    result: Tensor = _UniformRecurrence.apply(inputs_N, decay, axis)
+    return result
 
 
 def linear_recurrence(inputs_N: Tensor, decays_N: Tensor) -> Tensor:
@@ -207,6 +284,9 @@ class LambdaTrace:
 
 def _recent(trace: LambdaTrace, inputs_N: Tensor) -> Tensor:
     """z_t = x_t + d keep_t z_{t-1}."""
+    long = inputs_N.numel() > 4 * UNIFORM_BLOCK * trace.axis.lengths_B.numel()
+    if trace.keep_N is None and long:
+        return uniform_recurrence(inputs_N, trace.decay, trace.axis)
     return linear_recurrence(inputs_N, trace.decays(inputs_N.detach(), trace.decay))
 
 

@@ -167,8 +167,12 @@ class Stream:
         self.storage, self.generators = storage, generators
         self.append, self.recover = Method(self._append), Method(self._recover)
 
-    def _append(self, *refs: str) -> GroupReceipt:
-        _, group_id = refs[0].split()
+    def _append(self, sizes: list[int], *refs: str) -> list[GroupReceipt]:
+        assert sizes == [1] * len(refs)
+        return [self._append_one(ref) for ref in refs]
+
+    def _append_one(self, ref: str) -> GroupReceipt:
+        _, group_id = ref.split()
         asked, kind, version = self.generators.ended[int(group_id)]
         unscored = {"unjudged": 2, "partly": 1}.get(kind, 0)
         made = replace(

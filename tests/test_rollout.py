@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -58,8 +59,13 @@ class Append:
     def __init__(self) -> None:
         self.logged: list[list[str]] = []
 
-    async def remote(self, *refs: str) -> GroupReceipt:
-        self.logged.append(list(refs))
+    async def remote(self, sizes: list[int], *refs: str) -> list[GroupReceipt]:
+        parts = iter(refs)
+        groups = [list(islice(parts, size)) for size in sizes]
+        self.logged += groups
+        return [self.receipt_of(group) for group in groups]
+
+    def receipt_of(self, refs: list[str]) -> GroupReceipt:
         equal = refs[0].startswith("filtered")
         return replace(receipt(0, 0, 0), num_completions=len(refs), rewards_equal=equal)
 
@@ -144,7 +150,7 @@ class Unjudged(Generators):
 
 
 class WithoutRewards(Append):
-    async def remote(self, *refs: str) -> GroupReceipt:
+    def receipt_of(self, refs: list[str]) -> GroupReceipt:
         group = int(refs[0].split()[0])
         return replace(receipt(group, 0, 0), num_completions=2, num_unscored=2)
 

@@ -12,10 +12,12 @@ from maths_oracles import decays, dense_kernel, lengths, normal, random, seeds
 
 from learner.traces import (
     RADIX,
+    UNIFORM_BLOCK,
     LambdaTrace,
     PackedAxis,
     above_entropy_quantile,
     linear_recurrence,
+    uniform_recurrence,
 )
 
 KINDS = ["recent", "both", "terminal"]
@@ -58,6 +60,38 @@ def test_recurrence_of_nothing_keeps_the_graph() -> None:
     nothing = torch.zeros(0, requires_grad=True)
     linear_recurrence(nothing, nothing).sum().backward()
     assert nothing.grad is not None
+
+
+@given(
+    st.lists(st.integers(0, 3 * UNIFORM_BLOCK), min_size=1, max_size=6).filter(any),
+    st.sampled_from([0.0, 0.3, 0.99, 1.0]),
+    seeds,
+)
+@settings(max_examples=60, deadline=None)
+def test_one_decay_is_the_general_recurrence(sizes: list[int], decay: float, seed: int) -> None:
+    axis = packed(sizes)
+    inputs_N = normal(sum(sizes), random(seed)).requires_grad_()
+    gradient_N = normal(sum(sizes), random(seed + 1))
+    decays_N = torch.full_like(gradient_N, decay).masked_fill(axis.position_N == 0, 0.0)
+    expected_N = linear_recurrence(inputs_N, decays_N)
+    found_N = uniform_recurrence(inputs_N, decay, axis)
+    torch.testing.assert_close(found_N, expected_N, rtol=1e-12, atol=1e-12)
+    (expected,) = torch.autograd.grad(expected_N, inputs_N, gradient_N)
+    (found,) = torch.autograd.grad(found_N, inputs_N, gradient_N)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_one_decay_does_not_leak_into_neighbours() -> None:
+    axis = packed([2 * UNIFORM_BLOCK + 3, UNIFORM_BLOCK, 5])
+    inputs_N = normal(int(axis.lengths_B.sum()), random(0)).requires_grad_()
+    middle = slice(2 * UNIFORM_BLOCK + 3, 3 * UNIFORM_BLOCK + 3)
+    others = torch.ones_like(inputs_N, dtype=torch.bool)
+    others[middle] = False
+    alone_N = uniform_recurrence(inputs_N, 0.9, axis)[middle]
+    among_N = uniform_recurrence(inputs_N * (1 + 1e30 * others), 0.9, axis)[middle]
+    assert torch.equal(alone_N, among_N)
+    (gradient_N,) = torch.autograd.grad(alone_N.sum(), inputs_N)
+    assert torch.equal(gradient_N[others], torch.zeros(int(others.sum()), dtype=torch.float64))
 
 
 def test_recurrence_saves_two_vectors() -> None:

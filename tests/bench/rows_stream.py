@@ -15,8 +15,9 @@ from harness import Row, emit
 from learner_models import trajectories
 
 from common.ledger import Ledger
-from common.stream import TrajectoryStreamActor
+from common.stream import GroupLog, TrajectoryStreamActor
 from common.trajectory import GroupReceipt, GroupRequest
+from common.waits import Waits
 
 GROUPS, REPEATS, STEP, UNDER_WAY = 320, 5, 16, 32
 
@@ -24,11 +25,12 @@ GROUPS, REPEATS, STEP, UNDER_WAY = 320, 5, 16, 32
 async def pass_through(stream: Any, ledger: Ledger, refs: list[Any], first: int) -> None:
     """Every group dispatched, logged, booked and trained on, as a run's coordinator does it."""
     slots = asyncio.Semaphore(UNDER_WAY)
+    log = GroupLog(stream, Waits(), deadline_s=60.0)
 
     async def one(group: int) -> GroupReceipt:
         async with slots:
             ledger.dispatched(GroupRequest(group, group, "p", 0, "", [], "", 8, 1, 1.0, 0, 0.0))
-            receipt = await stream.append.remote(refs[group % len(refs)])
+            receipt = await log.append(group, [refs[group % len(refs)]])
             ledger.verified(group, receipt.num_tokens)
             return replace(receipt, group_id=group)
 
