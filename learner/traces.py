@@ -27,7 +27,7 @@ from torch import Tensor
 RADIX = 16
 """Block length of the scan: one level costs 2 * RADIX kernels and divides the length by RADIX."""
 
-UNIFORM_BLOCK = 32
+UNIFORM_BLOCK = 16
 """Block length where the decay is one constant: a block is then one row of a matrix product."""
 
 
@@ -102,24 +102,15 @@ def _scan(inputs_N: Tensor, decays_N: Tensor, reverse: bool = False) -> Tensor:
     its solution is then fed into every block.
     """
     states_KM, decays_KM = _blocks(inputs_N), _blocks(decays_N)
-    last = _advance(states_KM, decays_KM, reverse)
-    if states_KM.shape[1] > 1:
-        ends_M = _scan(states_KM[last], decays_KM[last], reverse)
-        fed, feeding = _fed_by_neighbour(reverse)
-        states_KM[:, fed].addcmul_(decays_KM[:, fed], ends_M[feeding])
-    return states_KM.t().reshape(-1)[: inputs_N.numel()]
-
-
-def _advance(states_KM: Tensor, decays_KM: Tensor, reverse: bool) -> int:
-    """In place: every column from inputs to states, from decays to their products so far.
-
-    Returns the offset at which a block ends.
-    """
-    order = range(len(states_KM))[:: -1 if reverse else 1]
+    order = range(RADIX)[:: -1 if reverse else 1]
     for before, here in itertools.pairwise(order):
         states_KM[here].addcmul_(decays_KM[here], states_KM[before])
         decays_KM[here].mul_(decays_KM[before])
-    return order[-1]
+    if states_KM.shape[1] > 1:
+        ends_M = _scan(states_KM[order[-1]], decays_KM[order[-1]], reverse)
+        fed, feeding = _fed_by_neighbour(reverse)
+        states_KM[:, fed].addcmul_(decays_KM[:, fed], ends_M[feeding])
+    return states_KM.t().reshape(-1)[: inputs_N.numel()]
 
 
 def _fed_by_neighbour(reverse: bool) -> tuple[slice, slice]:
@@ -131,30 +122,40 @@ def _fed_by_neighbour(reverse: bool) -> tuple[slice, slice]:
 def _uniform_scan(inputs_N: Tensor, decay: float, resets_R: Tensor, reverse: bool) -> Tensor:
     """`_scan` where every decay is `decay`, but 0 at the tokens `resets_R`.
 
-    Inside a block of UNIFORM_BLOCK tokens the map is then one matrix for all, L(i, j) =
-    decay^(i-j), and what a block takes over from its neighbour is an outer product: two passes over
-    memory instead of ten. Blocks with a reset, few by assumption, are advanced token by token.
+    A block of K tokens is a row of a matrix product: the map inside it is one for all, L(i, j) =
+    decay^(i-j), and what it takes over from its neighbour is an outer product. In the S blocks with
+    a reset, L loses the entries that reach across it. The last states are such a recurrence again.
     """
     length, block = inputs_N.numel(), UNIFORM_BLOCK
-    inputs_MK = torch.nn.functional.pad(inputs_N, (0, -length % block)).view(-1, block)
-    distance_K = torch.arange(block, device=inputs_N.device, dtype=torch.float64)
-    entering_K = (decay ** (distance_K + 1)).to(inputs_N.dtype)
-    kernel_KK = (decay ** (distance_K[:, None] - distance_K).clamp(min=0)).tril().to(inputs_N.dtype)
-    states_MK = inputs_MK @ (kernel_KK if reverse else kernel_KK.t())
+    if length % block:
+        inputs_N = torch.nn.functional.pad(inputs_N, (0, -length % block))
+    inputs_MK = inputs_N.reshape(-1, block)
+    index_K = torch.arange(block, device=inputs_N.device, dtype=torch.float64)
+    kernel_KK = (decay ** (index_K[:, None] - index_K).clamp(min=0)).tril().to(inputs_N.dtype)
+    entering_K = (decay ** (index_K + 1)).to(inputs_N.dtype)
+    if reverse:
+        kernel_KK, entering_K = kernel_KK.t(), entering_K.flip(0)
+    states_MK = inputs_MK @ kernel_KK.t()
     cut_S, place_R = torch.unique(resets_R // block, return_inverse=True)
-    cut_states_KS = inputs_MK[cut_S].t().contiguous()
-    cut_decays_KS = torch.full_like(cut_states_KS, decay)
-    cut_decays_KS[resets_R % block, place_R] = 0.0
-    last = _advance(cut_states_KS, cut_decays_KS, reverse)
-    states_MK[cut_S, last] = cut_states_KS[last]
-    through_M = torch.full_like(states_MK[:, last], decay**block)
-    through_M[cut_S] = 0.0
-    ends_M = _scan(states_MK[:, last], through_M, reverse)
-    fed, feeding = _fed_by_neighbour(reverse)
-    states_MK[fed].addr_(ends_M[feeding], entering_K.flip(0) if reverse else entering_K)
-    before_S = torch.nn.functional.pad(ends_M, (1, 1))[cut_S + (2 if reverse else 0)]
-    states_MK[cut_S] = cut_states_KS.addcmul_(cut_decays_KS, before_S).t()
+    passed_SK = _resets_passed(len(cut_S), place_R, resets_R % block, reverse)
+    linked_SKK = passed_SK[:, :, None] == passed_SK[:, None, :]
+    cut_states_SK = (linked_SKK * kernel_KK @ inputs_MK[cut_S, :, None]).squeeze(-1)
+    states_MK[cut_S] = cut_states_SK
+    if len(states_MK) > 1:
+        ends_M = _uniform_scan(states_MK[:, 0 if reverse else -1], decay**block, cut_S, reverse)
+        fed, feeding = _fed_by_neighbour(reverse)
+        states_MK[fed].addcmul_(ends_M[feeding, None], entering_K)
+        before_S = torch.nn.functional.pad(ends_M, (1, 1))[cut_S + (2 if reverse else 0)]
+        entering_SK = (passed_SK == 0) * entering_K
+        states_MK[cut_S] = cut_states_SK.addcmul_(before_S[:, None], entering_SK)
     return states_MK.view(-1)[:length]
+
+
+def _resets_passed(blocks: int, block_R: Tensor, offset_R: Tensor, reverse: bool) -> Tensor:
+    """How many resets lie between the entry of a block and each of its tokens, that one's too."""
+    resets_SK = offset_R.new_zeros(blocks, UNIFORM_BLOCK)
+    resets_SK[block_R, offset_R] = 1
+    return resets_SK.flip(1).cumsum(1).flip(1) if reverse else resets_SK.cumsum(1)
 
 
 class _LinearRecurrence(torch.autograd.Function):
