@@ -240,8 +240,8 @@ class LearnerConfig:
     logprob_gap_stop: float = 1.0
     """Mean |log-probability gap| a token between trainer and sampler, in nats, that warns, and
     that ends the run. bfloat16 alone makes some 0.02, eight versions of staleness 0.05."""
-    vocabulary_chunk_tokens: int = 512
-    """Tokens whose logits exist at one time in the fused log-probability head."""
+    logits_mib: float = 320.0
+    """Logits that exist at one time in the fused log-probability head, MiB of float32."""
     activation_checkpointing: bool = False
     compile: bool = False
     credit_probe_every: int = 10

@@ -144,7 +144,7 @@ _POSITIVE = (
     "verifier.workers",
     "learner.ranks",
     "learner.learning_rate",
-    "learner.vocabulary_chunk_tokens",
+    "learner.logits_mib",
     "model.max_length",
     "weights.bucket_mib",
     "algorithm.objective.epochs",

@@ -4,7 +4,7 @@
 pass, so that under FSDP it sees the gathered weight, and it returns log p(label) instead of
 logits. Logits exist for `chunk_tokens` tokens at a time, in forward and again in backward,
 where they are recomputed: one more matrix product buys memory that no longer grows with
-tokens x vocabulary.
+tokens x vocabulary. The last chunk, which backward begins with, is kept instead.
 
     components
       LogprobHead         the module; owns the output weight (shared with the embedding if tied)
@@ -149,15 +149,19 @@ class _ChunkedLogprobs(torch.autograd.Function):
         logprobs_N = hidden_NH.new_zeros(len(labels_N), dtype=dtype)
         logsumexp_N = torch.zeros_like(logprobs_N)
         entropy_N = torch.zeros_like(logprobs_N)
+        ctx.kept = None
         for chunk in scorer.chunks(len(labels_N)):
-            raw_CV = scorer.raw_logits(hidden_NH[chunk], weight_VH, bias_V)
-            logits_CV = scorer.transformed(raw_CV)
-            logsumexp_N[chunk] = logits_CV.logsumexp(dim=-1)
+            logits_CV = scorer.transformed(scorer.raw_logits(hidden_NH[chunk], weight_VH, bias_V))
             picked_C = logits_CV.gather(1, labels_N[chunk, None]).squeeze(1)
+            largest_C = logits_CV.amax(dim=-1)
+            shifted_CV = logits_CV.sub_(largest_C[:, None])
+            exps_CV = shifted_CV.exp() if with_entropy else shifted_CV.exp_()
+            sums_C = exps_CV.sum(dim=-1)
+            logsumexp_N[chunk] = largest_C + sums_C.log()
             logprobs_N[chunk] = picked_C - logsumexp_N[chunk]
             if with_entropy:
-                logits_CV.sub_(logsumexp_N[chunk, None])
-                entropy_N[chunk] = -(logits_CV.exp() * logits_CV).sum(dim=-1)
+                entropy_N[chunk] = sums_C.log() - shifted_CV.mul_(exps_CV).sum(dim=-1) / sums_C
+            ctx.kept = (exps_CV, sums_C) if scorer.transform.softcap is None else None
         ctx.save_for_backward(hidden_NH, weight_VH, bias_V, labels_N, logsumexp_N)
         ctx.scorer = scorer
         ctx.mark_non_differentiable(entropy_N)
@@ -171,30 +175,36 @@ class _ChunkedLogprobs(torch.autograd.Function):
         # The sum over chunks is kept in float32: bfloat16 would lose small chunks.
         wide = logsumexp_N.dtype
         grad_hidden_NH = torch.zeros_like(hidden_NH)
-        grad_weight_VH = (
-            torch.zeros_like(weight_VH, dtype=wide) if ctx.needs_input_grad[1] else None
-        )
+        grad_weight_VH: Tensor | None = None
         grad_bias_V = None
         if bias_V is not None and ctx.needs_input_grad[2]:
             grad_bias_V = torch.zeros_like(bias_V, dtype=wide)
-        for chunk in scorer.chunks(len(labels_N)):
-            raw_CV = scorer.raw_logits(hidden_NH[chunk], weight_VH, bias_V)
-            logits_CV = scorer.transformed(raw_CV)
-            slope_CV = scorer.raw_slope(logits_CV)
+        kept, ctx.kept = ctx.kept, None  # is written over: a second backward pass recomputes it
+        for chunk in reversed(list(scorer.chunks(len(labels_N)))):
             # d log p(label) / d logits = onehot(label) - softmax, here in the logits' own memory
             upstream_C = grad_N[chunk] * (scorer.transform.scale / scorer.temperature)
-            delta_CV = logits_CV.sub_(logsumexp_N[chunk, None]).exp_().mul_(-upstream_C[:, None])
-            delta_CV[torch.arange(len(delta_CV), device=delta_CV.device), labels_N[chunk]] += (
-                upstream_C
-            )
+            slope_CV = None
+            if kept is not None:
+                exps_CV, sums_C = kept
+                delta_CV, kept = exps_CV.mul_((-upstream_C / sums_C)[:, None]), None
+            else:
+                raw_CV = scorer.raw_logits(hidden_NH[chunk], weight_VH, bias_V)
+                logits_CV = scorer.transformed(raw_CV)
+                slope_CV = scorer.raw_slope(logits_CV)
+                probs_CV = logits_CV.sub_(logsumexp_N[chunk, None]).exp_()
+                delta_CV = probs_CV.mul_(-upstream_C[:, None])
+            rows_C = torch.arange(len(delta_CV), device=delta_CV.device)
+            delta_CV[rows_C, labels_N[chunk]] += upstream_C
             if slope_CV is not None:
                 delta_CV.mul_(slope_CV)
             if grad_bias_V is not None:
                 grad_bias_V.add_(delta_CV.sum(dim=0))
             narrow_CV = delta_CV.to(hidden_NH.dtype)
             grad_hidden_NH[chunk] = narrow_CV @ weight_VH
-            if grad_weight_VH is not None:
-                grad_weight_VH.add_(narrow_CV.T @ hidden_NH[chunk])
+            if ctx.needs_input_grad[1]:
+                grad_weight_VH = _plus_product(grad_weight_VH, narrow_CV.T, hidden_NH[chunk], wide)
+        if ctx.needs_input_grad[1] and grad_weight_VH is None:
+            grad_weight_VH = torch.zeros_like(weight_VH)  # no tokens
         return (
             grad_hidden_NH,
             None if grad_weight_VH is None else grad_weight_VH.to(weight_VH.dtype),
@@ -203,3 +213,12 @@ class _ChunkedLogprobs(torch.autograd.Function):
             None,
             None,
         )
+
+
+def _plus_product(total: Tensor | None, left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+    """`total` + left @ right, in place where there is a total, in `dtype`."""
+    if total is None:
+        return (left @ right).to(dtype)
+    if left.dtype == dtype:
+        return total.addmm_(left, right)
+    return total.add_(left @ right)

@@ -145,7 +145,7 @@ def load_policy(
     config: ModelConfig,
     dtype: torch.dtype,
     *,
-    chunk_tokens: int,
+    logits_mib: float,
     temperature: float,
     weights: bool,
 ) -> tuple[Policy, float]:
@@ -155,7 +155,8 @@ def load_policy(
     """
     model = load_model(config, dtype, weights=weights)
     expected = _untouched_logprobs(model, temperature) if weights else None
-    policy = Policy(model, chunk_tokens)
+    row_bytes = 4 * model.get_output_embeddings().weight.shape[0]
+    policy = Policy(model, max(1, int(logits_mib * 2**20 / row_bytes)))
     if expected is None:
         return policy, 0.0
     with torch.no_grad():

@@ -159,7 +159,7 @@ class LearnerWorker:
         policy, gap = load_policy(
             self._job.model,
             dtype,
-            chunk_tokens=self._config.vocabulary_chunk_tokens,
+            logits_mib=self._config.logits_mib,
             temperature=self._job.temperature,
             weights=reader,
         )

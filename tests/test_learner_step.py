@@ -186,7 +186,7 @@ def test_a_step_moves_the_weights_and_reports_the_contract(folder: Path, baselin
         {"packing": "sequence"},
         {"tokens_per_microbatch": 4096},
         {"tokens_per_microbatch": 1},
-        {"vocabulary_chunk_tokens": 3},
+        {"logits_mib": 0.0005},
         {"activation_checkpointing": True},
         pytest.param(
             {"compile": True},
@@ -422,7 +422,7 @@ def test_a_damaged_bucket_is_refused() -> None:
 def test_self_check_passes_for_known_architectures(architecture: str, tmp_path: Path) -> None:
     tiny_model(architecture).save_pretrained(tmp_path)
     config = ModelConfig(path=str(tmp_path))
-    _, gap = load_policy(config, torch.float32, chunk_tokens=8, temperature=0.8, weights=True)
+    _, gap = load_policy(config, torch.float32, logits_mib=0.001, temperature=0.8, weights=True)
     check_policy(gap, torch.float32, config.path)
 
 
@@ -433,7 +433,7 @@ def test_self_check_refuses_an_unknown_logit_transform(tmp_path: Path, monkeypat
         lambda model: __import__("learner.logprobs").logprobs.LogitTransform(),
     )
     config = ModelConfig(path=str(tmp_path))
-    _, gap = load_policy(config, torch.float32, chunk_tokens=8, temperature=1.0, weights=True)
+    _, gap = load_policy(config, torch.float32, logits_mib=0.001, temperature=1.0, weights=True)
     with pytest.raises(UserError, match="disagrees"):
         check_policy(gap, torch.float32, config.path)
 
@@ -453,7 +453,7 @@ def test_missing_model_is_a_user_error(tmp_path: Path) -> None:
         load_policy(
             ModelConfig(path=str(tmp_path / "none")),
             torch.float32,
-            chunk_tokens=8,
+            logits_mib=0.001,
             temperature=1.0,
             weights=True,
         )

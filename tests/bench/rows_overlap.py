@@ -25,7 +25,6 @@ KEYS = (
     "batch.prompts_per_step=32",
     "batch.group_size=16",
     "batch.tokens_per_microbatch=8192",
-    "learner.vocabulary_chunk_tokens=4096",
     "algorithm.objective.epochs=2",
 )
 
