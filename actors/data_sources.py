@@ -1,7 +1,8 @@
 """Questions and answers, from a reasoning-gym task, a file or a Hugging Face data set.
 
 `load_rows` is the one entry: training rows and held-out rows with no question in common.
-Everything that can be wrong with the data is a `UserError` naming the place and the remedy.
+What is wrong with a row sends it into quarantine; what is wrong with the whole is a `UserError`.
+Both name the place and the remedy.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from actors.quarantine import Quarantine
 from actors.verifiers.reasoning_gym import encode_entry, import_reasoning_gym
 from common.config import DataConfig, ReasoningGymConfig
 from common.errors import UserError
@@ -43,8 +45,8 @@ class Rows:
     removed: int
 
 
-def load_rows(config: DataConfig, held_out: int, seed: int) -> Rows:
-    """Training rows, and exactly `held_out` distinct held-out ones.
+def load_rows(config: DataConfig, held_out: int, seed: int, quarantine: Quarantine) -> Rows:
+    """Training rows, and exactly `held_out` distinct held-out ones; bad rows to `quarantine`.
 
     Raises: `UserError` for anything wrong with the data, or too few of them.
     """
@@ -53,13 +55,15 @@ def load_rows(config: DataConfig, held_out: int, seed: int) -> Rows:
     if config.path is None:
         raise UserError(f"data.source={config.source} needs data.path")
     read = _read_file if config.source == "file" else _read_hub
-    rows = list(read(config, config.path, config.split))
+    rows = list(read(config, config.path, config.split, quarantine))
+    others: list[Row] = []
+    if config.eval_path is not None and config.source == "file":
+        others = list(read(config, config.eval_path, config.split, quarantine))
+    elif config.eval_path is not None:
+        others = list(read(config, config.path, config.eval_path, quarantine))
+    quarantine.check()
     if config.eval_path is None:
         return _split(rows, held_out, config.path)
-    if config.source == "file":
-        others = list(read(config, config.eval_path, config.split))
-    else:
-        others = list(read(config, config.path, config.eval_path))
     return _without(rows, _distinct(others), held_out, config.eval_path)
 
 
@@ -173,7 +177,7 @@ def _task_row(config: ReasoningGymConfig, entry: dict[str, Any], index: int) -> 
     return Row(entry["question"], json.dumps(reference), None, None, place)
 
 
-def _read_file(config: DataConfig, name: str, split: str) -> Iterator[Row]:
+def _read_file(config: DataConfig, name: str, split: str, quarantine: Quarantine) -> Iterator[Row]:
     path = Path(name).expanduser()
     if not path.is_file():
         raise UserError(f"data file {name} does not exist (looked in {Path.cwd()})")
@@ -183,27 +187,35 @@ def _read_file(config: DataConfig, name: str, split: str) -> Iterator[Row]:
         records = _read_parquet(path)
     else:
         raise UserError(f"data file {name} is neither .jsonl nor .parquet")
-    yield from _to_rows(config, name, records)
+    yield from _to_rows(config, name, records, quarantine)
 
 
 def _read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
+    """(place, object), or (place, why the line is none)."""
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
             place = f"{path}, line {number}"
             try:
-                record = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-            except UnicodeDecodeError as error:
-                raise UserError(
-                    f"{place}: not UTF-8 (byte {error.start} is "
-                    f"0x{error.object[error.start]:02x}): save the file as UTF-8"
-                ) from error
-            except (ValueError, RecursionError) as error:
-                raise UserError(f"{place}: not a JSON object: {error}") from error
-            if not isinstance(record, dict):
-                raise UserError(f"{place}: a {type(record).__name__}, not a JSON object")
-            yield place, record
+                yield place, _json_object(place, line.removeprefix(b"\xef\xbb\xbf"))
+            except UserError as error:
+                yield place, error
+
+
+def _json_object(place: str, line: bytes) -> dict[str, Any]:
+    try:
+        record = json.loads(line.decode())
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{place}: not UTF-8 (byte {error.start} is "
+            f"0x{error.object[error.start]:02x}): save the file as UTF-8"
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{place}: not a JSON object: {error}") from error
+    if not isinstance(record, dict):
+        raise UserError(f"{place}: a {type(record).__name__}, not a JSON object")
+    return record
 
 
 def _read_parquet(path: Path) -> Iterator[tuple[str, Any]]:
@@ -221,7 +233,7 @@ def _read_parquet(path: Path) -> Iterator[tuple[str, Any]]:
         raise UserError(f"{path} cannot be read as Parquet: {error}") from error
 
 
-def _read_hub(config: DataConfig, name: str, split: str) -> Iterator[Row]:
+def _read_hub(config: DataConfig, name: str, split: str, quarantine: Quarantine) -> Iterator[Row]:
     import datasets
 
     try:
@@ -240,7 +252,7 @@ def _read_hub(config: DataConfig, name: str, split: str) -> Iterator[Row]:
     if isinstance(data, datasets.DatasetDict):
         data = data[split]
     records = ((f"{name} {split} row {number}", record) for number, record in enumerate(data))
-    yield from _to_rows(config, f"{name} {split}", records)
+    yield from _to_rows(config, f"{name} {split}", records, quarantine)
 
 
 def _load_data_set(name: str, subset: str | None, split: str) -> Any:
@@ -258,25 +270,37 @@ def _load_data_set(name: str, subset: str | None, split: str) -> Any:
     return data
 
 
-def _to_rows(config: DataConfig, name: str, records: Iterator[tuple[str, Any]]) -> Iterator[Row]:
-    empty = True
+def _to_rows(
+    config: DataConfig, name: str, records: Iterator[tuple[str, Any]], quarantine: Quarantine
+) -> Iterator[Row]:
+    seen = quarantine.seen
     for place, record in records:
-        empty = False
-        question = _text(record, config.prompt_column, "data.prompt_column", place)
-        if not question.strip():
-            raise UserError(f"{place}: column {config.prompt_column!r} is blank")
-        answer = _value(record, config.answer_column, "data.answer_column", place)
-        if isinstance(answer, bool) or not isinstance(answer, (str, int, float)):
-            raise _wrong_type(place, config.answer_column, "text or a number", answer)
-        reference = {"prompt": question, "answer": str(answer), "task": None, "entry": None}
-        solution = difficulty = None
-        if config.solution_column is not None:
-            solution = _text(record, config.solution_column, "data.solution_column", place)
-        if config.difficulty_column is not None:
-            difficulty = _number(record, config.difficulty_column, place)
-        yield Row(question, json.dumps(reference), solution, difficulty, place)
-    if empty:
+        quarantine.seen += 1
+        if isinstance(record, UserError):
+            quarantine.add(place, record)
+            continue
+        try:
+            yield _row(config, place, record)
+        except UserError as error:
+            quarantine.add(place, error, record)
+    if quarantine.seen == seen:
         raise UserError(f"{name} has no rows")
+
+
+def _row(config: DataConfig, place: str, record: Mapping[str, Any]) -> Row:
+    question = _text(record, config.prompt_column, "data.prompt_column", place)
+    if not question.strip():
+        raise UserError(f"{place}: column {config.prompt_column!r} is blank")
+    answer = _value(record, config.answer_column, "data.answer_column", place)
+    if isinstance(answer, bool) or not isinstance(answer, (str, int, float)):
+        raise _wrong_type(place, config.answer_column, "text or a number", answer)
+    reference = {"prompt": question, "answer": str(answer), "task": None, "entry": None}
+    solution = difficulty = None
+    if config.solution_column is not None:
+        solution = _text(record, config.solution_column, "data.solution_column", place)
+    if config.difficulty_column is not None:
+        difficulty = _number(record, config.difficulty_column, place)
+    return Row(question, json.dumps(reference), solution, difficulty, place)
 
 
 def _value(record: Mapping[str, Any], column: str, key: str, place: str) -> Any:

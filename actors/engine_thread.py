@@ -18,7 +18,7 @@ from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
-from common.errors import RunError
+from common.errors import RunError, WeightsError
 
 if TYPE_CHECKING:
     from vllm.v1.engine.llm_engine import LLMEngine
@@ -105,7 +105,9 @@ class EngineThread:
         done: Future[Any] = Future()
         with self._lock:
             if self._error is not None:
-                raise RunError(f"vLLM's engine is gone: {self._error}") from self._error
+                # Half loaded weights are a cause for a restart, whoever hears of them.
+                kind = WeightsError if isinstance(self._error, WeightsError) else RunError
+                raise kind(f"vLLM's engine is gone: {self._error}") from self._error
             self._commands.put((work, done))
         return done
 

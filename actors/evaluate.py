@@ -10,11 +10,11 @@ import asyncio
 import time
 from typing import Any
 
-from actors.pools import GeneratorPool, VerifierPool
+from actors.pools import GeneratorPool, GroupLostError, VerifierPool
 from actors.prompts import Prompt
 from common.config import EvalConfig
+from common.stream import GroupLog
 from common.trajectory import GroupRequest
-from common.waits import Waits
 
 
 class Evaluator:
@@ -26,18 +26,16 @@ class Evaluator:
         prompts: list[Prompt],
         generators: GeneratorPool,
         verifiers: VerifierPool,
-        stream: Any,
+        log: GroupLog,
         config: EvalConfig,
         max_tokens: int,
-        waits: Waits,
     ) -> None:
         self._prompts = prompts
         self._generators = generators
         self._verifiers = verifiers
-        self._stream = stream
+        self._log = log
         self._config = config
         self._max_tokens = config.max_completion_tokens or max_tokens
-        self._waits = waits
 
     async def run(self, step: int) -> dict[str, float]:
         """`eval/accuracy`: mean of the first verifier's reward; `eval/unscored`: verdicts missing.
@@ -48,12 +46,7 @@ class Evaluator:
         refs = await asyncio.gather(
             *[self._one(index, prompt) for index, prompt in enumerate(self._prompts)]
         )
-        summary = await self._waits.on(
-            self._stream.write_evaluation.remote(step, list(refs)),
-            owner="evaluation",
-            cause="the trajectory stream",
-            deadline_s=self._config.timeout_s,
-        )
+        summary = await self._log.write_evaluation(step, refs, self._config.timeout_s)
         return {**summary, "time/eval": time.monotonic() - started}
 
     async def _one(self, index: int, prompt: Prompt) -> Any:
@@ -71,6 +64,11 @@ class Evaluator:
             dispatch_version=self._generators.version,
             dispatched_s=time.time(),
         )
-        rollouts = self._generators.generate(request, self._config.timeout_s)
-        (rollout_ref,) = [ref async for ref in rollouts]  # one completion, one batch
-        return await self._verifiers.score(request.group_id, rollout_ref, self._config.timeout_s)
+        timeout_s = self._config.timeout_s
+        while True:
+            try:
+                rollouts = self._generators.generate(request, timeout_s)
+                (rollout_ref,) = [ref async for ref in rollouts]  # one completion, one batch
+                return await self._verifiers.score(request.group_id, rollout_ref, timeout_s)
+            except GroupLostError:
+                continue

@@ -14,16 +14,18 @@ from collections.abc import AsyncIterator
 from contextlib import ExitStack
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import ray
 
 from actors.engine import Completion, Engine
 from actors.lending import lend
 from common.config import GeneratorConfig, ModelConfig
+from common.faults import reached
 from common.schema import rollout_schema
 from common.stacks import arm
 from common.trajectory import GroupRequest
-from common.weights import WeightBucket
+from common.weights import WeightBucket, check_bucket
 
 _GATHER_S = 2.0
 """Completions that end within this time of each other are verified together."""
@@ -97,6 +99,7 @@ class Generator:
                 done, pending = await _finished(pending, left_s)
                 sampled = {tasks[task]: task.result() for task in done}
                 if sampled:
+                    reached("completion sampled")
                     self._num_batches += 1
                     batch = self._batch(request, dict(sorted(sampled.items())))
                     self._batches[self._num_batches] = batch
@@ -163,8 +166,16 @@ class Generator:
         return time.monotonic() - self._update_began
 
     async def update_weights(self, buckets: list[WeightBucket], version: int) -> float:
-        """A whole update from the object store; returns the seconds generation stood still."""
+        """A whole update from the object store; returns the seconds generation stood still.
+
+        Raises:
+            WeightsError: a bucket is not what the learner packed. Nothing has been loaded.
+        """
         buffers = await asyncio.gather(*[bucket.ref for bucket in buckets])
+        if reached("weights received"):
+            buffers[-1] = np.roll(buffers[-1], 1)
+        for bucket, buffer in zip(buckets, buffers, strict=True):
+            await asyncio.to_thread(check_bucket, bucket, buffer)
         with ExitStack() as loans:
             places = [
                 loans.enter_context(await asyncio.to_thread(lend, buffer, self.engine.in_process))

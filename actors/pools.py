@@ -1,7 +1,8 @@
 """The live generators and verifiers, behind two small typed classes.
 
 A pool sends work to the member with the least of it under way. Handles are Ray actors; every
-call goes through `Waits` with a deadline.
+call goes through `Waits` with a deadline. A member that dies is replaced, and what it was asked is
+asked again; only what had been sampled of its groups is lost.
 """
 
 from __future__ import annotations
@@ -9,27 +10,54 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
+
+from ray.exceptions import RayActorError, RayTaskError
 
 from common.trajectory import GroupRequest
 from common.waits import Waits
 from common.weights import WeightBucket
 
 
+class GroupLostError(Exception):
+    """A group's completions died with their generator: sample it again."""
+
+
+@dataclass(frozen=True)
+class Revival:
+    """How a pool replaces a member that died."""
+
+    make: Callable[[str], Any]
+    """A new actor for a name."""
+    allow: Callable[[BaseException], float]
+    """Seconds to wait before the restart that answers an error; raises after too many."""
+    say: Callable[[str], None]
+    deadline_s: float
+    """For its start."""
+
+
 class Pool:
-    """Named actor handles and how many calls each has under way."""
+    """Named actor handles and how many calls each has under way.
+
+    Without a `revival`, as until all members are up, the death of one is an error.
+    """
 
     def __init__(self, handles: dict[str, Any], waits: Waits) -> None:
         self.handles = handles
         self.waits = waits
         self._load = dict.fromkeys(handles, 0)
+        self.revival: Revival | None = None
+        self._reviving = asyncio.Lock()
+        self._down: set[str] = set()
 
     @contextmanager
     def least_loaded(self) -> Iterator[str]:
         """The name of the member with the least under way; one more is, inside the context."""
-        name = min(self._load, key=self._load.__getitem__)
+        up = [name for name in self._load if name not in self._down]
+        name = min(up or self._load, key=self._load.__getitem__)
         self._load[name] += 1
         try:
             yield name
@@ -41,15 +69,69 @@ class Pool:
     ) -> dict[str, Any]:
         """Call `method` on every member and await all; results by name."""
         calls = [
-            self.waits.on(
-                getattr(handle, method).remote(*args),
-                owner=owner,
-                cause=f"{method} of {name}",
-                deadline_s=deadline_s,
-            )
-            for name, handle in self.handles.items()
+            self._call(name, method, *args, owner=owner, deadline_s=deadline_s)
+            for name in self.handles
         ]
-        return dict(zip(self.handles, await asyncio.gather(*calls), strict=True))
+        # All of them, even when one fails: who tries again must not meet the rest of this.
+        results = await asyncio.gather(*calls, return_exceptions=True)
+        for result in results:
+            if isinstance(result, BaseException):
+                raise result
+        return dict(zip(self.handles, results, strict=True))
+
+    async def _call(self, name: str, method: str, *args: Any, owner: str, deadline_s: float) -> Any:
+        """Call one member, or the one that comes in its place."""
+        while True:
+            handle = self.handles[name]
+            try:
+                return await self._call_once(handle, name, method, args, owner, deadline_s)
+            except RayActorError as error:
+                await self.revive(name, handle, error)
+
+    async def _call_once(
+        self,
+        handle: Any,
+        name: str,
+        method: str,
+        args: tuple[Any, ...],
+        owner: str,
+        deadline_s: float,
+    ) -> Any:
+        return await self.waits.on(
+            getattr(handle, method).remote(*args),
+            owner=owner,
+            cause=f"{method} of {name}",
+            deadline_s=deadline_s,
+        )
+
+    async def revive(self, name: str, dead: Any, error: RayActorError) -> None:
+        """Put a new actor in the place of `dead`, unless that has been done.
+
+        Raises:
+            RayActorError: the pool cannot; `error`, or that of the new one.
+            RunError: there were too many restarts.
+        """
+        if self.revival is None or isinstance(error, RayTaskError):
+            raise error  # a RayTaskError is of a task that was given what another lost
+        self._down.add(name)
+        async with self._reviving:
+            if self.handles[name] is not dead:
+                return
+            pause_s = self.revival.allow(error)
+            self.revival.say(f"{name} died and starts again in {pause_s:.0f} s: {_first(error)}")
+            await asyncio.sleep(pause_s)
+            handle = self.revival.make(name)
+            await self._prepare(name, handle, self.revival.deadline_s)
+            self.handles[name] = handle
+            self._down.discard(name)
+
+    async def _prepare(self, name: str, handle: Any, deadline_s: float) -> None:
+        """Make a new member ready to serve."""
+        raise NotImplementedError
+
+
+def _first(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0]
 
 
 class GeneratorPool(Pool):
@@ -58,6 +140,8 @@ class GeneratorPool(Pool):
     def __init__(self, handles: dict[str, Any], waits: Waits, version: int) -> None:
         super().__init__(handles, waits)
         self.version = version
+        self._newest: tuple[list[WeightBucket], int] | None = None
+        """The last update; the buckets stay in the object store for members that come later."""
 
     async def generate(self, request: GroupRequest, deadline_s: float) -> AsyncIterator[Any]:
         """References to rollout batches of one group, as its completions end.
@@ -65,6 +149,9 @@ class GeneratorPool(Pool):
         The stream says only which batch is ready; the batch is the result of a call of its own
         and stays where it was made. A reference *inside* a streamed item would not do: Ray does
         not count it, and the object may be gone before it is read (ray#58080).
+
+        Raises:
+            GroupLostError: the generator died; another is in its place.
         """
         ends = time.monotonic() + deadline_s
 
@@ -78,9 +165,23 @@ class GeneratorPool(Pool):
 
         with self.least_loaded() as name:
             handle = self.handles[name]
-            ready = handle.generate_group.options(num_returns="streaming").remote(request)
-            while (item := await on(anext(ready, None))) is not None:
-                yield handle.take_batch.remote(await on(item))
+            try:
+                ready = handle.generate_group.options(num_returns="streaming").remote(request)
+                while (item := await on(anext(ready, None))) is not None:
+                    yield handle.take_batch.remote(await on(item))
+            except RayActorError as error:
+                lost = error
+            else:
+                return
+        await self.revive(name, handle, lost)
+        raise GroupLostError(f"{name} died with group {request.group_id}") from lost
+
+    async def _prepare(self, name: str, handle: Any, deadline_s: float) -> None:
+        await self._call_once(handle, name, "start", (), "restart", deadline_s)
+        if self._newest is not None:
+            await self._call_once(
+                handle, name, "update_weights", self._newest, "restart", deadline_s
+            )
 
     async def score(
         self, sequences: list[list[int]], prompt_lengths: list[int], deadline_s: float
@@ -94,6 +195,7 @@ class GeneratorPool(Pool):
         self, buckets: list[WeightBucket], version: int, deadline_s: float
     ) -> float:
         """Bring every generator to `version`; returns the longest stall of generation, seconds."""
+        self._newest = (buckets, version)
         stalls = await self.call_all(
             "update_weights", buckets, version, owner="publish", deadline_s=deadline_s
         )
@@ -113,14 +215,28 @@ class VerifierPool(Pool):
 
         The method returns (batch, acknowledgement). Only the acknowledgement is fetched: the
         batch stays in the object store of the node that made it.
+
+        Raises:
+            GroupLostError: the completions died with their generator.
         """
-        with self.least_loaded() as name:
-            method = self.handles[name].score_group
-            batch_ref, done = method.options(num_returns=2).remote(rollout_ref)
-            await self.waits.on(
-                done,
-                owner=f"group {group_id}",
-                cause=f"its verdicts from {name}",
-                deadline_s=deadline_s,
-            )
-            return batch_ref
+        while True:
+            with self.least_loaded() as name:
+                handle = self.handles[name]
+                batch_ref, done = handle.score_group.options(num_returns=2).remote(rollout_ref)
+                try:
+                    await self.waits.on(
+                        done,
+                        owner=f"group {group_id}",
+                        cause=f"its verdicts from {name}",
+                        deadline_s=deadline_s,
+                    )
+                except RayActorError as error:
+                    if isinstance(error, RayTaskError):  # the verifier lives, what it was given not
+                        raise GroupLostError(f"completions of group {group_id}") from error
+                    lost = error
+                else:
+                    return batch_ref
+            await self.revive(name, handle, lost)
+
+    async def _prepare(self, name: str, handle: Any, deadline_s: float) -> None:
+        await self._call_once(handle, name, "warm_up", (), "restart", deadline_s)

@@ -12,11 +12,12 @@ import hashlib
 import random
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from actors.chat import Template, Tokenizer
 from actors.data_sources import Row, Rows, load_rows
+from actors.quarantine import Quarantine
 from common.config import DataConfig, PromptOrder
 from common.errors import UserError
 
@@ -48,11 +49,17 @@ class PromptSource:
     """Serves the training rows once an epoch, in an order of its own each epoch.
 
     Attributes: `size`, training prompts an epoch; `removed`, training rows left out because
-    their question is held out; `identity`, a digest of what the order of serving depends on.
+    their question is held out; `quarantine`, the rows that could not be used; `identity`, a
+    digest of what the order of serving depends on.
     """
 
     def __init__(
-        self, rows: Rows, template: Template, seed: int, order: PromptOrder = "shuffle"
+        self,
+        rows: Rows,
+        template: Template,
+        seed: int,
+        order: PromptOrder = "shuffle",
+        quarantine: Quarantine | None = None,
     ) -> None:
         self._rows, self._held_out = rows.train, rows.held_out
         self._template = template
@@ -62,6 +69,7 @@ class PromptSource:
         self.identity = _identity(rows.train, seed, order)
         self.size = len(rows.train)
         self.removed = rows.removed
+        self.quarantine = quarantine or Quarantine(0.0)
         self._order_of = lru_cache(maxsize=2)(self._make_order)
         self._order_of(0)
 
@@ -139,24 +147,39 @@ def build_prompt_source(
     Raises: `UserError` for anything wrong with the data or the template.
     """
     template = Template(config, tokenizer)
-    rows = load_rows(config, eval_prompts, seed)
-    _check_lengths([*rows.train, *rows.held_out], template, max_prompt_tokens)
-    return PromptSource(rows, template, seed, config.order)
+    quarantine = Quarantine(config.max_bad_rows)
+    rows = load_rows(config, eval_prompts, seed, quarantine)
+    _check_lengths(rows.held_out, template, max_prompt_tokens, None)
+    bad = _check_lengths(rows.train, template, max_prompt_tokens, quarantine)
+    quarantine.seen = max(quarantine.seen, len(rows.train))
+    quarantine.check()
+    rows = replace(rows, train=[row for row in rows.train if row.place not in bad])
+    return PromptSource(rows, template, seed, config.order, quarantine)
 
 
-def _check_lengths(rows: Sequence[Row], template: Template, limit: int) -> None:
+def _check_lengths(
+    rows: Sequence[Row], template: Template, limit: int, quarantine: Quarantine | None
+) -> set[str]:
+    """Places of rows whose prompt does not fit; without a quarantine the first is an error."""
+    bad = set()
     for start in range(0, len(rows), _CHECK_BATCH):
         some = rows[start : start + _CHECK_BATCH]
         token_ids = template.encode([template.render(row.question) for row in some])
         for row, ids in zip(some, token_ids, strict=True):
-            if len(ids) > limit:
-                raise UserError(
-                    f"{row.place}: the prompt has {len(ids)} tokens and at most {limit} fit "
-                    "(model.max_length less generator.max_completion_tokens): raise "
-                    "model.max_length, lower generator.max_completion_tokens, or drop the row"
-                )
-            if not ids:
-                raise UserError(f"{row.place}: the prompt has no tokens")
+            if 0 < len(ids) <= limit:
+                continue
+            error = UserError(
+                f"{row.place}: the prompt has {len(ids)} tokens and at most {limit} fit "
+                "(model.max_length less generator.max_completion_tokens): raise "
+                "model.max_length, lower generator.max_completion_tokens, or drop the row"
+                if ids
+                else f"{row.place}: the prompt has no tokens"
+            )
+            if quarantine is None:
+                raise error
+            quarantine.add(row.place, error, row.question)
+            bad.add(row.place)
+    return bad
 
 
 def _difficulty(row: Row) -> float:

@@ -18,17 +18,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from actors.guidance import Guidance, num_guided
-from actors.pools import GeneratorPool, VerifierPool
+from actors.pools import GeneratorPool, GroupLostError, VerifierPool
 from actors.prompts import Prompt, PromptSource
 from common.budget import GroupWindow, StalenessBudget, in_time
 from common.config import Config
 from common.errors import StallError, UserError, VerifierError
+from common.faults import reached
 from common.ledger import Ledger, OpenGroup, Outcome, Outcomes, outcomes_of
 from common.stream import GroupLog
 from common.trajectory import GroupReceipt, GroupRequest
 from common.waits import Waits, until
 
-_RECOVER_S = 600.0
 _UNJUDGED_LIMIT = 16
 """Groups in a row without a single reward that end the run."""
 
@@ -53,7 +53,7 @@ class RolloutLoop:
         source: PromptSource,
         generators: GeneratorPool,
         verifiers: VerifierPool,
-        stream: Any,
+        log: GroupLog,
         guidance: Guidance,
         ledger: Ledger,
         waits: Waits,
@@ -61,8 +61,7 @@ class RolloutLoop:
         self._source = source
         self._generators = generators
         self._verifiers = verifiers
-        self._stream = stream
-        self._log = GroupLog(stream, waits, config.verify_timeout_s)
+        self._log = log
         self._config = config.generator
         self._rollout = config.algorithm.rollout
         self._group_size = config.batch.group_size
@@ -114,6 +113,7 @@ class RolloutLoop:
         self.counts.groups_dispatched += 1
         self._ledger.dispatched(request)
         self._window.dispatch(request.group_id, request.dispatch_version)
+        reached("group dispatched")
         return request
 
     def _seed_of(self, turn: int) -> int:
@@ -152,10 +152,19 @@ class RolloutLoop:
             self._changed.notify_all()
 
     async def _verified(self, request: GroupRequest) -> list[Any]:
-        """Completions are verified while others of the group are still being sampled.
+        """References to trajectory batches; none when no completion ended in time.
 
-        References to trajectory batches; none when no completion ended in time.
+        A group whose generator dies is sampled again: none of its completions is in the log yet.
         """
+        while True:
+            try:
+                return await self._sampled_and_verified(request)
+            except ExceptionGroup as group:
+                if group.split(GroupLostError)[1] is not None:
+                    raise
+
+    async def _sampled_and_verified(self, request: GroupRequest) -> list[Any]:
+        """Completions are verified while others of the group are still being sampled."""
         async with asyncio.TaskGroup() as verdicts:
             parts = [
                 verdicts.create_task(
@@ -169,7 +178,9 @@ class RolloutLoop:
 
     async def _logged(self, group_id: int, refs: list[Any]) -> GroupReceipt:
         receipt = await self._log.append(group_id, refs)
+        reached("group in the log")
         self._ledger.verified(group_id, receipt.num_tokens)
+        reached("group verified")
         self.counts.tokens_generated += receipt.num_tokens
         return receipt
 
@@ -251,12 +262,7 @@ class RolloutLoop:
         if state:
             self.guidance.load_state_dict(state["guidance"])
         opened = {group.group_id: group for group in self._ledger.roll_back(step)}
-        logged: list[GroupReceipt] = await self._waits.on(
-            self._stream.recover.remote(list(opened)),
-            owner="resume",
-            cause="the trajectory log",
-            deadline_s=_RECOVER_S,
-        )
+        logged = await self._log.recover(list(opened))
         of_now = [
             receipt
             for receipt in logged

@@ -39,11 +39,13 @@ from common.processes import descendants
 from common.schema import ERROR, TIMEOUT
 
 MEMORY_LIMIT_BYTES = 4 * 2**30
+MAX_PROCESSES = 32
+"""Of a rule, at one time. The kernel's own limit counts a whole user's, and not root's."""
 START_TIMEOUT_S = 120.0
 _EXIT_TIMEOUT_S = 10.0
 _HAND_OVER_TIMEOUT_S = 30.0
 _HAND_OVERS = 3
-_POLL_MS = 100
+_POLL_MS = 50
 _MAX_MESSAGE_BYTES = 2**20
 _INHERITED = ("PATH", "HOME", "TMPDIR", "LANG", "LC_ALL", "LD_LIBRARY_PATH")
 
@@ -237,12 +239,14 @@ class Sandbox:
 
     def _await(self, pipe: IO[bytes], event: int, deadline: float) -> None:
         """Return when `pipe` is ready. Death is looked for too: a process that a rule left behind
-        may hold the other end of the pipe open."""
+        may hold the other end of the pipe open. So are too many processes."""
         poll = select.poll()
         poll.register(pipe, event)
         while not poll.poll(_POLL_MS):
             if self._process.poll() is not None:
                 raise self._death()
+            if len(descendants(self._process.pid, MAX_PROCESSES + 2)) > MAX_PROCESSES + 1:
+                raise _ChildDiedError(f"it was ended, with more than {MAX_PROCESSES} processes")
             if time.monotonic() > deadline:
                 raise TimeoutError
 

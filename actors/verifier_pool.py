@@ -22,6 +22,7 @@ from actors.verifiers.base import Verdict
 from actors.verifiers.registry import verifier_names
 from common.config import VerifierConfig
 from common.errors import UserError
+from common.faults import reached
 from common.schema import (
     ERROR,
     TIMEOUT,
@@ -85,6 +86,7 @@ class VerifierWorker:
         ]
         verdicts = await self._run(lambda: self._sandbox.score(tasks))
         self._count_failures(verdicts)
+        reached("verdict given")
         return with_verdicts(batch, self._names, self._weights, verdicts), batch.num_rows
 
     def failures(self) -> dict[str, int]:

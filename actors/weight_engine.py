@@ -28,6 +28,7 @@ from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
 from actors.lending import buffer_at
 from common.errors import WeightsError
+from common.faults import reached
 from common.weights import WeightBucket, unpack_tensors
 
 TRANSPORT = "object_store"
@@ -87,6 +88,7 @@ class ObjectStoreWeightEngine(WeightTransferEngine[ObjectStoreInitInfo, ObjectSt
             checksum=update_info.checksum,
         )
         self.model.load_weights(unpack_tensors(bucket, buffer_at(update_info.place)))
+        reached("weights half loaded")
 
     def shutdown(self) -> None:
         """No resources outlive an update."""

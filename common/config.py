@@ -56,6 +56,8 @@ class DataConfig:
     template: Literal["chat", "plain"] = "chat"
     plain_template: str = "{prompt}"
     system_prompt: str | None = None
+    max_bad_rows: float = 0.01
+    """Share of the rows that may be unusable: they go to quarantine.jsonl with the reason."""
     order: PromptOrder = "shuffle"
     """Of an epoch's prompts. `curriculum`: by `difficulty_column`, easy to hard (G2RPO-A)."""
 
@@ -263,6 +265,8 @@ class WeightsConfig:
     canary_tolerance: float | None = None
     """Largest mean |log-probability gap| of a canary sequence between learner and generator, in
     nats a token. None: 0.2 in bfloat16, whose logits have steps of up to 1/8, 0.001 in float32."""
+    resends: int = 2
+    """Times that weights which fail a proof are sent again as a whole, before all is restarted."""
     publish_timeout_s: float = 300.0
 
 

@@ -159,6 +159,8 @@ _NOT_NEGATIVE = (
     "checkpoint.every",
     "learner.max_skipped_steps",
     "restart.limit",
+    "weights.resends",
+    "data.max_bad_rows",
     "restart.window_s",
     "restart.backoff_s",
     "algorithm.objective.kl",

@@ -26,5 +26,9 @@ class WeightsError(RunError):
     """The generators do not hold the learner's weights (canary, checksum or coverage)."""
 
 
+class NumbersError(RunError):
+    """A gradient that is not finite: nothing to train on."""
+
+
 class VerifierError(RunError):
     """A verifier gave something that is not a reward; the message names the verifier."""

@@ -5,14 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 
 
-def descendants(pid: int) -> list[int]:
-    """Process ids below `pid`, children before grandchildren; none where there is no /proc."""
-    found: list[int] = []
-    for listing in Path(f"/proc/{pid}/task").glob("*/children"):
-        try:
-            children = [int(child) for child in listing.read_text().split()]
-        except OSError:  # the process or the thread has just ended
-            continue
-        for child in children:
-            found += [child, *descendants(child)]
-    return found
+def descendants(pid: int, limit: int | None = None) -> list[int]:
+    """Process ids below `pid`, children before grandchildren; none where there is no /proc.
+
+    With a `limit` no more than so many are looked for.
+    """
+    found, parents = list[int](), [pid]
+    while parents and (limit is None or len(found) < limit):
+        for listing in Path(f"/proc/{parents.pop(0)}/task").glob("*/children"):
+            try:
+                children = [int(child) for child in listing.read_text().split()]
+            except OSError:  # the process or the thread has just ended
+                continue
+            found += children
+            parents += children
+    return found[:limit]

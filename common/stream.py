@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,13 +21,17 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet
 import ray
+from ray.exceptions import RayActorError, RayTaskError
 
 from common.errors import StallError
+from common.faults import reached
 from common.log_store import TrajectoryLog, read_segment, segments
 from common.schema import sampled_lengths, trajectory_schema
 from common.stacks import arm
 from common.trajectory import GroupReceipt
 from common.waits import Waits
+
+_RECOVER_S = 600.0
 
 
 class TrajectoryStream:
@@ -58,7 +63,9 @@ class TrajectoryStream:
             if not batch.schema.equals(self._schema, check_metadata=False):
                 raise ValueError(f"group has schema {batch.schema}, the log has {self._schema}")
         groups = iter(batches)
-        return [self._append_one(list(itertools.islice(groups, size))) for size in sizes]
+        receipts = [self._append_one(list(itertools.islice(groups, size))) for size in sizes]
+        reached("log appended")
+        return receipts
 
     def _append_one(self, parts: list[pa.RecordBatch]) -> GroupReceipt:
         group, ref = parts[0], None
@@ -113,6 +120,8 @@ def receipt(batch: pa.RecordBatch, ref: Any) -> GroupReceipt:
     scored = rewards_G[~np.isnan(rewards_G)]
     versions = batch.column("weight_versions").flatten()
     dispatch_version = batch.column("dispatch_version")[0].as_py()
+    dispatched_s = batch.column("dispatched_s")[0].as_py()
+    ended_s = pc.max(batch.column("finished_s")).as_py()
     return GroupReceipt(
         group_id=batch.column("group_id")[0].as_py(),
         turn=batch.column("turn")[0].as_py(),
@@ -126,8 +135,7 @@ def receipt(batch: pa.RecordBatch, ref: Any) -> GroupReceipt:
         rewards_equal=bool(scored.size == 0 or scored.min() == scored.max()),
         num_unscored=int(np.isnan(rewards_G).sum()),
         unscored_tokens=int(lengths_G[np.isnan(rewards_G)].sum()),
-        generate_s=pc.max(batch.column("finished_s")).as_py()
-        - batch.column("dispatched_s")[0].as_py(),
+        generate_s=max(0.0, ended_s - dispatched_s),  # clocks may be set back
     )
 
 
@@ -135,13 +143,21 @@ class GroupLog:
     """The stream as the coordinator writes to it: one call at a time, with all that is ready.
 
     A call of Ray costs more than the writing of a group, so groups that end while one is under
-    way go together in the next.
+    way go together in the next. A stream that dies is replaced by `revive`, which is given the
+    dead one's error and may raise it; what it had written is not written again.
     """
 
-    def __init__(self, stream: Any, waits: Waits, deadline_s: float) -> None:
-        self._stream = stream
+    def __init__(
+        self,
+        stream: Any,
+        waits: Waits,
+        deadline_s: float,
+        revive: Callable[[RayActorError], Awaitable[Any]] | None = None,
+    ) -> None:
+        self.stream = stream
         self._waits = waits
         self._deadline_s = deadline_s
+        self._revive = revive
         self._ready: list[_Unlogged] = []
         self._calling = asyncio.Lock()
 
@@ -161,16 +177,62 @@ class GroupLog:
             raise StallError(f"group {group_id} was in a call to the trajectory log that failed")
         return group.receipt
 
-    async def _send(self, groups: list[_Unlogged]) -> None:
-        refs = [ref for group in groups for ref in group.refs]
-        receipts = await self._waits.on(
-            self._stream.append.remote([len(group.refs) for group in groups], *refs),
-            owner=f"group {groups[0].group_id}",
-            cause="the trajectory log",
-            deadline_s=self._deadline_s,
+    async def recover(self, group_ids: list[int]) -> list[GroupReceipt]:
+        """As `TrajectoryStream.recover`."""
+        receipts: list[GroupReceipt] = await self._call(
+            "recover", group_ids, owner="resume", deadline_s=_RECOVER_S
         )
-        for group, made in zip(groups, receipts, strict=True):
-            group.receipt = made if made.batch_ref else replace(made, batch_ref=group.refs[0])
+        return receipts
+
+    async def write_evaluation(
+        self, step: int, refs: list[Any], deadline_s: float
+    ) -> dict[str, float]:
+        """As `TrajectoryStream.write_evaluation`."""
+        async with self._calling:
+            sums: dict[str, float] = await self._call(
+                "write_evaluation", step, refs, owner="evaluation", deadline_s=deadline_s
+            )
+        return sums
+
+    async def _send(self, groups: list[_Unlogged]) -> None:
+        while groups:
+            refs = [ref for group in groups for ref in group.refs]
+            sizes = [len(group.refs) for group in groups]
+            owner = f"group {groups[0].group_id}"
+            try:
+                receipts: list[GroupReceipt] = await self._once(
+                    "append", sizes, *refs, owner=owner, deadline_s=self._deadline_s
+                )
+                logged = dict(zip([group.group_id for group in groups], receipts, strict=True))
+            except RayActorError as error:
+                await self._replace(error)
+                found = await self.recover([group.group_id for group in groups])
+                logged = {made.group_id: made for made in found}
+            for group in groups:
+                if made := logged.get(group.group_id):
+                    ref = made.batch_ref or group.refs[0]
+                    group.receipt = replace(made, batch_ref=ref)
+            groups = [group for group in groups if group.receipt is None]
+
+    async def _call(self, method: str, *args: Any, owner: str, deadline_s: float) -> Any:
+        while True:
+            try:
+                return await self._once(method, *args, owner=owner, deadline_s=deadline_s)
+            except RayActorError as error:
+                await self._replace(error)
+
+    async def _once(self, method: str, *args: Any, owner: str, deadline_s: float) -> Any:
+        return await self._waits.on(
+            getattr(self.stream, method).remote(*args),
+            owner=owner,
+            cause="the trajectory log",
+            deadline_s=deadline_s,
+        )
+
+    async def _replace(self, error: RayActorError) -> None:
+        if self._revive is None or isinstance(error, RayTaskError):
+            raise error  # a RayTaskError is of a call that was given what another actor lost
+        self.stream = await self._revive(error)
 
 
 @dataclass(eq=False)

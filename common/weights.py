@@ -69,14 +69,8 @@ def pack_tensors(
         yield _bucket(pending, filled)
 
 
-def unpack_tensors(
-    bucket: WeightBucket, buffer: npt.NDArray[np.uint8]
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """(name, tensor) views of `buffer`, which may be read-only memory: do not write to them.
-
-    Raises:
-        WeightsError: the buffer is not what the learner packed.
-    """
+def check_bucket(bucket: WeightBucket, buffer: npt.NDArray[np.uint8]) -> None:
+    """Raise `WeightsError` when `buffer` is not what the learner packed."""
     found = xxhash.xxh3_64_intdigest(buffer.data)
     if buffer.nbytes != bucket.nbytes or found != bucket.checksum:
         raise WeightsError(
@@ -84,6 +78,12 @@ def unpack_tensors(
             f"{buffer.nbytes} bytes with checksum {found:#x}, "
             f"expected {bucket.nbytes} with {bucket.checksum:#x}"
         )
+
+
+def unpack_tensors(
+    bucket: WeightBucket, buffer: npt.NDArray[np.uint8]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, tensor) views of `buffer`, which may be read-only memory: do not write to them."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
         flat = torch.from_numpy(buffer)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import socket
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from common.errors import RunError, UserError
 from common.stream import TrajectoryStreamActor
 from deploy.placement import (
     STREAM_OPTIONS,
+    ActorOptions,
     CorePlan,
     actor_options,
     cpus_needed,
@@ -107,37 +108,58 @@ def _check_address(address: str, timeout_s: float) -> None:
         ) from error
 
 
-def start_actors(config: Config, cores: CorePlan, cuda: bool, version: int) -> Actors:
-    """Create every actor but the stream; they start up on their own, `Run` awaits them.
+@dataclass(frozen=True)
+class ActorFactory:
+    """Makes the actors of a configuration, the first ones and those in the place of dead ones.
 
     `config.model.path` is a local folder by now, with the weights of `version`.
     """
-    options = actor_options(config, cores, cuda)
-    bound = config.ray.address == "local" and not cuda  # core numbers mean nothing elsewhere
-    generators = {
-        f"generator-{index}": GeneratorActor.options(**options.generator).remote(
-            f"generator-{index}",
-            config.model,
+
+    config: Config
+    cores: CorePlan
+    cuda: bool
+    version: int
+
+    def generator(self, name: str, model_folder: str) -> Any:
+        """`name` is generator-N."""
+        config, index = self.config, int(name.rpartition("-")[2])
+        return GeneratorActor.options(**self._options.generator).remote(
+            name,
+            replace(config.model, path=model_folder),
             config.generator,
             config.weights.transport,
             config.seed + index,
-            version,
-            cores.generator_cores[index] if bound else None,
+            self.version,
+            self.cores.generator_cores[index] if self._bound else None,
         )
-        for index in range(config.generator.count)
-    }
-    verifiers = {
-        f"verifier-{index}": VerifierActor.options(**options.verifier).remote(config.verifier)
-        for index in range(config.verifier.workers)
-    }
-    job = learner_job(config)
-    learners = [
-        LearnerActor.options(**options.learner).remote(
-            job, rank, cores.learner_cores[rank] if bound else None
+
+    def verifier(self) -> Any:
+        return VerifierActor.options(**self._options.verifier).remote(self.config.verifier)
+
+    def all(self) -> Actors:
+        """Every actor but the stream; they start up on their own, `Run` awaits them."""
+        config, job = self.config, learner_job(self.config)
+        generators = [f"generator-{index}" for index in range(config.generator.count)]
+        learners = [
+            LearnerActor.options(**self._options.learner).remote(
+                job, rank, self.cores.learner_cores[rank] if self._bound else None
+            )
+            for rank in range(config.learner.ranks)
+        ]
+        return Actors(
+            {name: self.generator(name, config.model.path) for name in generators},
+            {f"verifier-{index}": self.verifier() for index in range(config.verifier.workers)},
+            learners,
         )
-        for rank in range(config.learner.ranks)
-    ]
-    return Actors(generators, verifiers, learners)
+
+    @property
+    def _options(self) -> ActorOptions:
+        return actor_options(self.config, self.cores, self.cuda)
+
+    @property
+    def _bound(self) -> bool:
+        """Core numbers mean nothing on other machines."""
+        return self.config.ray.address == "local" and not self.cuda
 
 
 def learner_job(config: Config) -> LearnerJob:

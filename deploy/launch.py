@@ -59,7 +59,7 @@ async def _train_one(
     try:
         while True:
             try:
-                return await _attempt(config, run, service, preemption, last=last)
+                return await _attempt(config, run, service, preemption, restarts, last=last)
             except Exception as error:
                 if not is_recoverable(error):
                     raise
@@ -78,12 +78,18 @@ async def _train_one(
 
 
 async def _attempt(
-    config: Config, run: RunDirectory, service: Service, preemption: Preemption, *, last: bool
+    config: Config,
+    run: RunDirectory,
+    service: Service,
+    preemption: Preemption,
+    restarts: Restarts,
+    *,
+    last: bool,
 ) -> dict[str, float]:
     """`service` is ended after the last run and after a failed one."""
     end_service = True
     try:
-        result = await Run(config, run, service, preemption).main()
+        result = await Run(config, run, service, preemption, restarts).main()
         end_service = last or preemption.requested.is_set()
         if preemption.requested.is_set():
             print(f"stopped by SIGTERM with a checkpoint; go on by resume={run.path}", flush=True)

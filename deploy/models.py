@@ -20,7 +20,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -50,6 +50,18 @@ def resolve_model(path: str) -> Path:
     if path.startswith(("/", ".", "~")) or path.count("/") != 1:
         raise UserError(f"model.path={path}: there is no such folder")
     return _from_hub(path)
+
+
+def check_vocabulary(tokenizer_ids: Iterable[int], folder: Path) -> None:
+    """Raise `UserError` when the tokenizer knows tokens that the model has no embedding for."""
+    config = json.loads((folder / "config.json").read_text())
+    size = config.get("vocab_size") or config.get("text_config", {}).get("vocab_size")
+    largest = max(tokenizer_ids, default=-1)
+    if size is not None and largest >= size:
+        raise UserError(
+            f"the tokenizer in {folder} has token {largest}, and the model embeds only {size} "
+            "(vocab_size of config.json): put the model's own tokenizer there"
+        )
 
 
 def cache_folder() -> Path:

@@ -9,7 +9,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
+
+import pyarrow as pa
+import pyarrow.ipc
+import ray
 
 from actors.evaluate import Evaluator
 from actors.guidance import Guidance
@@ -18,19 +23,26 @@ from actors.prompts import PromptSource, build_prompt_source
 from actors.rollout import RolloutLoop
 from common.config import Config
 from common.errors import RunError, UserError
+from common.faults import reached
 from common.ledger import Ledger
 from common.metrics import JsonlSink, Metrics, TensorBoardSink
+from common.stream import GroupLog
+from common.trajectory import GroupReceipt
 from deploy.cluster import Actors, start_stream
 from deploy.display import Display, make_display
-from deploy.models import resolve_model
+from deploy.models import check_vocabulary, resolve_model
 from deploy.placement import with_compute_dtype
 from deploy.preemption import Preemption
-from deploy.run_dir import LEDGER, RunDirectory
+from deploy.restart import Restarts
+from deploy.revival import Reviver
+from deploy.run_dir import FAILED_BATCH, LEDGER, QUARANTINE, RunDirectory
 from deploy.service import Service
 from learner.group import LearnerGroup
 from learner.guards import check_logprob_gap
 from learner.loop import LearnerLoop, Schedule
 from learner.publish import Canary, DeviceToDevice, Publisher, ThroughObjectStore, Transport
+
+_FETCH_S = 60.0
 
 
 class Run:
@@ -42,8 +54,10 @@ class Run:
         run: RunDirectory,
         service: Service,
         preemption: Preemption,
+        restarts: Restarts,
     ) -> None:
         self._config = config
+        self._restarts = restarts
         self._preemption = preemption
         self._run = run
         self._service = service
@@ -64,13 +78,25 @@ class Run:
                 self._config, self._first_step, self._display.event
             )
             self._preemption.listen()
-            stream = start_stream(self._config, self._run.path)
+            log = self._group_log(actors)
             try:
-                return await self._train(actors, stream, source, used)
+                return await self._train(actors, log, source, used)
             except ExceptionGroup as group:
                 raise first_cause(group) from group
             finally:
-                await self._service.end_run(stream)
+                await self._service.end_run(log.stream)
+
+    def _reviver(self, actors: Actors) -> Reviver:
+        factory = self._service.factory
+        return Reviver(factory, actors, self._run, self._restarts, self._display.event)
+
+    def _group_log(self, actors: Actors) -> GroupLog:
+        async def revive(error: BaseException) -> Any:
+            return await self._reviver(actors).stream(log.stream, error)
+
+        stream = start_stream(self._config, self._run.path)
+        log = GroupLog(stream, self._waits, self._config.verify_timeout_s, revive)
+        return log
 
     def _model_folder(self) -> str:
         """The model's folder, or on resume the newest checkpoint if there is one."""
@@ -94,16 +120,25 @@ class Run:
         tokenizer = AutoTokenizer.from_pretrained(
             folder, trust_remote_code=config.model.trust_remote_code
         )
-        return build_prompt_source(
+        check_vocabulary(tokenizer.get_vocab().values(), Path(folder))
+        source = build_prompt_source(
             config.data,
             config.eval.prompts,
             config.seed,
             tokenizer,
             config.model.max_length - config.generator.max_completion_tokens,
         )
+        if bad := source.quarantine.rows:
+            path = self._run.path / QUARANTINE
+            source.quarantine.write(path)
+            self._display.event(
+                f"{len(bad)} of {source.quarantine.seen} rows cannot be used, the first because "
+                f"{bad[0].reason}; all are in {path}"
+            )
+        return source
 
     async def _train(
-        self, actors: Actors, stream: Any, source: PromptSource, used: bool
+        self, actors: Actors, log: GroupLog, source: PromptSource, used: bool
     ) -> dict[str, float]:
         """`used`: the generators hold the weights of a run before this one."""
         config = self._config
@@ -111,6 +146,8 @@ class Run:
         verifiers = VerifierPool(actors.verifiers, self._waits)
         learner = LearnerGroup(actors.learners, self._waits, config.learner.step_timeout_s)
         await self._start(generators, verifiers, learner, used)
+        reviver = self._reviver(actors)
+        generators.revival, verifiers.revival = reviver.generators(), reviver.verifiers()
         ledger = Ledger(self._run.path / LEDGER, source.identity)
         room = config.generator.max_completion_tokens - 1
         self._rollout = RolloutLoop(
@@ -118,7 +155,7 @@ class Run:
             source=source,
             generators=generators,
             verifiers=verifiers,
-            stream=stream,
+            log=log,
             guidance=Guidance(config.algorithm.rollout.guidance, config.steps, room),
             ledger=ledger,
             waits=self._waits,
@@ -129,7 +166,7 @@ class Run:
             if used:
                 await publisher.deliver(await publisher.export(self._first_step))
             self._display.event("all parts are up")
-            return await self._loops(learner, publisher, source, generators, verifiers, stream)
+            return await self._loops(learner, publisher, source, generators, verifiers, log)
         finally:
             ledger.end()
 
@@ -140,7 +177,7 @@ class Run:
         source: PromptSource,
         generators: GeneratorPool,
         verifiers: VerifierPool,
-        stream: Any,
+        log: GroupLog,
     ) -> dict[str, float]:
         """The two loops, until the learner's ends."""
         config = self._config
@@ -154,14 +191,14 @@ class Run:
                 prompts=source.eval_prompts(config.eval.prompts),
                 generators=generators,
                 verifiers=verifiers,
-                stream=stream,
+                log=log,
                 config=config.eval,
                 max_tokens=config.generator.max_completion_tokens,
-                waits=self._waits,
             ),
             save=self._saver(learner),
             record=self._recorder(metrics),
             schedule=self._schedule(),
+            keep_batch=self._keep_batch,
             stop=self._preemption.requested,
         )
         try:
@@ -225,7 +262,14 @@ class Run:
             canary,
             self._config.canary_tolerance,
             weights.publish_timeout_s,
+            weights.resends,
         )
+
+    def _keep_batch(self, receipts: list[GroupReceipt]) -> None:
+        batches = ray.get([receipt.batch_ref for receipt in receipts], timeout=_FETCH_S)
+        with pa.ipc.new_file(self._run.path / FAILED_BATCH, batches[0].schema) as file:
+            for batch in batches:
+                file.write_batch(batch)
 
     def _metrics(self) -> Metrics:
         last_step = None
@@ -253,9 +297,10 @@ class Run:
             assert self._rollout is not None
             folder = self._run.checkpoint(step)
             folder.parent.mkdir(exist_ok=True)
-            await learner.save_checkpoint(
-                str(folder), self._rollout.save(step), self._config.checkpoint.timeout_s
-            )
+            state = self._rollout.save(step)
+            reached("ledger cut")
+            await learner.save_checkpoint(str(folder), state, self._config.checkpoint.timeout_s)
+            reached("checkpoint in place")
             keep = self._config.checkpoint
             self._run.prune_checkpoints(keep.keep_last, keep.keep_every)
             self._display.event(f"checkpoint {folder}")

@@ -26,6 +26,8 @@ from common.errors import UserError
 from common.manifest import damage
 
 LEDGER = "ledger.sqlite"
+QUARANTINE = "quarantine.jsonl"
+FAILED_BATCH = "failed-batch.arrow"
 _STEP = re.compile(r"^step-(\d+)$")
 
 
@@ -83,7 +85,10 @@ class RunDirectory:
         return run
 
     def _acquire(self) -> None:
-        self._lock = (self.path / ".lock").open("w")
+        try:
+            self._lock = (self.path / ".lock").open("w")
+        except OSError as error:
+            raise UserError(f"cannot write to {self.path}: {error.strerror}") from error
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:

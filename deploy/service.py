@@ -19,7 +19,7 @@ import ray
 from common.config import Config
 from common.errors import UserError
 from common.waits import Waits
-from deploy.cluster import Actors, connect, disconnect, learner_job, start_actors
+from deploy.cluster import ActorFactory, Actors, connect, disconnect, learner_job
 from deploy.cpu_runtime import preload_libraries
 from deploy.memory import check_memory
 from deploy.placement import CorePlan, available_cores, plan_cores, uses_cuda
@@ -35,6 +35,13 @@ class Service:
         self.waits = Waits()
         self._actors: Actors | None = None
         self._served: object = None
+        self._factory: ActorFactory | None = None
+
+    @property
+    def factory(self) -> ActorFactory:
+        """Of the actors that are open."""
+        assert self._factory is not None
+        return self._factory
 
     async def open(
         self, config: Config, version: int, say: Callable[[str], None]
@@ -62,7 +69,8 @@ class Service:
         cores = plan_cores(config, available_cores(), [] if cuda else preload_libraries())
         say(_described(config, cores))
         connect(config, cores)
-        self._actors, self._served = start_actors(config, cores, cuda, version), wanted
+        self._factory = ActorFactory(config, cores, cuda, version)
+        self._actors, self._served = self._factory.all(), wanted
         return self._actors, False
 
     async def end_run(self, stream: Any) -> None:

@@ -26,6 +26,7 @@ from torch.distributed.checkpoint.state_dict_loader import load as load_sharded
 from torch.distributed.checkpoint.state_dict_saver import save as save_sharded
 
 from common.errors import UserError
+from common.faults import reached
 from common.manifest import seal
 from learner import fsdp
 from learner.model import Policy, save_hf_folder
@@ -78,6 +79,7 @@ def save_checkpoint(
         document = {**state.__dict__, "rng": generators}
         (partial / TRAINING_STATE / _TRAINER_STATE).write_text(json.dumps(document, indent=1))
         seal(partial)
+        reached("checkpoint written")
     dist.barrier()
     if writer:
         _put_in_place(partial, folder)

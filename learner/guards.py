@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable
 
 from common.config import LearnerConfig
-from common.errors import RunError
+from common.errors import NumbersError, RunError
 
 log = logging.getLogger(__name__)
 
@@ -23,18 +23,18 @@ class GradientGuard:
         """Whether the optimiser may take this step.
 
         Raises:
-            RunError: too many in a row were not finite.
+            NumbersError: too many in a row were not finite.
         """
         if math.isfinite(grad_norm):
             self._in_a_row = 0
             return True
         self._in_a_row += 1
         if self._in_a_row > self._limit:
-            raise RunError(
+            raise NumbersError(
                 f"the gradient norm of learner step {step} is {grad_norm}, and "
                 f"{self._limit} steps before it were left out for the same reason "
-                "(learner.max_skipped_steps). Its groups are the last ones of the trajectory "
-                "log; lower learner.learning_rate or learner.max_grad_norm, or look at the "
+                "(learner.max_skipped_steps). Its groups are kept in failed-batch.arrow in the run "
+                "directory; lower learner.learning_rate or learner.max_grad_norm, or look at the "
                 "rewards, and go on from the last checkpoint by resume="
             )
         log.warning("learner step %d left out: its gradient norm is %s", step, grad_norm)

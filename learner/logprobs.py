@@ -185,8 +185,8 @@ class _ChunkedLogprobs(torch.autograd.Function):
             upstream_C = grad_N[chunk] * (scorer.transform.scale / scorer.temperature)
             slope_CV = None
             if kept is not None:
-                exps_CV, sums_C = kept
-                delta_CV, kept = exps_CV.mul_((-upstream_C / sums_C)[:, None]), None
+                delta_CV = kept[0].mul_((-upstream_C / kept[1])[:, None])
+                kept = None  # only one chunk's memory at a time
             else:
                 raw_CV = scorer.raw_logits(hidden_NH[chunk], weight_VH, bias_V)
                 logits_CV = scorer.transformed(raw_CV)

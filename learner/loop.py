@@ -14,6 +14,8 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from common.errors import NumbersError
+from common.faults import reached
 from common.trajectory import GroupReceipt
 from learner.group import LearnerGroup
 from learner.publish import Exported, Publisher
@@ -57,6 +59,7 @@ class Schedule:
 class LearnerLoop:
     """Runs from `first_step` to `last_step` and returns the last step's metrics.
 
+    `keep_batch` is given the groups of a step that ended the run by its numbers.
     `stop`, once set, ends it early: the step under way is finished and saved, none is begun.
     """
 
@@ -70,6 +73,7 @@ class LearnerLoop:
         save: Callable[[int], Awaitable[None]],
         record: Callable[[int, dict[str, float]], None],
         schedule: Schedule,
+        keep_batch: Callable[[list[GroupReceipt]], None],
         stop: asyncio.Event | None = None,
     ) -> None:
         self._learner = learner
@@ -79,6 +83,7 @@ class LearnerLoop:
         self._save = save
         self._record = record
         self._schedule = schedule
+        self._keep_batch = keep_batch
         self._stop = stop or asyncio.Event()
         self._delivery: asyncio.Future[dict[str, float]]
         """The generators' half of the last step; done before the first."""
@@ -141,12 +146,20 @@ class LearnerLoop:
         if max(receipt.max_version for receipt in receipts) > self._publisher.proved:
             await self._delivery
         taken = time.monotonic()
-        metrics = await self._learner.step(receipts, version, self._schedule.max_staleness)
+        reached("step begins")
+        try:
+            metrics = await self._learner.step(receipts, version, self._schedule.max_staleness)
+        except NumbersError:
+            self._keep_batch(receipts)
+            raise
+        reached("step trained")
         metrics |= self._groups.trained(step, receipts, metrics)
+        reached("step in the ledger")
         trained = time.monotonic()
         await self._delivery  # of the step before: versions reach the generators one by one
         delivered = time.monotonic()
         exported = await self._publisher.export(step)
+        reached("weights exported")
         return exported, metrics | {
             "policy_version": float(step),
             "time/wait_data": taken - started,
@@ -164,6 +177,7 @@ class LearnerLoop:
         if self._schedule.evaluates(step):
             metrics |= await self._evaluation.run(step)
         self._record(step, metrics)
+        reached("step on record")
         return metrics
 
 

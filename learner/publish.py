@@ -1,20 +1,25 @@
 """Publishing: the learner's weights to every generator, and the proof that they arrived.
 
-Three proofs, cheapest first: every bucket carries a checksum that the generator's worker verifies
-before it loads a tensor; vLLM's protocol refuses half an update; and the *canary*, fixed token
+Three proofs, cheapest first: every bucket carries a checksum that the generator verifies before a
+tensor is loaded; vLLM's protocol refuses half an update; and the *canary*, fixed token
 sequences scored by the learner and by every generator after the update, whose gap must stay below
 a tolerance. The canary catches what the other two cannot: weights that arrived but are not used.
+What fails a proof is sent again as a whole; no token of it has been trained on.
 """
 
 from __future__ import annotations
 
+import logging
 import time
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from common.errors import WeightsError
+from common.faults import reached
 from common.weights import WeightBucket
 from learner.group import LearnerGroup
+
+log = logging.getLogger(__name__)
 
 
 class WeightReceivers(Protocol):
@@ -109,6 +114,7 @@ class Publisher:
         canary: Canary,
         tolerance: float,
         deadline_s: float,
+        resends: int = 0,
     ) -> None:
         self._learner = learner
         self._receivers = receivers
@@ -116,6 +122,7 @@ class Publisher:
         self._canary = canary
         self._tolerance = tolerance
         self._deadline_s = deadline_s
+        self._resends = resends
         self.proved = -1
         """The newest version whose canary every generator has passed."""
 
@@ -127,23 +134,36 @@ class Publisher:
         return Exported(version, weights, scores, time.monotonic() - started)
 
     async def deliver(self, exported: Exported) -> dict[str, float]:
-        """Bring every generator to the exported version and prove it.
+        """Bring every generator to the exported version and prove it; again where that fails.
 
         Raises:
-            WeightsError: a generator does not reproduce the learner's log-probabilities.
+            WeightsError: a generator does not reproduce the learner's log-probabilities, after
+                `resends` more attempts.
             StallError: the deadline passed.
         """
         started = time.monotonic()
-        stall_s, nbytes = await self._transport.deliver(exported.weights, exported.version)
-        self._receivers.version = exported.version
-        gap = await self._prove(exported.version, exported.canary_scores)
-        return {
+        for resent in range(self._resends + 1):
+            try:
+                metrics = await self._deliver_once(exported)
+            except WeightsError as error:
+                if resent == self._resends:
+                    raise
+                log.warning("version %d is sent again: %s", exported.version, error)
+            else:
+                break
+        return metrics | {
             "time/export": exported.seconds,
             "time/publish": exported.seconds + time.monotonic() - started,
-            "publish/stall": stall_s,
-            "publish/bytes": float(nbytes),
-            "canary/gap": gap,
+            "publish/resends": float(resent),
         }
+
+    async def _deliver_once(self, exported: Exported) -> dict[str, float]:
+        stall_s, nbytes = await self._transport.deliver(exported.weights, exported.version)
+        self._receivers.version = exported.version
+        reached("weights delivered")
+        gap = await self._prove(exported.version, exported.canary_scores)
+        reached("weights proved")
+        return {"publish/stall": stall_s, "publish/bytes": float(nbytes), "canary/gap": gap}
 
     async def prove(self, version: int) -> float:
         """Score the canary on both sides; the largest mean gap of a sequence, in nats."""

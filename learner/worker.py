@@ -24,6 +24,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from common.config import AlgorithmConfig, LearnerConfig, ModelConfig
 from common.errors import RunError
+from common.faults import reached
 from common.schema import check_schema
 from common.stacks import arm
 from common.weights import WeightBucket, pack_tensors
@@ -221,7 +222,9 @@ class LearnerWorker:
         batch = StepBatch.from_record_batches(groups)
         staleness = check_staleness(batch, version, max_staleness)
         fetched_s = time.perf_counter() - started
-        return self.trainer.train(batch) | staleness | {"time/fetch": fetched_s}
+        metrics = self.trainer.train(batch)
+        reached("gradient step done")
+        return metrics | staleness | {"time/fetch": fetched_s}
 
     def export_weights(self, version: int) -> list[WeightBucket]:
         """Put the weights into the store in compute dtype; rank 0 returns the buckets.

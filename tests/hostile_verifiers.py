@@ -48,6 +48,11 @@ def _fork_and_return(argument: str) -> float:
     return 1.0
 
 
+def _fork_bomb(argument: str) -> float:
+    while True:
+        os.fork()
+
+
 def _leave_sleeper(argument: str) -> float:
     """A process in a session of its own, whose id is written to the file `argument`."""
     sleeper = subprocess.Popen(["sleep", "300"], start_new_session=True)
@@ -141,6 +146,7 @@ ACTIONS: dict[str, Any] = {
     "hold": _loop_holding_the_interpreter,
     "sleep": _sleep,
     "fork": _fork_and_return,
+    "fork_bomb": _fork_bomb,
     "leave": _leave_sleeper,
     "leave_and_loop": _leave_sleeper_and_loop,
     "exit": lambda argument: os._exit(int(argument)),

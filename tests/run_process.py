@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -22,14 +23,15 @@ def command(*overrides: str) -> list[str]:
     return [sys.executable, "-m", "deploy.cli", "train", "--config", str(TINY), *overrides]
 
 
-def start(*overrides: str) -> subprocess.Popen[str]:
+def start(*overrides: str, stdout: Any = subprocess.PIPE) -> subprocess.Popen[str]:
+    """`stdout`: a pipe holds 64 KiB, which a long run fills; give it a file."""
     # In the background of a shell Ctrl-C is ignored, and a child would inherit that.
     inherited = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         return subprocess.Popen(
             command(*overrides),
             cwd=ROOT,
-            stdout=subprocess.PIPE,
+            stdout=stdout,
             stderr=subprocess.STDOUT,
             text=True,
             start_new_session=True,

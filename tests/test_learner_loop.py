@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from test_budget import receipt
 
-from common.errors import RunError, WeightsError
+from common.errors import NumbersError, RunError, WeightsError
 from common.trajectory import GroupReceipt
 from deploy.run import first_cause, until_learner_ends
 from learner.loop import LearnerLoop, Schedule
@@ -35,6 +35,8 @@ class Recorder:
         self.deliverable = asyncio.Event()
         self.deliverable.set()
         self.newest_token = 0
+        self.kept: list[Any] = []
+        self.broken_at = -1
 
     async def take(self, version: int, deadline_s: float) -> list[Any]:
         self.calls.append(f"take {version}")
@@ -52,6 +54,8 @@ class Recorder:
 
     async def step(self, receipts: list[Any], version: int, staleness: int) -> dict[str, float]:
         self.calls.append(f"step {version}")
+        if version == self.broken_at:
+            raise NumbersError("the gradient norm is nan")
         return {"loss/policy": 0.5}
 
     async def export(self, version: int) -> Exported:
@@ -90,6 +94,7 @@ def loop_over(parts: Any, schedule: Schedule, stop: asyncio.Event | None = None)
         save=parts.save,
         record=parts.record,
         schedule=schedule,
+        keep_batch=parts.kept.append,
         stop=stop,
     )
 
@@ -229,3 +234,13 @@ def test_any_other_loop_that_returns_is_an_error() -> None:
         asyncio.run(until_learner_ends(learns(), ends()))
     with pytest.raises(ValueError, match="cause"):
         asyncio.run(until_learner_ends(learns(), fails()))
+
+
+def test_the_batch_of_a_step_that_ends_the_run_by_its_numbers_is_kept() -> None:
+    parts = Recorder()
+    parts.broken_at = 2
+    with pytest.raises(ExceptionGroup) as raised:
+        asyncio.run(loop_over(parts, SCHEDULE).run())
+    assert raised.group_contains(NumbersError, match="nan")
+    (batch,) = parts.kept
+    assert [receipt.dispatch_version for receipt in batch] == [2]

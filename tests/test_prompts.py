@@ -233,6 +233,26 @@ def test_wrong_files(tokenizer: Any, tmp_path: Path) -> None:
         build(config, tokenizer)
 
 
+def test_a_few_bad_rows_are_left_out_and_written_down(tokenizer: Any, tmp_path: Path) -> None:
+    rows = [json.dumps(row) for row in numbered(200)]
+    rows[7] = "{'prompt': 1}"
+    rows[8] = json.dumps({"prompt": "x" * 600, "answer": 1})
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join(rows))
+    config = DataConfig(source="file", path=str(path))
+    source = build(config, tokenizer)
+    assert source.size == 200 - 2 - 2  # two are held out
+    assert not {"x" * 600, "question 7"} & {p.text for p in one_epoch(source)}
+    source.quarantine.write(tmp_path / "bad.jsonl")
+    bad = [json.loads(line) for line in (tmp_path / "bad.jsonl").read_text().splitlines()]
+    assert [row["place"] for row in bad] == [f"{path}, line 8", f"{path}, line 9"]
+    assert "not a JSON object" in bad[0]["reason"]
+    assert bad[1]["record"] == "x" * 600
+    config.max_bad_rows = 0.009
+    with pytest.raises(UserError, match=r"2 of 200 rows cannot be used.*data\.max_bad_rows"):
+        build(config, tokenizer)
+
+
 def test_a_byte_order_mark_is_no_error(tokenizer: Any, tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     lines = [json.dumps(row) for row in numbered(5)]

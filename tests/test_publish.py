@@ -81,3 +81,49 @@ def test_the_gap_is_the_worst_sequence_not_the_average() -> None:
     assert largest_gap([[0.0], [0.0]], [[0.1], [0.5]]) == pytest.approx(0.5)
     with pytest.raises(ValueError, match="argument 2"):
         largest_gap([[0.0]], [[0.0], [0.0]])
+
+
+class Forgetful(FakeGenerators):
+    """The first `failures` updates are lost or damaged on the way."""
+
+    def __init__(self, failures: list[str]) -> None:
+        super().__init__({})
+        self.failures = failures
+
+    async def update_weights(self, buckets: list[Any], version: int, deadline_s: float) -> float:
+        await super().update_weights(buckets, version, deadline_s)
+        self.failure = self.failures.pop(0) if self.failures else ""
+        if self.failure == "damaged":
+            raise WeightsError("weight bucket a..b arrived damaged")
+        return 0.25
+
+    async def score(
+        self, sequences: list[list[int]], lengths: list[int], deadline_s: float
+    ) -> dict[str, list[list[float]]]:
+        lost = [[-9.0, -9.0], [-9.0]]
+        return {"generator-0": lost if self.failure == "lost" else SCORES}
+
+
+def deliver(generators: FakeGenerators, resends: int) -> tuple[Publisher, dict[str, float]]:
+    learner = FakeLearner()
+    send = ThroughObjectStore(learner, generators, 1.0)  # type: ignore[arg-type]
+    publisher = Publisher(learner, generators, send, CANARY, 0.1, 1.0, resends)  # type: ignore[arg-type]
+
+    async def both_halves() -> dict[str, float]:
+        return await publisher.deliver(await publisher.export(3))
+
+    return publisher, asyncio.run(both_halves())
+
+
+def test_what_fails_a_proof_is_sent_again_as_a_whole() -> None:
+    generators = Forgetful(["damaged", "lost"])
+    publisher, metrics = deliver(generators, resends=2)
+    assert generators.updated == [3, 3, 3]
+    assert metrics["publish/resends"] == 2
+    assert publisher.proved == 3
+
+
+def test_what_fails_again_and_again_is_not_proved() -> None:
+    generators = Forgetful(["damaged", "lost", "damaged"])
+    with pytest.raises(WeightsError, match="arrived damaged"):
+        deliver(generators, resends=2)

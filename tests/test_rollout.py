@@ -21,6 +21,7 @@ from common.config import Config
 from common.config_loader import load_config
 from common.errors import UserError, VerifierError
 from common.ledger import Ledger
+from common.stream import GroupLog
 from common.trajectory import GroupReceipt, GroupRequest
 from common.waits import Waits
 
@@ -99,7 +100,7 @@ def loop_of(
     return RolloutLoop(
         config,
         source=source,
-        stream=stream,
+        log=GroupLog(stream, Waits(), 10.0),
         verifiers=verifiers,
         generators=generators,
         guidance=Guidance(config.algorithm.rollout.guidance, 1, 7),

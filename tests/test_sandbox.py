@@ -68,6 +68,7 @@ def kinds(sandbox: Sandbox, *texts: str) -> list[str]:
         ("allocate", "error", "MemoryError"),
         ("write_everywhere", "error", "ended its process"),
         ("fork", "pass", ""),
+        ("fork_bomb", "error", "more than 32 processes"),
         ("flood", "pass", ""),
         ("read", "fail", ""),
         ("alarm", "pass", ""),

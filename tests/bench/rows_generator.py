@@ -23,7 +23,7 @@ os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"
 from common.config_loader import load_config
 from common.trajectory import GroupRequest
 from common.weights import pack_tensors
-from deploy.cluster import connect, disconnect, start_actors
+from deploy.cluster import ActorFactory, connect, disconnect
 from deploy.cpu_runtime import preload_libraries
 from deploy.models import resolve_model
 from deploy.placement import actor_options, available_cores, plan_cores
@@ -40,7 +40,7 @@ def measure(folder: str) -> list[Row]:
     config = load_config([CONFIGS / "tiny.yaml"], [f"model.path={folder}"], CONFIGS / "recipes")
     cores = plan_cores(config, available_cores(), preload_libraries())
     connect(config, cores)
-    actors = start_actors(config, cores, cuda=False, version=0)
+    actors = ActorFactory(config, cores, cuda=False, version=0).all()
     (generator,) = actors.generators.values()
     ray.get(generator.start.remote(), timeout=300)
     draw = np.random.default_rng(0)

@@ -38,7 +38,7 @@ from actors.verifiers.base import Verdict
 from common.config import Config
 from common.config_loader import load_config
 from common.ledger import Ledger
-from common.stream import TrajectoryStreamActor
+from common.stream import GroupLog, TrajectoryStreamActor
 from common.trajectory import GroupRequest
 from common.waits import Waits
 
@@ -113,7 +113,7 @@ async def measure(config: Config, folder: Path, generators: int, tokens: int) ->
         source=Prompts(),  # type: ignore[arg-type]
         generators=pool,
         verifiers=VerifierPool({"verifier-0": verifier}, waits),
-        stream=stream,
+        log=GroupLog(stream, waits, 60.0),
         guidance=Guidance(config.algorithm.rollout.guidance, 1, 1),
         ledger=ledger,
         waits=waits,

@@ -46,15 +46,22 @@ class Soak:
         self.keys = (*KEYS, f"runs_dir={folder}", "steps=1000000")
         self.draw = random.Random(seed)
         self.killed: Counter[str] = Counter()
-        self.process: subprocess.Popen[str] = start("name=soak", *self.keys)
+        self.log = (folder / "output.txt").open("w")
+        self.process: subprocess.Popen[str] = self._start("name=soak")
+
+    def _start(self, run: str) -> subprocess.Popen[str]:
+        return start(run, *self.keys, stdout=self.log)
+
+    def output(self) -> str:
+        return Path(self.log.name).read_text()[-5000:]
 
     def wait_until_it_trains(self) -> None:
-        """Two more steps than were on record."""
+        """A step more than is on record, or than a resume leaves there."""
         reached, deadline = last_step(self.run), time.monotonic() + 300
-        while not reached or last_step(self.run) == reached:
-            reached = reached or last_step(self.run)
+        while (now := last_step(self.run)) <= reached:
+            reached = min(reached, now)
             if self.process.poll() is not None:
-                raise SystemExit(f"the run ended by itself:\n{finish(self.process, 10)}")
+                raise SystemExit(f"the run ended by itself:\n{self.output()}")
             if time.monotonic() > deadline:
                 raise SystemExit(f"no step for 300 s:\n{inspect(self.run)[1]}")
             time.sleep(0.1)
@@ -68,7 +75,7 @@ class Soak:
             os.kill(self.process.pid, signal.SIGKILL)
             self.process.communicate(timeout=60)
             self.killed["the driver, SIGKILL"] += 1
-            self.process = start(f"resume={self.run}", *self.keys)
+            self.process = self._start(f"resume={self.run}")
             return
         victim = process_of(self.process, mark)
         if victim is not None:
@@ -77,9 +84,9 @@ class Soak:
 
     def end(self) -> str:
         self.process.send_signal(signal.SIGTERM)
-        output = finish(self.process, 120)
+        finish(self.process, 120)
         if self.process.returncode != 0:
-            raise SystemExit(f"it did not end in order:\n{output}")
+            raise SystemExit(f"it did not end in order:\n{self.output()}")
         status, account = inspect(self.run)
         if status != 0:
             raise SystemExit(account)

@@ -54,7 +54,9 @@ def test_a_run_outlives_each_of_its_processes(tmp_path: Path) -> None:
         reached = last_step(folder)
     output = finish(run, 300)
     assert run.returncode == 0, output
-    assert output.count("all processes start again") == len(FAULTS), output
+    assert output.count("all processes start again") == 3, output  # learner, Ray, the hang
+    for name in ("generator-0", "verifier-0", "the trajectory stream"):
+        assert output.count(f"{name} died and starts again") == 1, output
     assert [record["step"] for record in read_metrics(metrics)] == list(range(STEPS + 1))
     status, account = inspect(folder)
     assert status == 0, account

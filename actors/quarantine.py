@@ -1,0 +1,55 @@
+"""Rows of a data set that cannot be used: left out, counted, and written down with the reason."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from common.errors import UserError
+
+_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class BadRow:
+    place: str
+    reason: str
+    record: Any
+    """The row as it was read; None where it could not be."""
+
+
+class Quarantine:
+    """Collects bad rows while the data are read.
+
+    Args:
+        share: of all rows seen that may be bad.
+    """
+
+    def __init__(self, share: float) -> None:
+        self._share = share
+        self.rows: list[BadRow] = []
+        self.seen = 0
+
+    def add(self, place: str, reason: UserError, record: Any = None) -> None:
+        """Leave a row out."""
+        self.rows.append(BadRow(place, str(reason), record))
+
+    def check(self) -> None:
+        """Raise `UserError`, with the first reasons, when too many rows are bad."""
+        if len(self.rows) <= self._share * self.seen:
+            return
+        reasons = "\n".join(row.reason for row in self.rows[:_SHOWN])
+        if len(self.rows) > _SHOWN:
+            reasons += f"\nand {len(self.rows) - _SHOWN} more"
+        raise UserError(
+            f"{reasons}\n{len(self.rows)} of {self.seen} rows cannot be used: mend them, or let "
+            f"more be left out by data.max_bad_rows (now {self._share:g})"
+        )
+
+    def write(self, path: Path) -> None:
+        """One JSON object a line: place, reason, row. No file where no row is bad."""
+        if self.rows:
+            lines = [json.dumps(row.__dict__, default=repr) for row in self.rows]
+            path.write_text("\n".join(lines) + "\n", encoding="utf-8")

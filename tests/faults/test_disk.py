@@ -1,0 +1,38 @@
+"""A run whose disk fills up: it ends with the cause, and goes on when there is room."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import psutil
+import pytest
+from mounts import remount, small_disk
+from run_process import AGENTS, finish, inspect, leftovers, start
+
+from common.metrics import read_metrics
+
+pytestmark = [pytest.mark.faults, pytest.mark.timeout(900)]
+KIB = 90 * 1024  # one checkpoint of the tiny preset, not two
+
+
+def test_a_full_disk_ends_the_run_with_its_cause_and_it_goes_on_with_room(tmp_path: Path) -> None:
+    before = set(psutil.pids())
+    with small_disk(tmp_path / "disk", KIB) as disk:
+        keys = (
+            *("eval.every=0", "eval.prompts=16", "checkpoint.every=2", f"runs_dir={disk}"),
+            *("checkpoint.keep_last=0", "learner.credit_probe_every=0", "steps=8"),
+        )
+        process = start("name=run", *keys)
+        output = finish(process, 280)
+        assert process.returncode == 1, output
+        assert "No space left on device" in output, output
+        assert leftovers(before, ignored=AGENTS) == []
+        remount(disk, "size=2g")
+        process = start(f"resume={disk / 'run'}", *keys)
+        output = finish(process, 280)
+        assert process.returncode == 0, output
+        steps = [record["step"] for record in read_metrics(disk / "run" / "metrics.jsonl")]
+        assert steps == list(range(9))
+        status, account = inspect(disk / "run")
+        assert status == 0, account
+        assert leftovers(before, ignored=AGENTS) == []

@@ -1,0 +1,223 @@
+"""What becomes of groups when a generator, a verifier or the stream dies, on real Ray."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+import ray
+from ray.exceptions import RayActorError
+
+from actors.pools import GeneratorPool, GroupLostError, Revival, VerifierPool
+from actors.verifier_pool import with_verdicts
+from actors.verifiers.base import Verdict
+from common.errors import RunError
+from common.faults import MARK, VARIABLE
+from common.log_store import read_log
+from common.stream import GroupLog, TrajectoryStreamActor
+from common.trajectory import GroupRequest
+from common.waits import Waits
+
+
+class Mortal:
+    """Generator and verifier in one; asked for it, it dies."""
+
+    def __init__(self) -> None:
+        self.version = -1
+
+    async def start(self) -> None:
+        self.version = 0
+
+    async def warm_up(self) -> None:
+        self.version = 0
+
+    async def generate_group(self, request: GroupRequest) -> AsyncIterator[int]:
+        assert self.version >= 0, "asked before it was up"
+        yield 0
+        if request.prompt_text == "die":
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    async def take_batch(self, number: int) -> pa.RecordBatch:
+        return pa.record_batch({"version": [self.version] * 20_000})
+
+    async def update_weights(self, buckets: list[str], version: int) -> float:
+        if buckets == ["deadly"] and self.version == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        self.version = version
+        return 0.0
+
+    async def score_group(self, batch: pa.RecordBatch) -> tuple[pa.RecordBatch, int]:
+        assert self.version >= 0, "asked before it was up"
+        if batch.num_rows == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return batch, batch.num_rows
+
+
+class SecondTime(Mortal):
+    """In the place of one that died: no longer killed by small batches and deadly weights."""
+
+    async def score_group(self, batch: pa.RecordBatch) -> tuple[pa.RecordBatch, int]:
+        assert self.version >= 0, "asked before it was up"
+        return batch, batch.num_rows
+
+    async def update_weights(self, buckets: list[str], version: int) -> float:
+        self.version = version
+        return 0.0
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _ray() -> Iterator[None]:
+    ray.init(
+        address="local",
+        num_cpus=1,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level="ERROR",
+    )
+    yield
+    ray.shutdown()
+
+
+def actor(kind: type[Mortal] = Mortal) -> Any:
+    return ray.remote(kind).options(num_cpus=0, max_concurrency=100).remote()
+
+
+def verified(index: int) -> pa.RecordBatch:
+    from test_log_store import group  # not found by Ray's workers, which import this file
+
+    return with_verdicts(group(index), ["rule"], [1.0], [Verdict("pass", 1.0, "")] * 2)
+
+
+def revival(said: list[str], pauses: list[float] | None = None) -> Revival:
+    """Allows as many restarts as there are `pauses`."""
+    left = pauses if pauses is not None else [0.0] * 10
+
+    def allow(error: BaseException) -> float:
+        if not left:
+            raise RunError("too many failures")
+        return left.pop()
+
+    return Revival(lambda name: actor(SecondTime), allow, said.append, 60.0)
+
+
+def request(text: str) -> GroupRequest:
+    return GroupRequest(0, 0, "p", 0, text, [1], "{}", 1, 10, 1.0, 0, 0.0)
+
+
+async def versions(pool: GeneratorPool, text: str) -> list[int]:
+    refs = [ref async for ref in pool.generate(request(text), 30.0)]
+    return [batch.column("version")[0].as_py() for batch in [await ref for ref in refs]]
+
+
+async def generators(count: int, said: list[str], pauses: list[float] | None = None) -> Any:
+    handles = {f"generator-{index}": actor() for index in range(count)}
+    pool = GeneratorPool(handles, Waits(), 0)
+    await pool.call_all("start", owner="test", deadline_s=60.0)
+    pool.revival = revival(said, pauses)
+    return pool
+
+
+def test_a_generator_that_dies_comes_back_with_the_newest_weights() -> None:
+    async def main() -> None:
+        said: list[str] = []
+        pool = await generators(1, said)
+        await pool.update_weights(["fine"], 3, 30.0)
+        with pytest.raises(GroupLostError, match="generator-0 died with group 0"):
+            await versions(pool, "die")
+        assert await versions(pool, "live") == [3]
+        assert len(said) == 1
+        assert "generator-0 died and starts again" in said[0]
+
+    asyncio.run(main())
+
+
+def test_others_serve_while_one_starts_again_and_it_starts_once() -> None:
+    async def main() -> None:
+        said: list[str] = []
+        pool = await generators(2, said, [10.0])
+        dying = [asyncio.create_task(versions(pool, "die"))]
+        while not said:  # that it is down
+            await asyncio.sleep(0.05)
+        served = await asyncio.wait_for(
+            asyncio.gather(*[versions(pool, "live") for _ in range(8)]), 9.0
+        )
+        assert served == [[0]] * 8
+        assert isinstance((await asyncio.gather(*dying, return_exceptions=True))[0], GroupLostError)
+        assert len(said) == 1
+
+    asyncio.run(main())
+
+
+def test_a_generator_that_dies_of_an_update_gets_it_again() -> None:
+    async def main() -> None:
+        pool = await generators(2, [])
+        await pool.update_weights(["deadly"], 5, 60.0)
+        assert await versions(pool, "live") == [5]
+
+    asyncio.run(main())
+
+
+def test_too_many_deaths_end_the_run_and_none_may_be_forbidden() -> None:
+    async def main() -> None:
+        pool = await generators(1, [], [])
+        with pytest.raises(RunError, match="too many failures"):
+            await versions(pool, "die")
+        pool.revival = None
+        with pytest.raises(RayActorError):
+            await versions(pool, "live")
+
+    asyncio.run(main())
+
+
+def test_a_verifier_that_dies_is_asked_again() -> None:
+    async def main() -> None:
+        pool = VerifierPool({"verifier-0": actor()}, Waits())
+        await pool.call_all("warm_up", owner="test", deadline_s=60.0)
+        pool.revival = revival([])
+        small = ray.put(pa.record_batch({"a": [1]}))
+        scored = await asyncio.gather(*[pool.score(0, small, 30.0) for _ in range(3)])
+        assert [(await ref).num_rows for ref in scored] == [1, 1, 1]
+
+    asyncio.run(main())
+
+
+def test_completions_that_died_with_their_generator_are_the_groups_loss() -> None:
+    async def main() -> None:
+        verifiers = VerifierPool({"verifier-0": actor()}, Waits())
+        await verifiers.call_all("warm_up", owner="test", deadline_s=60.0)
+        dead = actor()
+        ray.kill(dead)
+        with pytest.raises(GroupLostError):
+            await verifiers.score(0, dead.take_batch.remote(0), 30.0)
+
+    asyncio.run(main())
+
+
+def test_a_stream_that_dies_behind_the_log_does_not_write_twice(tmp_path: Path) -> None:
+    faults = {VARIABLE: "kill@log appended#2", MARK: str(tmp_path / "mark")}
+
+    def stream() -> Any:
+        options = TrajectoryStreamActor.options(num_cpus=0, runtime_env={"env_vars": faults})
+        return options.remote(str(tmp_path), ["rule"])
+
+    async def main() -> None:
+        async def revive(error: BaseException) -> Any:
+            return stream()
+
+        log = GroupLog(stream(), Waits(), 60.0, revive)
+        receipts = [await log.append(index, [ray.put(verified(index))]) for index in range(4)]
+        assert [receipt.group_id for receipt in receipts] == [0, 1, 2, 3]
+        for index, receipt in enumerate(receipts):
+            batch = await receipt.batch_ref
+            assert batch.column("group_id")[0].as_py() == index
+
+    asyncio.run(main())
+    logged = [batch.column("group_id")[0].as_py() for batch in read_log(tmp_path / "trajectories")]
+    assert logged == [0, 1, 2, 3]
+    assert list(tmp_path.glob("mark.*"))
