@@ -52,14 +52,11 @@ def save_checkpoint(
     policy: Policy,
     optimizer: torch.optim.Optimizer,
     state: TrainerState,
-    *,
-    source: str,
     dtype: torch.dtype,
 ) -> None:
     """Write a checkpoint and put it in place, replacing one of the same name. Collective.
 
     Args:
-        source: folder the model came from, for its tokenizer.
         dtype: of the weights in the Hugging Face folder.
     """
     partial = folder.with_name(f".{folder.name}.partial")
@@ -75,7 +72,7 @@ def save_checkpoint(
             tensors[name] = tensor
     generators = fsdp.gather_objects(_encode(torch.get_rng_state()))
     if writer:
-        save_hf_folder(policy, tensors, partial, source, dtype)
+        save_hf_folder(policy, tensors, partial, dtype)
         document = {**state.__dict__, "rng": generators}
         (partial / TRAINING_STATE / _TRAINER_STATE).write_text(json.dumps(document, indent=1))
         seal(partial)

@@ -12,7 +12,9 @@ Shapes: T row tokens, N scored tokens.
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -46,7 +48,11 @@ class Policy:
     Attributes:
         model: the module to shard and train; its forward returns [1, N, 2].
         pristine_config, model_class: as loaded, for writing the model back.
+        tokenizer_files: contents by name, for the same; the folder they came from may be a
+            checkpoint that is pruned before the next is written.
     """
+
+    tokenizer_files: Mapping[str, bytes] = MappingProxyType({})
 
     def __init__(self, model: PreTrainedModel, chunk_tokens: int) -> None:
         self.pristine_config = copy.deepcopy(model.config)
@@ -157,6 +163,7 @@ def load_policy(
     expected = _untouched_logprobs(model, temperature) if weights else None
     row_bytes = 4 * model.get_output_embeddings().weight.shape[0]
     policy = Policy(model, max(1, int(logits_mib * 2**20 / row_bytes)))
+    policy.tokenizer_files = _tokenizer_files(Path(config.path))
     if expected is None:
         return policy, 0.0
     with torch.no_grad():
@@ -218,7 +225,7 @@ def checkpoint_activations(layers: nn.ModuleList) -> None:
 
 
 def save_hf_folder(
-    policy: Policy, state: dict[str, Tensor], folder: Path, source: str, dtype: torch.dtype
+    policy: Policy, state: dict[str, Tensor], folder: Path, dtype: torch.dtype
 ) -> None:
     """Write a folder that transformers and vLLM load, from full tensors in compute dtype."""
     config = copy.deepcopy(policy.pristine_config)
@@ -228,7 +235,8 @@ def save_hf_folder(
     blank.tie_weights()
     blank.generation_config = policy.model.generation_config
     blank.save_pretrained(folder, state_dict=state)
-    _copy_tokenizer(Path(source), folder)
+    for name, content in policy.tokenizer_files.items():
+        (folder / name).write_bytes(content)
 
 
 _TOKENIZER_FILES = (
@@ -245,7 +253,7 @@ _TOKENIZER_FILES = (
 )
 
 
-def _copy_tokenizer(source: Path, folder: Path) -> None:
-    for name in _TOKENIZER_FILES:
-        if (source / name).is_file():
-            (folder / name).write_bytes((source / name).read_bytes())
+def _tokenizer_files(source: Path) -> dict[str, bytes]:
+    return {
+        name: (source / name).read_bytes() for name in _TOKENIZER_FILES if (source / name).is_file()
+    }

@@ -297,8 +297,7 @@ class LearnerWorker:
             trainer.policy,
             trainer.optimizer,
             state,
-            source=self._job.model.path,
-            dtype=self._dtype,
+            self._dtype,
         )
 
     def load_checkpoint(self, folder: str) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +128,21 @@ def test_saving_again_replaces_and_leaves_nothing_behind(folder: Path, tmp_path:
         made.save_checkpoint(str(target), {"version": 2})
         assert made.load_checkpoint(str(target)) == {"version": 2}
     assert [p.name for p in tmp_path.iterdir()] == ["step-1"]
+
+
+def test_a_checkpoint_has_its_tokenizer_though_its_source_is_gone(
+    folder: Path, tmp_path: Path
+) -> None:
+    """A resumed run starts from a checkpoint, which is pruned while it goes on."""
+    source = Path(shutil.copytree(folder, tmp_path / "step-1"))
+    with worker(source) as made:
+        shutil.rmtree(source)
+        made.save_checkpoint(str(tmp_path / "step-9"), {"version": 9})
+    for name in ("tokenizer.json", "config.json"):
+        assert (tmp_path / "step-9" / name).read_bytes(), name
+    assert (tmp_path / "step-9" / "tokenizer.json").read_bytes() == (
+        folder / "tokenizer.json"
+    ).read_bytes()
 
 
 def test_interrupted_save_leaves_the_old_checkpoint(folder, tmp_path, monkeypatch) -> None:

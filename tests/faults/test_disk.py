@@ -12,7 +12,7 @@ from run_process import AGENTS, finish, inspect, leftovers, start
 from common.metrics import read_metrics
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(900)]
-KIB = 90 * 1024  # one checkpoint of the tiny preset, not two
+KIB = 24 * 1024  # one checkpoint of the tiny preset, not two
 
 
 def test_a_full_disk_ends_the_run_with_its_cause_and_it_goes_on_with_room(tmp_path: Path) -> None:
