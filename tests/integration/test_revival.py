@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import signal
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,52 +21,7 @@ from common.log_store import read_log
 from common.stream import GroupLog, TrajectoryStreamActor
 from common.trajectory import GroupRequest
 from common.waits import Waits
-
-
-class Mortal:
-    """Generator and verifier in one; asked for it, it dies."""
-
-    def __init__(self) -> None:
-        self.version = -1
-
-    async def start(self) -> None:
-        self.version = 0
-
-    async def warm_up(self) -> None:
-        self.version = 0
-
-    async def generate_group(self, request: GroupRequest) -> AsyncIterator[int]:
-        assert self.version >= 0, "asked before it was up"
-        yield 0
-        if request.prompt_text == "die":
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    async def take_batch(self, number: int) -> pa.RecordBatch:
-        return pa.record_batch({"version": [self.version] * 20_000})
-
-    async def update_weights(self, buckets: list[str], version: int) -> float:
-        if buckets == ["deadly"] and self.version == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-        self.version = version
-        return 0.0
-
-    async def score_group(self, batch: pa.RecordBatch) -> tuple[pa.RecordBatch, int]:
-        assert self.version >= 0, "asked before it was up"
-        if batch.num_rows == 1:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return batch, batch.num_rows
-
-
-class SecondTime(Mortal):
-    """In the place of one that died: no longer killed by small batches and deadly weights."""
-
-    async def score_group(self, batch: pa.RecordBatch) -> tuple[pa.RecordBatch, int]:
-        assert self.version >= 0, "asked before it was up"
-        return batch, batch.num_rows
-
-    async def update_weights(self, buckets: list[str], version: int) -> float:
-        self.version = version
-        return 0.0
+from tests.integration.mortal import Mortal, SecondTime
 
 
 @pytest.fixture(scope="module", autouse=True)
