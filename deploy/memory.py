@@ -3,7 +3,8 @@
     learner, all ranks   16 bytes a parameter: float32 weights, gradients and AdamW's two moments;
                          plus the gathered compute copy, on every rank
     generator, each      compute weights and the key-value cache
-    weights on the way   three copies in compute dtype: bucket, object store, memory file
+    weights on the way   three copies in compute dtype: bucket, object store, the version before,
+                         which is kept for generators that start again
     every process        the libraries it imports
 
 Activations are not counted: they follow from `batch.tokens_per_microbatch` and are smaller.
