@@ -10,13 +10,13 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayActorError
 
+from common.revival import Revival, is_own_death
 from common.trajectory import GroupRequest
 from common.waits import Waits
 from common.weights import WeightBucket
@@ -24,19 +24,6 @@ from common.weights import WeightBucket
 
 class GroupLostError(Exception):
     """A group's completions died with their generator: sample it again."""
-
-
-@dataclass(frozen=True)
-class Revival:
-    """How a pool replaces a member that died."""
-
-    make: Callable[[str], Any]
-    """A new actor for a name."""
-    allow: Callable[[BaseException], float]
-    """Seconds to wait before the restart that answers an error; raises after too many."""
-    say: Callable[[str], None]
-    deadline_s: float
-    """For its start."""
 
 
 class Pool:
@@ -111,16 +98,13 @@ class Pool:
             RayActorError: the pool cannot; `error`, or that of the new one.
             RunError: there were too many restarts.
         """
-        if self.revival is None or isinstance(error, RayTaskError):
-            raise error  # a RayTaskError is of a task that was given what another lost
+        if self.revival is None or not is_own_death(error):
+            raise error
         self._down.add(name)
         async with self._reviving:
             if self.handles[name] is not dead:
                 return
-            pause_s = self.revival.allow(error)
-            self.revival.say(f"{name} died and starts again in {pause_s:.0f} s: {_first(error)}")
-            await asyncio.sleep(pause_s)
-            handle = self.revival.make(name)
+            handle = await self.revival.replace(name, dead, error)
             await self._prepare(name, handle, self.revival.deadline_s)
             self.handles[name] = handle
             self._down.discard(name)
@@ -128,10 +112,6 @@ class Pool:
     async def _prepare(self, name: str, handle: Any, deadline_s: float) -> None:
         """Make a new member ready to serve."""
         raise NotImplementedError
-
-
-def _first(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0]
 
 
 class GeneratorPool(Pool):
@@ -231,7 +211,7 @@ class VerifierPool(Pool):
                         deadline_s=deadline_s,
                     )
                 except RayActorError as error:
-                    if isinstance(error, RayTaskError):  # the verifier lives, what it was given not
+                    if not is_own_death(error):
                         raise GroupLostError(f"completions of group {group_id}") from error
                     lost = error
                 else:

@@ -32,3 +32,8 @@ class NumbersError(RunError):
 
 class VerifierError(RunError):
     """A verifier gave something that is not a reward; the message names the verifier."""
+
+
+def first_line(error: BaseException) -> str:
+    """Of its message; its representation where it has none."""
+    return (str(error).strip() or repr(error)).splitlines()[0]

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,11 +20,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayActorError
 
 from common.errors import StallError
 from common.faults import reached
 from common.log_store import TrajectoryLog, read_segment, segments
+from common.revival import Revival, is_own_death
 from common.schema import sampled_lengths, trajectory_schema
 from common.stacks import arm
 from common.trajectory import GroupReceipt
@@ -143,8 +143,8 @@ class GroupLog:
     """The stream as the coordinator writes to it: one call at a time, with all that is ready.
 
     A call of Ray costs more than the writing of a group, so groups that end while one is under
-    way go together in the next. A stream that dies is replaced by `revive`, which is given the
-    dead one's error and may raise it; what it had written is not written again.
+    way go together in the next. A stream that dies is replaced, where there is a `revival`; what it
+    had written is not written again.
     """
 
     def __init__(
@@ -152,12 +152,12 @@ class GroupLog:
         stream: Any,
         waits: Waits,
         deadline_s: float,
-        revive: Callable[[RayActorError], Awaitable[Any]] | None = None,
+        revival: Revival | None = None,
     ) -> None:
         self.stream = stream
         self._waits = waits
         self._deadline_s = deadline_s
-        self._revive = revive
+        self._revival = revival
         self._ready: list[_Unlogged] = []
         self._calling = asyncio.Lock()
 
@@ -230,9 +230,9 @@ class GroupLog:
         )
 
     async def _replace(self, error: RayActorError) -> None:
-        if self._revive is None or isinstance(error, RayTaskError):
-            raise error  # a RayTaskError is of a call that was given what another actor lost
-        self.stream = await self._revive(error)
+        if self._revival is None or not is_own_death(error):
+            raise error
+        self.stream = await self._revival.replace("the trajectory stream", self.stream, error)
 
 
 @dataclass(eq=False)

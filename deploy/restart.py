@@ -13,7 +13,7 @@ from collections.abc import Callable
 from ray.exceptions import NodeDiedError, ObjectLostError, RayActorError, WorkerCrashedError
 
 from common.config import RestartConfig
-from common.errors import RunError, StallError, WeightsError
+from common.errors import RunError, StallError, WeightsError, first_line
 
 _LOST = (RayActorError, ObjectLostError, NodeDiedError, WorkerCrashedError)
 """Ray's words for a process that is gone."""
@@ -39,9 +39,8 @@ class Restarts:
             RunError: there were too many; all their causes are in the message.
         """
         now = self._clock()
-        cause = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         self._causes = [(at, why) for at, why in self._causes if now - at < self._config.window_s]
-        self._causes.append((now, f"{type(error).__name__}: {cause}"))
+        self._causes.append((now, f"{type(error).__name__}: {first_line(error)}"))
         restarts = len(self._causes)
         if restarts > self._config.limit:
             listed = "\n".join(f"  {now - at:.0f} s ago: {why}" for at, why in self._causes)

@@ -78,7 +78,9 @@ class Run:
                 self._config, self._first_step, self._display.event
             )
             self._preemption.listen()
-            log = self._group_log(actors)
+            stream = start_stream(self._config, self._run.path)
+            timeout_s = self._config.verify_timeout_s
+            log = GroupLog(stream, self._waits, timeout_s, self._reviver.stream())
             try:
                 return await self._train(actors, log, source, used)
             except ExceptionGroup as group:
@@ -86,17 +88,9 @@ class Run:
             finally:
                 await self._service.end_run(log.stream)
 
-    def _reviver(self, actors: Actors) -> Reviver:
-        factory = self._service.factory
-        return Reviver(factory, actors, self._run, self._restarts, self._display.event)
-
-    def _group_log(self, actors: Actors) -> GroupLog:
-        async def revive(error: BaseException) -> Any:
-            return await self._reviver(actors).stream(log.stream, error)
-
-        stream = start_stream(self._config, self._run.path)
-        log = GroupLog(stream, self._waits, self._config.verify_timeout_s, revive)
-        return log
+    @property
+    def _reviver(self) -> Reviver:
+        return Reviver(self._service.factory, self._run, self._restarts, self._display.event)
 
     def _model_folder(self) -> str:
         """The model's folder, or on resume the newest checkpoint if there is one."""
@@ -146,8 +140,8 @@ class Run:
         verifiers = VerifierPool(actors.verifiers, self._waits)
         learner = LearnerGroup(actors.learners, self._waits, config.learner.step_timeout_s)
         await self._start(generators, verifiers, learner, used)
-        reviver = self._reviver(actors)
-        generators.revival, verifiers.revival = reviver.generators(), reviver.verifiers()
+        generators.revival = self._reviver.generators()
+        verifiers.revival = self._reviver.verifiers()
         ledger = Ledger(self._run.path / LEDGER, source.identity)
         room = config.generator.max_completion_tokens - 1
         self._rollout = RolloutLoop(

@@ -12,12 +12,13 @@ import pytest
 import ray
 from ray.exceptions import RayActorError
 
-from actors.pools import GeneratorPool, GroupLostError, Revival, VerifierPool
+from actors.pools import GeneratorPool, GroupLostError, VerifierPool
 from actors.verifier_pool import with_verdicts
 from actors.verifiers.base import Verdict
 from common.errors import RunError
 from common.faults import MARK, VARIABLE
 from common.log_store import read_log
+from common.revival import Revival
 from common.stream import GroupLog, TrajectoryStreamActor
 from common.trajectory import GroupRequest
 from common.waits import Waits
@@ -160,10 +161,8 @@ def test_a_stream_that_dies_behind_the_log_does_not_write_twice(tmp_path: Path) 
         return options.remote(str(tmp_path), ["rule"])
 
     async def main() -> None:
-        async def revive(error: BaseException) -> Any:
-            return stream()
-
-        log = GroupLog(stream(), Waits(), 60.0, revive)
+        again = Revival(lambda name: stream(), lambda error: 0.0, lambda said: None, 60.0)
+        log = GroupLog(stream(), Waits(), 60.0, again)
         receipts = [await log.append(index, [ray.put(verified(index))]) for index in range(4)]
         assert [receipt.group_id for receipt in receipts] == [0, 1, 2, 3]
         for index, receipt in enumerate(receipts):

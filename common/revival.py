@@ -1,0 +1,39 @@
+"""A new actor in the place of one that died, generator, verifier or stream alike."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.exceptions import RayActorError, RayTaskError
+
+from common.errors import first_line
+
+
+@dataclass(frozen=True)
+class Revival:
+    """How actors of one kind are replaced."""
+
+    make: Callable[[str], Any]
+    """A new actor for a name."""
+    allow: Callable[[BaseException], float]
+    """Seconds to wait before the restart that answers an error; raises after too many."""
+    say: Callable[[str], None]
+    deadline_s: float
+    """For the start of the new one, where it takes any."""
+
+    async def replace(self, name: str, dead: Any, error: RayActorError) -> Any:
+        """The actor that comes in the place of `dead`; raises what `allow` raises."""
+        pause_s = self.allow(error)
+        self.say(f"{name} died and starts again in {pause_s:.0f} s: {first_line(error)}")
+        await asyncio.sleep(pause_s)
+        ray.kill(dead)  # if it only could not be reached
+        return self.make(name)
+
+
+def is_own_death(error: RayActorError) -> bool:
+    """Whether the called actor died; else it was given what another one's death had lost."""
+    return not isinstance(error, RayTaskError)
