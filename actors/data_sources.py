@@ -51,7 +51,9 @@ def load_rows(config: DataConfig, held_out: int, seed: int, quarantine: Quaranti
     Raises: `UserError` for anything wrong with the data, or too few of them.
     """
     if config.source == "reasoning_gym":
-        return _draw_distinct(config.reasoning_gym, held_out, seed)
+        drawn = _draw_distinct(config.reasoning_gym, held_out, seed)
+        quarantine.seen += len(drawn.train)
+        return drawn
     if config.path is None:
         raise UserError(f"data.source={config.source} needs data.path")
     read = _read_file if config.source == "file" else _read_hub

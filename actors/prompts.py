@@ -151,7 +151,6 @@ def build_prompt_source(
     rows = load_rows(config, eval_prompts, seed, quarantine)
     _check_lengths(rows.held_out, template, max_prompt_tokens, None)
     bad = _check_lengths(rows.train, template, max_prompt_tokens, quarantine)
-    quarantine.seen = max(quarantine.seen, len(rows.train))
     quarantine.check()
     rows = replace(rows, train=[row for row in rows.train if row.place not in bad])
     return PromptSource(rows, template, seed, config.order, quarantine)

@@ -54,7 +54,7 @@ class ObjectStoreUpdateInfo(WeightTransferUpdateInfo):
 
 
 class ObjectStoreWeightEngine(WeightTransferEngine[ObjectStoreInitInfo, ObjectStoreUpdateInfo]):
-    """Receives buckets that were lent; their checksum is verified before a tensor is touched."""
+    """Loads buckets that were lent; the generator has checked all of them before the first."""
 
     init_info_cls = ObjectStoreInitInfo
     update_info_cls = ObjectStoreUpdateInfo

@@ -13,10 +13,13 @@ from typing import Any
 import psutil
 import pytest
 
+from common.log_store import read_log
 from common.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ROOT / "deploy" / "configs" / "tiny.yaml"
+QUICK = ("eval.every=0", "eval.prompts=16", "checkpoint.every=2", "learner.credit_probe_every=0")
+"""For runs that are broken on purpose: little beside their steps, and a checkpoint often."""
 
 
 def command(*overrides: str) -> list[str]:
@@ -100,6 +103,17 @@ def wait_for_step(process: subprocess.Popen[str], run: Path, step: int) -> None:
         assert process.poll() is None, finish(process, 10)
         assert time.monotonic() < deadline, f"no step {step}"
         time.sleep(0.02)
+
+
+def check_whole(run: Path, steps: int) -> None:
+    """All steps on record once, the bound held, the account closed, and no turn skipped."""
+    records = read_metrics(run / "metrics.jsonl")
+    assert [record["step"] for record in records] == list(range(steps + 1))
+    assert all(record["staleness/max"] <= 1 for record in records[1:])
+    status, account = inspect(run)
+    assert status == 0, account
+    turns = {batch.column("turn")[0].as_py() for batch in read_log(run / "trajectories")}
+    assert turns == set(range(max(turns) + 1))
 
 
 def process_of(run: subprocess.Popen[str], mark: str) -> psutil.Process | None:

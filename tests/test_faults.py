@@ -5,19 +5,19 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
+from test_layering import PACKAGES, ROOT, sources
 
 from common.faults import MARK, POINTS, VARIABLE, reached
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(autouse=True)
 def _mark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(MARK, str(tmp_path / "mark"))
-    monkeypatch.setattr("common.faults._reached", type(reached.__globals__["_reached"])())
+    monkeypatch.setattr("common.faults._reached", Counter())
 
 
 def test_nothing_happens_in_production(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -47,11 +47,11 @@ def test_kill_is_a_kill(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_every_point_is_reached_at_one_place() -> None:
-    sources = [
-        p for d in ("actors", "common", "deploy", "learner") for p in (ROOT / d).rglob("*.py")
-    ]
     used = [
-        point for path in sources for point in re.findall(r'reached\("([^"]+)"\)', path.read_text())
+        point
+        for package in PACKAGES
+        for path in sources(package)
+        for point in re.findall(r'reached\("([^"]+)"\)', path.read_text())
     ]
     assert sorted(used) == sorted(POINTS)
 

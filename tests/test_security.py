@@ -6,15 +6,11 @@ import ast
 from pathlib import Path
 
 import pytest
+from test_layering import PACKAGES, ROOT, sources
 
 from common.config import Config
 
-ROOT = Path(__file__).resolve().parent.parent
-SOURCES = sorted(
-    path
-    for folder in ("actors", "common", "deploy", "learner")
-    for path in (ROOT / folder).rglob("*.py")
-)
+SOURCES = [path for package in PACKAGES for path in sources(package)]
 MODULES = {"pickle", "cloudpickle", "dill", "shelve", "marshal"}
 CALLS = {"eval", "exec", "torch.load", "yaml.load", "os.system", "os.popen"}
 

@@ -7,9 +7,7 @@ from pathlib import Path
 import psutil
 import pytest
 from mounts import remount, small_disk
-from run_process import AGENTS, finish, inspect, leftovers, start
-
-from common.metrics import read_metrics
+from run_process import AGENTS, QUICK, check_whole, finish, leftovers, start
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(900)]
 KIB = 24 * 1024  # one checkpoint of the tiny preset, not two
@@ -18,10 +16,7 @@ KIB = 24 * 1024  # one checkpoint of the tiny preset, not two
 def test_a_full_disk_ends_the_run_with_its_cause_and_it_goes_on_with_room(tmp_path: Path) -> None:
     before = set(psutil.pids())
     with small_disk(tmp_path / "disk", KIB) as disk:
-        keys = (
-            *("eval.every=0", "eval.prompts=16", "checkpoint.every=2", f"runs_dir={disk}"),
-            *("checkpoint.keep_last=0", "learner.credit_probe_every=0", "steps=8"),
-        )
+        keys = (*QUICK, "checkpoint.keep_last=0", f"runs_dir={disk}", "steps=8")
         process = start("name=run", *keys)
         output = finish(process, 280)
         assert process.returncode == 1, output
@@ -31,8 +26,5 @@ def test_a_full_disk_ends_the_run_with_its_cause_and_it_goes_on_with_room(tmp_pa
         process = start(f"resume={disk / 'run'}", *keys)
         output = finish(process, 280)
         assert process.returncode == 0, output
-        steps = [record["step"] for record in read_metrics(disk / "run" / "metrics.jsonl")]
-        assert steps == list(range(9))
-        status, account = inspect(disk / "run")
-        assert status == 0, account
+        check_whole(disk / "run", 8)
         assert leftovers(before, ignored=AGENTS) == []

@@ -12,14 +12,12 @@ from pathlib import Path
 
 import psutil
 import pytest
-from run_process import AGENTS, finish, inspect, leftovers, start
+from run_process import AGENTS, QUICK, check_whole, finish, leftovers, start
 
 from common.faults import MARK, POINTS, VARIABLE
-from common.log_store import read_log
 from common.metrics import read_metrics
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(1800)]
-QUICK = ("eval.every=0", "eval.prompts=16", "checkpoint.every=2", "learner.credit_probe_every=0")
 OF_ACTORS = {
     "completion sampled": 20,
     "weights received": 3,
@@ -39,16 +37,6 @@ def faulty(fault: str, mark: Path, *overrides: str):
         return start(*overrides)
     finally:
         del os.environ[VARIABLE], os.environ[MARK]
-
-
-def check_whole(run: Path, steps: int) -> None:
-    """All steps on record once, the account closed, no turn skipped, none trained on twice."""
-    assert [r["step"] for r in read_metrics(run / "metrics.jsonl")] == list(range(steps + 1))
-    assert all(r["staleness/max"] <= 1 for r in read_metrics(run / "metrics.jsonl")[1:])
-    status, account = inspect(run)
-    assert status == 0, account
-    turns = {batch.column("turn")[0].as_py() for batch in read_log(run / "trajectories")}
-    assert turns == set(range(max(turns) + 1))
 
 
 def test_the_coordinator_killed_at_every_point(tmp_path: Path) -> None:

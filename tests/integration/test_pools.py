@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from typing import Any
 
 import pyarrow as pa
@@ -37,16 +37,8 @@ class Scripted:
 
 
 @pytest.fixture(scope="module")
-def scripted() -> Iterator[Any]:
-    ray.init(
-        address="local",
-        num_cpus=1,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level="ERROR",
-    )
-    yield ray.remote(Scripted).options(num_cpus=0).remote()
-    ray.shutdown()
+def scripted(local_ray: None) -> Any:
+    return ray.remote(Scripted).options(num_cpus=0).remote()
 
 
 def request(text: str, completions: int) -> GroupRequest:
