@@ -29,6 +29,7 @@ POINTS = {
     "weights proved": "the canary has passed, the step is not on record",
     "step on record": "metrics are written",
     "ledger cut": "the ledger is cut, the checkpoint not begun",
+    "checkpoint taken": "the learner's memory holds a checkpoint, the disk nothing of it",
     "checkpoint written": "all files of a checkpoint are there under a temporary name",
     "checkpoint in place": "it has its name, older ones are still there",
     "completion sampled": "a generator has a batch of completions",

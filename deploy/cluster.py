@@ -25,12 +25,13 @@ from deploy.placement import (
     cpus_needed,
     object_store_bytes,
 )
+from learner.group import WRITING
 from learner.worker import LearnerJob, LearnerWorker
 
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
 
 
-LearnerActor = ray.remote(LearnerWorker)
+LearnerActor = ray.remote(concurrency_groups={WRITING: 1})(LearnerWorker)
 
 
 @dataclass
@@ -176,6 +177,7 @@ def learner_job(config: Config) -> LearnerJob:
         primary_verifier=verifier_names(config.verifier)[0],
         bucket_mib=config.weights.bucket_mib,
         tokens_per_microbatch=config.batch.tokens_per_microbatch,
+        checkpoint_timeout_s=config.checkpoint.timeout_s,
     )
 
 

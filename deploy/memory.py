@@ -2,6 +2,8 @@
 
     learner, all ranks   16 bytes a parameter: float32 weights, gradients and AdamW's two moments;
                          plus the gathered compute copy, on every rank
+    checkpoint           12 bytes a parameter and a compute copy, from when it is taken until it is
+                         written
     generator, each      compute weights and the key-value cache
     weights on the way   three copies in compute dtype: bucket, object store, the version before,
                          which is kept for generators that start again
@@ -23,6 +25,7 @@ from common.errors import UserError
 
 GIB = 2**30
 _LEARNER_BYTES_A_PARAMETER = 16
+_CHECKPOINT_BYTES_A_PARAMETER = 12
 _PROCESS_BYTES = {"learner": 0.5 * GIB, "generator": 1.5 * GIB, "others": 1.5 * GIB}
 """Allowance for the imports, rounded up from process listings; not measured with care."""
 
@@ -33,18 +36,20 @@ class MemoryEstimate:
 
     parameters: int
     learner: float
+    checkpoint: float
     generators: float
     transfer: float
     others: float
 
     @property
     def total(self) -> float:
-        return self.learner + self.generators + self.transfer + self.others
+        return self.learner + self.checkpoint + self.generators + self.transfer + self.others
 
     def lines(self) -> list[str]:
         """For people."""
         rows = {
             "learner": self.learner,
+            "checkpoint": self.checkpoint,
             "generators": self.generators,
             "weights on the way": self.transfer,
             "other processes": self.others,
@@ -64,6 +69,7 @@ def estimate(config: Config, parameters: int) -> MemoryEstimate:
         learner=parameters * _LEARNER_BYTES_A_PARAMETER
         + reference
         + ranks * (compute + _PROCESS_BYTES["learner"]),
+        checkpoint=parameters * _CHECKPOINT_BYTES_A_PARAMETER + compute,
         generators=generators
         * (compute + config.generator.kv_cache_gib * GIB + _PROCESS_BYTES["generator"]),
         transfer=(2 + generators) * compute,

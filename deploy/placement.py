@@ -135,6 +135,9 @@ def actor_options(config: Config, cores: CorePlan, cuda: bool) -> ActorOptions:
         "OMP_NUM_THREADS": str(cores.learner_threads),
         "OMP_WAIT_POLICY": "PASSIVE",
         "TOKENIZERS_PARALLELISM": "false",
+        # Steps run in a thread of their own, beside that which writes checkpoints. An arena of
+        # their own could not keep freed blocks of more than 64 MiB (`fsdp.keep_freed_memory`).
+        "MALLOC_ARENA_MAX": "1",
     }
     gpus = (config.generator.num_gpus or config.generator.tensor_parallel) if cuda else 0
     return ActorOptions(

@@ -23,11 +23,11 @@ from actors.prompts import PromptSource, build_prompt_source
 from actors.rollout import RolloutLoop
 from common.config import Config
 from common.errors import RunError, UserError
-from common.faults import reached
 from common.ledger import Ledger
 from common.metrics import JsonlSink, Metrics, TensorBoardSink
 from common.stream import GroupLog
 from common.trajectory import GroupReceipt
+from deploy.checkpoints import Checkpoints
 from deploy.cluster import Actors, start_stream
 from deploy.display import Display, make_display
 from deploy.models import check_vocabulary, resolve_model
@@ -189,7 +189,9 @@ class Run:
                 config=config.eval,
                 max_tokens=config.generator.max_completion_tokens,
             ),
-            save=self._saver(learner),
+            checkpoints=Checkpoints(
+                config.checkpoint, self._run, learner, self._rollout.save, self._display.event
+            ),
             record=self._recorder(metrics),
             schedule=self._schedule(),
             keep_batch=self._keep_batch,
@@ -285,21 +287,6 @@ class Run:
                 check_logprob_gap(gap, step, self._config.learner, self._display.event)
 
         return record
-
-    def _saver(self, learner: LearnerGroup) -> Callable[[int], Any]:
-        async def save(step: int) -> None:
-            assert self._rollout is not None
-            folder = self._run.checkpoint(step)
-            folder.parent.mkdir(exist_ok=True)
-            state = self._rollout.save(step)
-            reached("ledger cut")
-            await learner.save_checkpoint(str(folder), state, self._config.checkpoint.timeout_s)
-            reached("checkpoint in place")
-            keep = self._config.checkpoint
-            self._run.prune_checkpoints(keep.keep_last, keep.keep_every)
-            self._display.event(f"checkpoint {folder}")
-
-        return save
 
     def _schedule(self) -> Schedule:
         config = self._config

@@ -5,8 +5,9 @@
                               trainer_state.json
             manifest.json     sizes and checksums (`common.manifest`)
 
-A checkpoint is written to a sibling folder, sealed, flushed to the disk and renamed, so that a
-folder with the final name is complete. Any number of ranks can load what another number wrote.
+A checkpoint is taken, a copy in memory while the learner stands still, and then written beside its
+next steps: to a sibling folder, sealed, flushed to the disk and renamed, so that a folder with the
+final name is complete. Any number of ranks can load what another number wrote.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load as load_sharded
 from torch.distributed.checkpoint.state_dict_saver import save as save_sharded
@@ -47,40 +49,62 @@ class TrainerState:
     """The caller's own state, JSON."""
 
 
-def save_checkpoint(
-    folder: Path,
-    policy: Policy,
-    optimizer: torch.optim.Optimizer,
-    state: TrainerState,
-    dtype: torch.dtype,
+@dataclass(frozen=True)
+class Snapshot:
+    """A checkpoint in memory: nothing in it changes when the learner steps on."""
+
+    sharded: dict[str, Any]
+    """This rank's part of the model and the optimiser's state."""
+    tensors: dict[str, Tensor]
+    """The whole model in compute dtype, on rank 0."""
+    document: dict[str, Any]
+    """`TrainerState` and every rank's random state."""
+
+
+def take_snapshot(
+    policy: Policy, optimizer: torch.optim.Optimizer, state: TrainerState, dtype: torch.dtype
+) -> Snapshot:
+    """Copy all of a checkpoint into memory. Collective.
+
+    Args:
+        dtype: of the weights in the Hugging Face folder.
+    """
+    model_state, optimizer_state = get_state_dict(policy.model, optimizer)
+    stager = DefaultStager(StagingOptions(*[False] * 4))
+    sharded = stager.stage({"model": model_state, "optimizer": optimizer_state})
+    assert isinstance(sharded, dict)
+    tensors = {}
+    for name, tensor in fsdp.full_tensors(policy.model, dtype):
+        if dist.get_rank() == 0:
+            tensors[name] = tensor.clone()
+    generators = fsdp.gather_objects(_encode(torch.get_rng_state()))
+    return Snapshot(sharded, tensors, {**state.__dict__, "rng": generators})
+
+
+def write_snapshot(
+    snapshot: Snapshot, folder: Path, policy: Policy, dtype: torch.dtype, group: dist.ProcessGroup
 ) -> None:
     """Write a checkpoint and put it in place, replacing one of the same name. Collective.
 
     Args:
-        dtype: of the weights in the Hugging Face folder.
+        policy: asked for configuration and tokenizer, not for weights.
+        group: all ranks, on gloo; used by nothing else, since the learner steps meanwhile.
     """
     partial = folder.with_name(f".{folder.name}.partial")
     writer = dist.get_rank() == 0
     if writer:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-    dist.barrier()
-    _save_sharded(policy.model, optimizer, partial / TRAINING_STATE)
-    tensors = {}
-    for name, tensor in fsdp.full_tensors(policy.model, dtype):
-        if writer:
-            tensors[name] = tensor
-    generators = fsdp.gather_objects(_encode(torch.get_rng_state()))
+    dist.barrier(group)
+    training_state = partial / TRAINING_STATE
+    save_sharded(snapshot.sharded, checkpoint_id=str(training_state), process_group=group)
     if writer:
-        save_hf_folder(policy, tensors, partial, dtype)
-        document = {**state.__dict__, "rng": generators}
-        (partial / TRAINING_STATE / _TRAINER_STATE).write_text(json.dumps(document, indent=1))
+        save_hf_folder(policy, snapshot.tensors, partial, dtype)
+        (training_state / _TRAINER_STATE).write_text(json.dumps(snapshot.document, indent=1))
         seal(partial)
         reached("checkpoint written")
-    dist.barrier()
-    if writer:
         _put_in_place(partial, folder)
-    dist.barrier()
+    dist.barrier(group)
 
 
 def load_checkpoint(folder: Path, policy: Policy, optimizer: torch.optim.Optimizer) -> TrainerState:
@@ -106,11 +130,6 @@ def load_checkpoint(folder: Path, policy: Policy, optimizer: torch.optim.Optimiz
     if dist.get_rank() < len(generators):
         torch.set_rng_state(_decode(generators[dist.get_rank()]))
     return TrainerState(**document)
-
-
-def _save_sharded(model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path) -> None:
-    model_state, optimizer_state = get_state_dict(model, optimizer)
-    save_sharded({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=str(folder))
 
 
 def _put_in_place(partial: Path, folder: Path) -> None:

@@ -109,6 +109,13 @@ def join_process_group(
     )
 
 
+def writing_group(timeout_s: float) -> dist.ProcessGroup:
+    """All ranks once more, on gloo, for what they do beside their steps. Collective."""
+    group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
+    assert isinstance(group, dist.ProcessGroup)
+    return group
+
+
 def data_mesh(device: torch.device) -> DeviceMesh:
     return init_device_mesh(device.type, (dist.get_world_size(),))
 

@@ -16,6 +16,9 @@ from common.weights import WeightBucket
 if TYPE_CHECKING:
     from learner.worker import LearnerJob
 
+WRITING = "writing"
+"""The concurrency group of the ranks' actors in which checkpoints are written."""
+
 
 class LearnerGroup:
     """FSDP ranks, rank 0 first."""
@@ -74,8 +77,13 @@ class LearnerGroup:
         scores: list[list[float]] = (await self._all("score", sequences, prompt_lengths))[0]
         return scores
 
-    async def save_checkpoint(self, folder: str, extra: dict[str, Any], deadline_s: float) -> None:
-        await self._all("save_checkpoint", folder, extra, deadline_s=deadline_s)
+    async def take_checkpoint(self, extra: dict[str, Any], deadline_s: float) -> None:
+        """Copy a checkpoint into the ranks' memory."""
+        await self._all("take_checkpoint", extra, deadline_s=deadline_s)
+
+    async def write_checkpoint(self, folder: str, deadline_s: float) -> None:
+        """Write what was taken and put it in place; other calls run beside this one."""
+        await self._all("write_checkpoint", folder, deadline_s=deadline_s, group=WRITING)
 
     async def load_checkpoint(self, folder: str, deadline_s: float) -> dict[str, Any]:
         """Returns the `extra` that was saved."""
@@ -90,10 +98,13 @@ class LearnerGroup:
     async def shutdown(self, deadline_s: float) -> None:
         await self._all("shutdown", deadline_s=deadline_s)
 
-    async def _all(self, method: str, *args: Any, deadline_s: float | None = None) -> list[Any]:
+    async def _all(
+        self, method: str, *args: Any, deadline_s: float | None = None, group: str | None = None
+    ) -> list[Any]:
+        options = {"concurrency_group": group} if group else {}
         calls = [
             self._waits.on(
-                getattr(handle, method).remote(*args),
+                getattr(handle, method).options(**options).remote(*args),
                 owner=f"learner {method}",
                 cause=f"rank {rank}",
                 deadline_s=deadline_s or self._step_timeout_s,

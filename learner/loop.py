@@ -3,14 +3,15 @@ Its clock is the step; the policy's version is the number of steps taken.
 
 What does not need the learner goes on beside its next step, one version at a time: the generators
 load the weights and are proved, the step's slots are released, now and then they are evaluated, and
-the step is recorded. A group with a token of a version still unproved waits for its proof.
+the step is recorded; then its checkpoint is written, if there is one. A group with a token of a
+version still unproved waits for its proof.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -35,6 +36,12 @@ class GroupSource(Protocol):
 
 class Evaluation(Protocol):
     async def run(self, step: int) -> dict[str, float]: ...
+
+
+class Checkpoints(Protocol):
+    async def take(self, step: int) -> None: ...
+
+    async def write(self, step: int) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -70,7 +77,7 @@ class LearnerLoop:
         publisher: Publisher,
         groups: GroupSource,
         evaluation: Evaluation,
-        save: Callable[[int], Awaitable[None]],
+        checkpoints: Checkpoints,
         record: Callable[[int, dict[str, float]], None],
         schedule: Schedule,
         keep_batch: Callable[[list[GroupReceipt]], None],
@@ -80,22 +87,27 @@ class LearnerLoop:
         self._publisher = publisher
         self._groups = groups
         self._evaluation = evaluation
-        self._save = save
+        self._checkpoints = checkpoints
         self._record = record
         self._schedule = schedule
         self._keep_batch = keep_batch
         self._stop = stop or asyncio.Event()
         self._delivery: asyncio.Future[dict[str, float]]
         """The generators' half of the last step; done before the first."""
-        self._saved = schedule.first_step
-        """The newest checkpoint's step; that of the untrained model is the model itself."""
+        self._writing: asyncio.Future[None]
+        """The last checkpoint on its way to the disk; done before the first."""
+        self._trained = self._saved = schedule.first_step
+        """The policy's version and the newest checkpoint's; at first a checkpoint or the model."""
+        self._stood_still_s = 0.0
+        """For a checkpoint, before the step under way."""
 
     async def run(self) -> dict[str, float]:
         """Steps are numbered from 1; the record of step 0 is the evaluation before training."""
         schedule = self._schedule
         await self._before_training()
-        self._delivery = asyncio.get_running_loop().create_future()
+        self._delivery, self._writing = asyncio.Future(), asyncio.Future()
         self._delivery.set_result({})
+        self._writing.set_result(None)
         async with asyncio.TaskGroup() as beside:
             for step in range(schedule.first_step + 1, schedule.last_step + 1):
                 taking = time.monotonic()
@@ -104,14 +116,17 @@ class LearnerLoop:
                     break
                 exported, metrics = await self._step(step, receipts, taking)
                 self._delivery = beside.create_task(self._deliver(exported, metrics))
-                if schedule.checkpoints(step) or self._stop.is_set():
-                    await self._save_proved(step)
+                self._trained = step
+                if schedule.checkpoints(step):
+                    await self._checkpoint(step, beside)
                 if self._stop.is_set():
                     break
+            if self._trained > self._saved:
+                await self._checkpoint(self._trained, beside)
         return await self._delivery
 
     async def _take(self, version: int) -> list[GroupReceipt] | None:
-        """The next step's groups; None, and everything saved, when the run is to stop."""
+        """The next step's groups; None when the run is to stop."""
         taking = asyncio.ensure_future(self._groups.take(version, self._schedule.take_timeout_s))
         stopping = asyncio.ensure_future(self._stop.wait())
         try:
@@ -122,15 +137,21 @@ class LearnerLoop:
             taking.cancel()
             stopping.cancel()
             await asyncio.gather(taking, stopping, return_exceptions=True)
-        if version > self._saved:
-            await self._save_proved(version)
         return None
 
-    async def _save_proved(self, step: int) -> None:
-        """A saved step is delivered, proved, evaluated and recorded."""
-        await self._delivery
-        await self._save(step)
+    async def _checkpoint(self, step: int, beside: asyncio.TaskGroup) -> None:
+        """Taken now, with the learner at `step`; written beside its next steps."""
+        started = time.monotonic()
+        await self._writing
+        await self._checkpoints.take(step)
+        self._writing = beside.create_task(self._write(step, self._delivery))
         self._saved = step
+        self._stood_still_s = time.monotonic() - started
+
+    async def _write(self, step: int, delivery: asyncio.Future[dict[str, float]]) -> None:
+        """What a resume goes on from was delivered, proved, evaluated and recorded."""
+        await delivery
+        await self._checkpoints.write(step)
 
     async def _before_training(self) -> None:
         first = self._schedule.first_step
@@ -143,6 +164,7 @@ class LearnerLoop:
     ) -> tuple[Exported, dict[str, float]]:
         """`started`: when the step began to wait for its groups, by `time.monotonic()`."""
         version = step - 1
+        stood_still_s, self._stood_still_s = self._stood_still_s, 0.0
         if max(receipt.max_version for receipt in receipts) > self._publisher.proved:
             await self._delivery
         taken = time.monotonic()
@@ -165,6 +187,7 @@ class LearnerLoop:
             "time/wait_data": taken - started,
             "time/train": trained - taken,
             "time/wait_delivery": delivered - trained,
+            "time/checkpoint": stood_still_s,
             "time/step": time.monotonic() - started,
             **_summary(receipts),
         }

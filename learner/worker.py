@@ -2,7 +2,7 @@
 
 `LearnerWorker` owns the sharded policy, its optimiser and the recipe. All ranks are called with
 the same arguments, in the same order: every method except `rendezvous_address` and `shutdown`
-is a collective.
+is a collective. `write_checkpoint` alone may run beside another, in a thread of its own.
 """
 
 from __future__ import annotations
@@ -29,7 +29,13 @@ from common.schema import check_schema
 from common.stacks import arm
 from common.weights import WeightBucket, pack_tensors
 from learner import fsdp
-from learner.checkpoint import TrainerState, load_checkpoint, save_checkpoint
+from learner.checkpoint import (
+    Snapshot,
+    TrainerState,
+    load_checkpoint,
+    take_snapshot,
+    write_snapshot,
+)
 from learner.model import (
     DTYPES,
     Policy,
@@ -73,6 +79,8 @@ class LearnerJob:
     """Largest weight bucket of `export_weights`."""
     tokens_per_microbatch: int
     """The row budget (`batch.tokens_per_microbatch`)."""
+    checkpoint_timeout_s: float = 900.0
+    """For one rank to wait for the others while a checkpoint is written."""
 
 
 class LearnerWorker:
@@ -106,6 +114,8 @@ class LearnerWorker:
         self._store: TCPStore | None = None
         self._trainer: Trainer | None = None
         self._transport: DeviceTransport | None = None
+        self._snapshot: Snapshot | None = None
+        self._writing_group: dist.ProcessGroup | None = None
 
     def rendezvous_address(self) -> tuple[str, int]:
         """Rank 0 only: open the rendezvous and say where it is."""
@@ -138,6 +148,7 @@ class LearnerWorker:
         fsdp.join_process_group(
             store, self._device, self._rank, self._config.ranks, self._config.step_timeout_s
         )
+        self._writing_group = fsdp.writing_group(self._job.checkpoint_timeout_s)
         mesh = fsdp.data_mesh(self._device)
         policy, gap = self._sharded_policy(torch.float32, mesh, trainable=True)
         reference = None
@@ -282,8 +293,8 @@ class LearnerWorker:
         fsdp.reshard(policy.model)
         return split_by_length(logprobs_N.tolist(), row.lengths)
 
-    def save_checkpoint(self, folder: str, extra: dict[str, Any]) -> None:
-        """Write a checkpoint (see `learner.checkpoint`); `extra` is JSON and comes back on load."""
+    def take_checkpoint(self, extra: dict[str, Any]) -> None:
+        """Copy a checkpoint into memory; `extra` is JSON and comes back on load."""
         trainer = self.trainer
         schedule = {
             "kind": self._config.schedule,
@@ -292,13 +303,20 @@ class LearnerWorker:
             "learning_rate": self._config.learning_rate,
         }
         state = TrainerState(trainer.step, schedule, self._recipe.state_dict(), extra)
-        save_checkpoint(
-            Path(folder),
-            trainer.policy,
-            trainer.optimizer,
-            state,
-            self._dtype,
-        )
+        self._snapshot = take_snapshot(trainer.policy, trainer.optimizer, state, self._dtype)
+
+    def write_checkpoint(self, folder: str) -> None:
+        """Write what `take_checkpoint` took (see `learner.checkpoint`); `step` may go on beside it.
+
+        Raises:
+            RunError: nothing was taken.
+            OSError: the disk does not take it.
+        """
+        snapshot, self._snapshot = self._snapshot, None
+        if snapshot is None or self._writing_group is None:
+            raise RunError("write_checkpoint before take_checkpoint")
+        policy = self.trainer.policy
+        write_snapshot(snapshot, Path(folder), policy, self._dtype, self._writing_group)
 
     def load_checkpoint(self, folder: str) -> dict[str, Any]:
         """Go on from a checkpoint, whatever number of ranks wrote it; returns its `extra`."""
@@ -310,7 +328,7 @@ class LearnerWorker:
 
     def shutdown(self) -> None:
         """Leave the process group and let go of the policy; `begin` may follow."""
-        self._trainer = self._transport = None
+        self._trainer = self._transport = self._snapshot = self._writing_group = None
         if dist.is_initialized():
             dist.destroy_process_group()
         fsdp.release_freed_memory()

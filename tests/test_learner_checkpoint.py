@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,13 @@ from test_learner_step import SHAPES, make_worker, on_ranks, untimed, weights, w
 from transformers import AutoModelForCausalLM
 
 from common.config import AlgorithmConfig
-from common.errors import UserError
+from common.errors import RunError, UserError
 from learner.worker import LearnerWorker
+
+
+def save(made: LearnerWorker, folder: Path, extra: dict[str, Any]) -> None:
+    made.take_checkpoint(extra)
+    made.write_checkpoint(str(folder))
 
 
 def _continue(made: LearnerWorker) -> tuple[dict[str, float], dict[str, Any]]:
@@ -33,7 +39,7 @@ class _SaveWork:
 
     def __call__(self, made: LearnerWorker) -> Any:
         made.step(trajectories(SHAPES), 0, 0)
-        made.save_checkpoint(str(self.target), {"version": 1})
+        save(made, self.target, {"version": 1})
         return _continue(made)
 
 
@@ -69,6 +75,46 @@ def test_resumed_run_is_bitwise_the_unbroken_one(folder: Path, saved) -> None:
     assert untimed(resumed[0]) == untimed(unbroken[0])
     for name, tensor in unbroken[1].items():
         assert (resumed[1][name] == tensor).all(), name
+
+
+class _StepOnWork(_SaveWork):
+    """Steps in this thread while another writes, as the actor does."""
+
+    def __call__(self, made: LearnerWorker) -> Any:
+        made.step(trajectories(SHAPES), 0, 0)
+        made.take_checkpoint({"version": 1})
+        with ThreadPoolExecutor(1) as threads:
+            writing = threads.submit(made.write_checkpoint, str(self.target))
+            unbroken = _continue(made)
+            writing.result(timeout=60)
+        return unbroken
+
+
+def _step_on_target(rank: int, ranks: int, folder: Path, target: Path) -> tuple:
+    return make_worker(folder, rank, ranks), _StepOnWork(target)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_checkpoint_is_of_the_moment_it_was_taken(
+    folder: Path, tmp_path: Path, ranks: int
+) -> None:
+    unbroken = on_ranks(ranks, _step_on_target, folder, tmp_path / "step-1")
+    resumed = on_ranks(ranks, _load_target, folder, tmp_path / "step-1")
+    for mine, theirs in zip(unbroken, resumed, strict=True):
+        assert untimed(mine[0]) == untimed(theirs[0])
+        assert all((mine[1][name] == theirs[1][name]).all() for name in mine[1])
+    of_step_1 = AutoModelForCausalLM.from_pretrained(tmp_path / "step-1")
+    moved = [
+        name
+        for name, parameter in of_step_1.named_parameters()
+        if not torch.equal(parameter, torch.from_numpy(unbroken[0][1][name]))
+    ]
+    assert len(moved) > 10  # the learner was a step further when the folder was complete
+
+
+def test_nothing_is_written_that_was_not_taken(folder: Path, tmp_path: Path) -> None:
+    with worker(folder) as made, pytest.raises(RunError, match="before take_checkpoint"):
+        made.write_checkpoint(str(tmp_path / "step-1"))
 
 
 def test_optimizer_state_comes_back_bitwise(folder: Path, saved) -> None:
@@ -124,8 +170,8 @@ def test_another_number_of_ranks_goes_on(folder: Path, saved, tmp_path: Path) ->
 def test_saving_again_replaces_and_leaves_nothing_behind(folder: Path, tmp_path: Path) -> None:
     target = tmp_path / "step-1"
     with worker(folder) as made:
-        made.save_checkpoint(str(target), {"version": 1})
-        made.save_checkpoint(str(target), {"version": 2})
+        save(made, target, {"version": 1})
+        save(made, target, {"version": 2})
         assert made.load_checkpoint(str(target)) == {"version": 2}
     assert [p.name for p in tmp_path.iterdir()] == ["step-1"]
 
@@ -137,7 +183,7 @@ def test_a_checkpoint_has_its_tokenizer_though_its_source_is_gone(
     source = Path(shutil.copytree(folder, tmp_path / "step-1"))
     with worker(source) as made:
         shutil.rmtree(source)
-        made.save_checkpoint(str(tmp_path / "step-9"), {"version": 9})
+        save(made, tmp_path / "step-9", {"version": 9})
     for name in ("tokenizer.json", "config.json"):
         assert (tmp_path / "step-9" / name).read_bytes(), name
     assert (tmp_path / "step-9" / "tokenizer.json").read_bytes() == (
@@ -148,14 +194,14 @@ def test_a_checkpoint_has_its_tokenizer_though_its_source_is_gone(
 def test_interrupted_save_leaves_the_old_checkpoint(folder, tmp_path, monkeypatch) -> None:
     target = tmp_path / "step-1"
     with worker(folder) as made:
-        made.save_checkpoint(str(target), {"version": 1})
+        save(made, target, {"version": 1})
 
         def fail(*_: Any, **__: Any) -> None:
             raise OSError("disk full")
 
         monkeypatch.setattr("learner.checkpoint.save_hf_folder", fail)
         with pytest.raises(OSError, match="disk full"):
-            made.save_checkpoint(str(target), {"version": 2})
+            save(made, target, {"version": 2})
         assert made.load_checkpoint(str(target)) == {"version": 1}
 
 

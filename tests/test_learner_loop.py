@@ -77,12 +77,23 @@ class Recorder:
         self.calls.append(f"eval {step}")
         return {"eval/accuracy": 0.5}
 
-    async def save(self, step: int) -> None:
-        self.calls.append(f"save {step}")
+    async def write(self, step: int) -> None:
+        self.calls.append(f"write checkpoint {step}")
 
     def record(self, step: int, metrics: dict[str, float]) -> None:
         assert step not in self.records
         self.records[step] = metrics
+
+
+class CheckpointsOf:
+    """Apart from the recorder, whose `take` is that of the groups."""
+
+    def __init__(self, parts: Recorder) -> None:
+        self._parts = parts
+        self.write = parts.write
+
+    async def take(self, step: int) -> None:
+        self._parts.calls.append(f"take checkpoint {step}")
 
 
 def loop_over(parts: Any, schedule: Schedule, stop: asyncio.Event | None = None) -> LearnerLoop:
@@ -91,7 +102,7 @@ def loop_over(parts: Any, schedule: Schedule, stop: asyncio.Event | None = None)
         publisher=parts,
         groups=parts,
         evaluation=parts,
-        save=parts.save,
+        checkpoints=CheckpointsOf(parts),
         record=parts.record,
         schedule=schedule,
         keep_batch=parts.kept.append,
@@ -109,7 +120,7 @@ def test_a_step_takes_trains_exports_delivers_and_only_then_releases() -> None:
     calls = run(replace(SCHEDULE, last_step=1, eval_every=0, checkpoint_every=0)).calls
     assert calls == [
         *("prove 0", "eval 0", "take 0", "step 0", "export 1"),
-        *("deliver 1", "release", "eval 1", "save 1"),
+        *("take checkpoint 1", "deliver 1", "release", "eval 1", "write checkpoint 1"),
     ]
 
 
@@ -168,7 +179,9 @@ def test_evaluations_and_checkpoints_fall_on_their_steps_and_on_the_last() -> No
         "eval 2",
         "eval 4",
     ]
-    assert [call for call in parts.calls if call.startswith("save")] == ["save 3", "save 4"]
+    assert [call for call in parts.calls if "checkpoint" in call] == [
+        *("take checkpoint 3", "write checkpoint 3", "take checkpoint 4", "write checkpoint 4"),
+    ]
     assert sorted(parts.records) == [0, 1, 2, 3, 4]
     assert parts.records[4]["policy_version"] == 4
 
@@ -202,9 +215,9 @@ class Stopped(Recorder):
 @pytest.mark.parametrize(
     ("where", "last_calls"),
     [
-        ("step 1", ["step 1", "export 2", "deliver 2", "release", "eval 2", "save 2"]),
-        ("take 2", ["take 2", "save 2"]),
-        ("take 3", ["save 3", "take 3"]),  # the schedule has saved it
+        ("step 1", ["take checkpoint 2", "deliver 2", "release", "eval 2", "write checkpoint 2"]),
+        ("take 2", ["take 2", "take checkpoint 2", "write checkpoint 2"]),
+        ("take 3", ["write checkpoint 3", "take 3"]),  # the schedule has taken it
         ("take 0", ["eval 0", "take 0"]),  # nothing was trained
     ],
 )
@@ -217,6 +230,53 @@ def test_asked_to_stop_it_saves_what_is_trained_and_begins_nothing(
         return parts.calls
 
     assert asyncio.run(main())[-len(last_calls) :] == last_calls
+
+
+class SlowDisk(Recorder):
+    """Checkpoints are written when `disk` is set; their step must be on record by then."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.disk = asyncio.Event()
+
+    async def write(self, step: int) -> None:
+        assert step in self.records
+        await self.disk.wait()
+        await super().write(step)
+
+
+def test_steps_go_on_beside_a_checkpoint_and_one_is_written_at_a_time() -> None:
+    async def main() -> tuple[list[str], list[str]]:
+        parts = SlowDisk()
+        schedule = replace(SCHEDULE, last_step=9, checkpoint_every=2, eval_every=0)
+        task = asyncio.create_task(loop_over(parts, schedule).run())
+        for _ in range(200):
+            await asyncio.sleep(0)
+        before = list(parts.calls)
+        parts.disk.set()
+        await asyncio.wait_for(task, 5.0)
+        return before, parts.calls
+
+    before, calls = asyncio.run(main())
+    assert "step 3" in before and "step 4" not in before
+    assert before.count("take checkpoint 2") == 1 and "take checkpoint 4" not in before
+    order = [call.split()[0] for call in calls if "checkpoint" in call]
+    assert order == ["take", "write"] * 5
+
+
+def test_a_checkpoint_that_cannot_be_written_ends_the_loop() -> None:
+    class FullDisk(Recorder):
+        async def write(self, step: int) -> None:
+            raise OSError("no space left on device")
+
+        async def take(self, version: int, deadline_s: float) -> list[Any]:
+            if version >= SCHEDULE.checkpoint_every:
+                await asyncio.sleep(60.0)
+            return await super().take(version, deadline_s)
+
+    with pytest.raises(ExceptionGroup) as caught:
+        asyncio.run(asyncio.wait_for(loop_over(FullDisk(), SCHEDULE).run(), 5.0))
+    assert "no space" in str(first_cause(caught.value))
 
 
 def test_any_other_loop_that_returns_is_an_error() -> None:
