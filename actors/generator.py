@@ -184,6 +184,9 @@ class Generator:
             infos = [_update_info(*pair) for pair in zip(buckets, places, strict=True)]
             return await self.engine.update(infos, version)
 
+    async def ping(self) -> None:
+        """A sign of life."""
+
     async def shutdown(self) -> None:
         """End the engine."""
         if self._engine is not None:

@@ -19,7 +19,7 @@ from ray.exceptions import RayActorError
 from common.revival import Revival, is_own_death
 from common.trajectory import GroupRequest
 from common.waits import Waits
-from common.weights import WeightBucket
+from common.weights import Proof, WeightBucket
 
 
 class GroupLostError(Exception):
@@ -65,6 +65,10 @@ class Pool:
             if isinstance(result, BaseException):
                 raise result
         return dict(zip(self.handles, results, strict=True))
+
+    async def ping(self, deadline_s: float) -> None:
+        """Returns when every member has answered, or one in its place."""
+        await self.call_all("ping", owner="heartbeat", deadline_s=deadline_s)
 
     async def _call(self, name: str, method: str, *args: Any, owner: str, deadline_s: float) -> Any:
         """Call one member, or the one that comes in its place."""
@@ -122,6 +126,8 @@ class GeneratorPool(Pool):
         self.version = version
         self._newest: tuple[list[WeightBucket], int] | None = None
         """The last update; the buckets stay in the object store for members that come later."""
+        self.proof: Proof | None = None
+        """Raises unless a member that comes later scores as the learner does."""
 
     async def generate(self, request: GroupRequest, deadline_s: float) -> AsyncIterator[Any]:
         """References to rollout batches of one group, as its completions end.
@@ -161,6 +167,15 @@ class GeneratorPool(Pool):
         if self._newest is not None:
             await self._call_once(
                 handle, name, "update_weights", self._newest, "restart", deadline_s
+            )
+        if self.proof is not None:
+            version = self._newest[1] if self._newest else self.version
+            await self.proof(
+                name,
+                version,
+                lambda sequences, lengths: self._call_once(
+                    handle, name, "score", (sequences, lengths), "restart", deadline_s
+                ),
             )
 
     async def score(

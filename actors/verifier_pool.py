@@ -93,6 +93,9 @@ class VerifierWorker:
         """Why rules could not judge, and how often; the first hundred distinct reasons."""
         return dict(self._failures)
 
+    async def ping(self) -> None:
+        """A sign of life."""
+
     def close(self) -> None:
         """End the child process; a group being judged fails with `RunError`."""
         self._sandbox.close()

@@ -302,6 +302,10 @@ class RestartConfig:
     window_s: float = 1800.0
     backoff_s: float = 2.0
     """Before the first restart; doubled for each further one in the window."""
+    heartbeat_s: float = 10.0
+    """Between two signs of life that are asked of every process; 0: none are asked."""
+    silence_s: float = 60.0
+    """A process that has not answered for so long hangs: all start again."""
 
 
 @dataclass

@@ -24,6 +24,7 @@ from ray.exceptions import RayActorError
 
 from common.errors import StallError
 from common.faults import reached
+from common.heartbeat import HEALTH
 from common.log_store import TrajectoryLog, read_segment, segments
 from common.revival import Revival, is_own_death
 from common.schema import sampled_lengths, trajectory_schema
@@ -108,6 +109,9 @@ class TrajectoryStream:
             "eval/length": float(pc.mean(lengths).as_py()),
         }
 
+    def ping(self) -> None:
+        """A sign of life."""
+
     def close(self) -> None:
         """Close the open segment."""
         self._log.close()
@@ -160,6 +164,7 @@ class GroupLog:
         self._revival = revival
         self._ready: list[_Unlogged] = []
         self._calling = asyncio.Lock()
+        self._replacing = asyncio.Lock()
 
     async def append(self, group_id: int, refs: list[Any]) -> GroupReceipt:
         """Log a verified group, in one batch or several; returns once it is written.
@@ -194,18 +199,29 @@ class GroupLog:
             )
         return sums
 
+    async def ping(self, deadline_s: float) -> None:
+        """Returns when the stream has answered, or one in its place."""
+        stream = self.stream
+        ping = stream.ping.options(concurrency_group=HEALTH).remote()
+        try:
+            await self._waits.on(
+                ping, owner="heartbeat", cause="the trajectory stream", deadline_s=deadline_s
+            )
+        except RayActorError as error:
+            await self._replace(stream, error)
+
     async def _send(self, groups: list[_Unlogged]) -> None:
         while groups:
             refs = [ref for group in groups for ref in group.refs]
             sizes = [len(group.refs) for group in groups]
-            owner = f"group {groups[0].group_id}"
+            owner, stream = f"group {groups[0].group_id}", self.stream
             try:
                 receipts: list[GroupReceipt] = await self._once(
                     "append", sizes, *refs, owner=owner, deadline_s=self._deadline_s
                 )
                 logged = dict(zip([group.group_id for group in groups], receipts, strict=True))
             except RayActorError as error:
-                await self._replace(error)
+                await self._replace(stream, error)
                 found = await self.recover([group.group_id for group in groups])
                 logged = {made.group_id: made for made in found}
             for group in groups:
@@ -216,10 +232,11 @@ class GroupLog:
 
     async def _call(self, method: str, *args: Any, owner: str, deadline_s: float) -> Any:
         while True:
+            stream = self.stream
             try:
                 return await self._once(method, *args, owner=owner, deadline_s=deadline_s)
             except RayActorError as error:
-                await self._replace(error)
+                await self._replace(stream, error)
 
     async def _once(self, method: str, *args: Any, owner: str, deadline_s: float) -> Any:
         return await self._waits.on(
@@ -229,10 +246,13 @@ class GroupLog:
             deadline_s=deadline_s,
         )
 
-    async def _replace(self, error: RayActorError) -> None:
+    async def _replace(self, dead: Any, error: RayActorError) -> None:
+        """Put a new stream in the place of `dead`, unless that has been done."""
         if self._revival is None or not is_own_death(error):
             raise error
-        self.stream = await self._revival.replace("the trajectory stream", self.stream, error)
+        async with self._replacing:
+            if self.stream is dead:
+                self.stream = await self._revival.replace("the trajectory stream", dead, error)
 
 
 @dataclass(eq=False)
@@ -242,4 +262,4 @@ class _Unlogged:
     receipt: GroupReceipt | None = None
 
 
-TrajectoryStreamActor = ray.remote(TrajectoryStream)
+TrajectoryStreamActor = ray.remote(concurrency_groups={HEALTH: 1})(TrajectoryStream)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -42,8 +43,9 @@ class Waits:
         try:
             # Not `wait_for`: it may swallow a cancellation, and a time-out of the awaitable's own
             # must not pass for this deadline.
-            async with asyncio.timeout(deadline_s) as deadline:
-                return await awaitable
+            async with asyncio.timeout(None) as deadline:
+                with _expires(deadline, deadline_s):
+                    return await awaitable
         except TimeoutError as error:
             if not deadline.expired():
                 raise
@@ -64,6 +66,35 @@ class Waits:
             f"  {w.owner} waits for {w.cause}, {now - w.since:.1f} s" for w in self.under_way()
         ]
         return "Who waits for whom:\n" + "\n".join(lines)
+
+
+@contextmanager
+def _expires(deadline: asyncio.Timeout, after_s: float) -> Iterator[None]:
+    """Expire `deadline` after `after_s`, and as much later as this process stood still at its end.
+
+    After Ctrl-Z and `fg` the answers may be there and merely unread.
+    """
+    loop, after_s = asyncio.get_running_loop(), max(0.0, after_s)
+    due = loop.time() + after_s
+    timer = loop.call_later(after_s, lambda: expire(due))
+
+    def expire(when: float) -> None:
+        nonlocal timer
+        late = loop.time() - when
+        if late > _STOOD_STILL_S:
+            later = loop.time() + late
+            timer = loop.call_at(later, lambda: expire(later))
+        else:
+            deadline.reschedule(loop.time())
+
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+_STOOD_STILL_S = 2.0
+"""A timer as late as this says that the process was stopped, or did something else for so long."""
 
 
 async def until(condition: asyncio.Condition, predicate: Callable[[], Any]) -> Any:

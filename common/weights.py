@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,13 @@ from common.errors import WeightsError
 
 _ALIGNMENT = 64
 """Bytes; every tensor starts at a multiple, so that any dtype can be viewed in place."""
+
+Scorer = Callable[[list[list[int]], list[int]], Awaitable[list[list[float]]]]
+"""Sequences and prompt lengths in, log-probabilities behind the prompts out, in nats."""
+
+Proof = Callable[[str, int, Scorer], Awaitable[None]]
+"""Given a generator's name, the version it should hold, and what asks it to score; raises
+`WeightsError` unless it scores as the learner does."""
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from actors.verifier_pool import VerifierActor
 from actors.verifiers.registry import verifier_names
 from common.config import Config
 from common.errors import RunError, UserError
+from common.heartbeat import HEALTH
 from common.stream import TrajectoryStreamActor
 from deploy.placement import (
     STREAM_OPTIONS,
@@ -31,7 +32,7 @@ from learner.worker import LearnerJob, LearnerWorker
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
 
 
-LearnerActor = ray.remote(concurrency_groups={WRITING: 1})(LearnerWorker)
+LearnerActor = ray.remote(concurrency_groups={WRITING: 1, HEALTH: 1})(LearnerWorker)
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""One run: its parts made and connected, its two loops side by side until the learner is done.
+"""One run: its parts made and connected, its loops side by side until the learner is done.
 
 The coordinator is this process. Only the learner's loop may end without an error; whatever ends
 first ends the run.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from actors.prompts import PromptSource, build_prompt_source
 from actors.rollout import RolloutLoop
 from common.config import Config
 from common.errors import RunError, UserError
+from common.heartbeat import beat
 from common.ledger import Ledger
 from common.metrics import JsonlSink, Metrics, TensorBoardSink
 from common.stream import GroupLog
@@ -157,6 +159,7 @@ class Run:
         try:
             await self._restore(learner, self._rollout)
             publisher = await self._publisher(learner, generators, source)
+            generators.proof = publisher.prove_newcomer
             if used:
                 await publisher.deliver(await publisher.export(self._first_step))
             self._display.event("all parts are up")
@@ -199,7 +202,11 @@ class Run:
         )
         try:
             with self._preemption.between_steps():
-                return await until_learner_ends(loop.run(), self._rollout.run())
+                return await until_learner_ends(
+                    loop.run(),
+                    self._rollout.run(),
+                    self._heartbeat(generators, verifiers, learner, log),
+                )
         finally:
             metrics.close()
 
@@ -261,6 +268,11 @@ class Run:
             weights.resends,
         )
 
+    def _heartbeat(self, *parts: Any) -> Awaitable[None]:
+        restart = self._config.restart
+        asks = [partial(part.ping, restart.silence_s) for part in parts]
+        return beat(restart.heartbeat_s, asks)
+
     def _keep_batch(self, receipts: list[GroupReceipt]) -> None:
         batches = ray.get([receipt.batch_ref for receipt in receipts], timeout=_FETCH_S)
         with pa.ipc.new_file(self._run.path / FAILED_BATCH, batches[0].schema) as file:
@@ -303,14 +315,15 @@ class Run:
         return self._rollout.status() if self._rollout else "starting"
 
 
-async def until_learner_ends(learner: Any, generation: Any) -> dict[str, float]:
-    """Run both loops; the learner's result, or the error of whichever ended first."""
-    tasks = [asyncio.create_task(learner), asyncio.create_task(generation)]
+async def until_learner_ends(learner: Any, *endless: Any) -> dict[str, float]:
+    """Run all loops; the learner's result, or the error of whichever ended first."""
+    tasks = [asyncio.ensure_future(loop) for loop in (learner, *endless)]
     try:
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        if tasks[1].done():
-            await tasks[1]
-            raise RunError("the generation loop returned, which it never should")
+        for task in tasks[1:]:
+            if task.done():
+                await task
+                raise RunError("a loop returned, which only the learner's should")
         result: dict[str, float] = await tasks[0]
         return result
     finally:

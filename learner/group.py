@@ -9,6 +9,7 @@ import asyncio
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from common.heartbeat import HEALTH
 from common.trajectory import GroupReceipt
 from common.waits import Waits
 from common.weights import WeightBucket
@@ -90,6 +91,10 @@ class LearnerGroup:
         loaded = await self._all("load_checkpoint", folder, deadline_s=deadline_s)
         extra: dict[str, Any] = loaded[0]
         return extra
+
+    async def ping(self, deadline_s: float) -> None:
+        """Returns when every rank has answered, whatever it is doing."""
+        await self._all("ping", deadline_s=deadline_s, group=HEALTH)
 
     async def begin(self, job: LearnerJob, deadline_s: float) -> None:
         """Another run in the same processes; `setup` follows."""

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 from common.errors import WeightsError
 from common.faults import reached
-from common.weights import WeightBucket
+from common.weights import Scorer, WeightBucket
 from learner.group import LearnerGroup
 
 log = logging.getLogger(__name__)
@@ -95,7 +95,6 @@ class Exported:
 
     version: int
     weights: Any
-    canary_scores: list[list[float]]
     seconds: float
 
 
@@ -125,13 +124,21 @@ class Publisher:
         self._resends = resends
         self.proved = -1
         """The newest version whose canary every generator has passed."""
+        self._expected: dict[int, list[list[float]]] = {}
+        """The learner's scores of the canary, by version; the last two."""
 
     async def export(self, version: int) -> Exported:
         """Take the learner's weights and its own scores of the canary under them."""
         started = time.monotonic()
         weights = await self._transport.export(version)
+        await self._score(version)
+        return Exported(version, weights, time.monotonic() - started)
+
+    async def _score(self, version: int) -> None:
+        """The learner's scores, while it is at `version`."""
+        older = {known: self._expected[known] for known in sorted(self._expected)[-1:]}
         scores = await self._learner.score(self._canary.sequences, self._canary.prompt_lengths)
-        return Exported(version, weights, scores, time.monotonic() - started)
+        self._expected = older | {version: scores}
 
     async def deliver(self, exported: Exported) -> dict[str, float]:
         """Bring every generator to the exported version and prove it; again where that fails.
@@ -161,18 +168,36 @@ class Publisher:
         stall_s, nbytes = await self._transport.deliver(exported.weights, exported.version)
         self._receivers.version = exported.version
         reached("weights delivered")
-        gap = await self._prove(exported.version, exported.canary_scores)
+        gap = await self._prove(exported.version)
         reached("weights proved")
         return {"publish/stall": stall_s, "publish/bytes": float(nbytes), "canary/gap": gap}
 
     async def prove(self, version: int) -> float:
         """Score the canary on both sides; the largest mean gap of a sequence, in nats."""
-        ours = await self._learner.score(self._canary.sequences, self._canary.prompt_lengths)
-        return await self._prove(version, ours)
+        await self._score(version)
+        return await self._prove(version)
 
-    async def _prove(self, version: int, ours: list[list[float]]) -> float:
+    async def prove_newcomer(self, name: str, version: int, score: Scorer) -> None:
+        """The same of one generator, in the place of another, before it serves.
+
+        Before the first proof there is nothing to compare with: it will be among those proved.
+
+        Raises:
+            WeightsError: it does not have the weights of `version`.
+        """
+        if self._expected:
+            theirs = await score(self._canary.sequences, self._canary.prompt_lengths)
+            self._check(version, {name: theirs})
+
+    async def _prove(self, version: int) -> float:
         sequences, lengths = self._canary.sequences, self._canary.prompt_lengths
         theirs = await self._receivers.score(sequences, lengths, self._deadline_s)
+        gap = self._check(version, theirs)
+        self.proved = version
+        return gap
+
+    def _check(self, version: int, theirs: dict[str, list[list[float]]]) -> float:
+        ours = self._expected[version]
         gaps = {name: largest_gap(ours, scores) for name, scores in theirs.items()}
         worst = max(gaps, key=gaps.__getitem__)
         if not gaps[worst] <= self._tolerance:
@@ -184,7 +209,6 @@ class Publisher:
                 "Its weights are not the learner's: the run stops before a token of them is "
                 "trained on."
             )
-        self.proved = version
         return gaps[worst]
 
 

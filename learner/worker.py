@@ -1,8 +1,9 @@
 """One rank of the learner, as an actor sees it.
 
 `LearnerWorker` owns the sharded policy, its optimiser and the recipe. All ranks are called with
-the same arguments, in the same order: every method except `rendezvous_address` and `shutdown`
-is a collective. `write_checkpoint` alone may run beside another, in a thread of its own.
+the same arguments, in the same order: every method except `rendezvous_address`, `ping` and
+`shutdown` is a collective. `write_checkpoint` and `ping` may run beside another, in threads of
+their own.
 """
 
 from __future__ import annotations
@@ -325,6 +326,9 @@ class LearnerWorker:
         trainer.step = state.step
         self._recipe.load_state_dict(state.recipe)
         return state.extra
+
+    def ping(self) -> None:
+        """A sign of life."""
 
     def shutdown(self) -> None:
         """Leave the process group and let go of the policy; `begin` may follow."""

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +23,22 @@ QUICK = ("eval.every=0", "eval.prompts=16", "checkpoint.every=2", "learner.credi
 """For runs that are broken on purpose: little beside their steps, and a checkpoint often."""
 
 
-def command(*overrides: str) -> list[str]:
-    return [sys.executable, "-m", "deploy.cli", "train", "--config", str(TINY), *overrides]
+PROGRAM = ("-m", "deploy.cli")
 
 
-def start(*overrides: str, stdout: Any = subprocess.PIPE) -> subprocess.Popen[str]:
+def command(*overrides: str, program: Sequence[str] = PROGRAM) -> list[str]:
+    return [sys.executable, *program, "train", "--config", str(TINY), *overrides]
+
+
+def start(
+    *overrides: str, stdout: Any = subprocess.PIPE, program: Sequence[str] = PROGRAM
+) -> subprocess.Popen[str]:
     """`stdout`: a pipe holds 64 KiB, which a long run fills; give it a file."""
     # In the background of a shell Ctrl-C is ignored, and a child would inherit that.
     inherited = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         return subprocess.Popen(
-            command(*overrides),
+            command(*overrides, program=program),
             cwd=ROOT,
             stdout=stdout,
             stderr=subprocess.STDOUT,

@@ -60,7 +60,7 @@ class Recorder:
 
     async def export(self, version: int) -> Exported:
         self.calls.append(f"export {version}")
-        return Exported(version, None, [], 0.1)
+        return Exported(version, None, 0.1)
 
     async def deliver(self, exported: Exported) -> dict[str, float]:
         await self.deliverable.wait()
@@ -290,7 +290,7 @@ def test_any_other_loop_that_returns_is_an_error() -> None:
         await asyncio.sleep(5)
         return {}
 
-    with pytest.raises(RunError, match="never should"):
+    with pytest.raises(RunError, match="only the learner's should"):
         asyncio.run(until_learner_ends(learns(), ends()))
     with pytest.raises(ValueError, match="cause"):
         asyncio.run(until_learner_ends(learns(), fails()))

@@ -127,3 +127,25 @@ def test_what_fails_again_and_again_is_not_proved() -> None:
     generators = Forgetful(["damaged", "lost", "damaged"])
     with pytest.raises(WeightsError, match="arrived damaged"):
         deliver(generators, resends=2)
+
+
+def test_a_generator_that_comes_later_is_held_to_the_same_canary() -> None:
+    learner, generators = FakeLearner(), FakeGenerators({"generator-0": SCORES})
+    send = ThroughObjectStore(learner, generators, 1.0)  # type: ignore[arg-type]
+    publisher = Publisher(learner, generators, send, CANARY, 0.1, 1.0)  # type: ignore[arg-type]
+    answers = [SCORES, [[-1.0, -2.0], [-4.0]]]
+
+    async def score(sequences: list[list[int]], lengths: list[int]) -> list[list[float]]:
+        assert (sequences, lengths) == (CANARY.sequences, CANARY.prompt_lengths)
+        return answers.pop(0)
+
+    async def main() -> None:
+        await publisher.prove_newcomer("generator-1", 0, score)
+        assert len(answers) == 2  # the learner had nothing to compare with
+        await publisher.prove(0)
+        await publisher.deliver(await publisher.export(1))
+        await publisher.prove_newcomer("generator-1", 1, score)
+        with pytest.raises(WeightsError, match=r"version 0, generator-1 .*1\.0000 nats"):
+            await publisher.prove_newcomer("generator-1", 0, score)
+
+    asyncio.run(main())

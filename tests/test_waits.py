@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import threading
+import time
 
 import pytest
 
@@ -42,6 +44,42 @@ def test_results_and_errors_pass_through() -> None:
             await waits.on(fail(), owner="a", cause="b", deadline_s=1)
 
     asyncio.run(run())
+
+
+@pytest.mark.parametrize("answered", [True, False])
+def test_an_answer_that_came_while_the_process_stood_still_counts(answered: bool) -> None:
+    """The deadline passes and the answer comes while nothing runs; what is unread is read first."""
+
+    async def run() -> str:
+        loop, answer = asyncio.get_running_loop(), asyncio.Event()
+        timer = threading.Timer(0.5, lambda: loop.call_soon_threadsafe(late_answer))
+
+        def late_answer() -> None:  # as Ray's answers: by way of another callback
+            loop.call_later(0.2, answer.set)
+
+        waiting = asyncio.create_task(
+            Waits().on(answer.wait(), owner="a", cause="b", deadline_s=0.3)
+        )
+        await asyncio.sleep(0.1)
+        if answered:
+            timer.start()
+        time.sleep(2.6)
+        try:
+            return "answered" if await waiting else "nothing"
+        except StallError:
+            return "expired"
+
+    started = time.monotonic()
+    assert asyncio.run(run()) == ("answered" if answered else "expired")
+    assert time.monotonic() - started < (3.5 if answered else 7.0)
+
+
+def test_a_deadline_in_the_past_expires_at_once() -> None:
+    async def run() -> None:
+        with pytest.raises(StallError):
+            await Waits().on(asyncio.Event().wait(), owner="a", cause="b", deadline_s=-5.0)
+
+    asyncio.run(asyncio.wait_for(run(), 1.0))
 
 
 def test_until_misses_no_wake_up() -> None:

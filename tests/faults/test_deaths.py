@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
 import pytest
 from run_process import (
     AGENTS,
+    QUICK,
     check_whole,
     finish,
     last_step,
@@ -21,38 +23,60 @@ from run_process import (
 )
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(1200)]
-FAULTS = [
-    ("ray::Generator", signal.SIGKILL),
-    ("ray::LearnerWorker", signal.SIGKILL),
-    ("ray::VerifierWorker", signal.SIGKILL),
-    ("ray::TrajectoryStream", signal.SIGKILL),
-    ("raylet/raylet", signal.SIGKILL),
-    ("ray::Generator", signal.SIGSTOP),
-]
-STEPS = 100
+OF_STATE = ("ray::LearnerWorker", "raylet/raylet")
+REPLACEABLE = ("ray::Generator", "ray::VerifierWorker", "ray::TrajectoryStream")
+STEPS = 80
 
 
-def test_a_run_outlives_each_of_its_processes(tmp_path: Path) -> None:
+def strike_all(folder: Path, marks: Sequence[str], how: signal.Signals) -> str:
+    """The output of a run in which one process after the other is sent `how`."""
     before = set(psutil.pids())
-    folder = tmp_path / "mortal"
     run = start(
-        *(f"runs_dir={tmp_path}", "name=mortal", f"steps={STEPS}", "checkpoint.every=5"),
-        *("eval.every=0", "eval.prompts=16", "learner.credit_probe_every=0"),
-        *("restart.limit=6", "restart.backoff_s=0.1"),
-        *("generator.group_timeout_s=20", "weights.publish_timeout_s=20"),  # how a hang is seen
+        *(f"runs_dir={folder.parent}", f"name={folder.name}", f"steps={STEPS}", *QUICK),
+        *("restart.limit=6", "restart.backoff_s=0.1", "checkpoint.every=5"),
+        *("restart.heartbeat_s=1", "restart.silence_s=15"),  # how a hang is seen
     )
     reached = 0
-    for mark, how in FAULTS:
+    for mark in marks:
         wait_for_step(run, folder, reached + 2)
         victim = process_of(run, mark)
         assert victim is not None, mark
         os.kill(victim.pid, how)
-        time.sleep(3.0)  # dead: what is on record now is behind the next attempt's start
+        time.sleep(3.0)  # struck: what is on record now is behind the next attempt's start
         reached = last_step(folder)
     output = finish(run, 300)
     assert run.returncode == 0, output
-    assert output.count("all processes start again") == 3, output  # learner, Ray, the hang
-    for name in ("generator-0", "verifier-0", "the trajectory stream"):
-        assert output.count(f"{name} died and starts again") == 1, output
     check_whole(folder, STEPS)
     assert leftovers(before, ignored=AGENTS) == []
+    return output
+
+
+def test_a_run_outlives_the_death_of_each_of_its_processes(tmp_path: Path) -> None:
+    output = strike_all(tmp_path / "mortal", OF_STATE + REPLACEABLE, signal.SIGKILL)
+    assert output.count("all processes start again") == len(OF_STATE), output
+    for name in ("generator-0", "verifier-0", "the trajectory stream"):
+        assert output.count(f"{name} died and starts again") == 1, output
+
+
+def test_a_run_outlives_the_silence_of_each_of_its_actors(tmp_path: Path) -> None:
+    actors = ("ray::LearnerWorker", *REPLACEABLE)
+    output = strike_all(tmp_path / "silent", actors, signal.SIGSTOP)
+    assert output.count("all processes start again") == len(actors), output
+    assert output.count("heartbeat waited 15 s for") == len(actors), output
+
+
+def test_a_coordinator_that_stood_still_goes_on(tmp_path: Path) -> None:
+    """As after Ctrl-Z and `fg`."""
+    folder = tmp_path / "paused"
+    run = start(
+        *(f"runs_dir={tmp_path}", "name=paused", "steps=20", *QUICK),
+        *("restart.heartbeat_s=1", "restart.silence_s=15", "restart.backoff_s=0.1"),
+    )
+    wait_for_step(run, folder, 3)
+    os.kill(run.pid, signal.SIGSTOP)
+    time.sleep(40.0)
+    os.kill(run.pid, signal.SIGCONT)
+    output = finish(run, 300)
+    assert run.returncode == 0, output
+    assert "start again" not in output
+    check_whole(folder, 20)

@@ -40,6 +40,9 @@ class Mortal:
         self.version = version
         return 0.0
 
+    async def score(self, sequences: list[list[int]], lengths: list[int]) -> list[list[float]]:
+        return [[-float(self.version)] for _ in sequences]
+
     async def score_group(self, batch: pa.RecordBatch) -> tuple[pa.RecordBatch, int]:
         assert self.version >= 0, "asked before it was up"
         if batch.num_rows == 1:

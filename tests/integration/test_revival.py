@@ -14,13 +14,14 @@ from ray.exceptions import RayActorError
 from actors.pools import GeneratorPool, GroupLostError, VerifierPool
 from actors.verifier_pool import with_verdicts
 from actors.verifiers.base import Verdict
-from common.errors import RunError
+from common.errors import RunError, WeightsError
 from common.faults import MARK, VARIABLE
 from common.log_store import read_log
 from common.revival import Revival
 from common.stream import GroupLog, TrajectoryStreamActor
 from common.trajectory import GroupRequest
 from common.waits import Waits
+from common.weights import Scorer
 from tests.integration.mortal import Mortal, SecondTime
 
 pytestmark = pytest.mark.usefixtures("local_ray")
@@ -75,6 +76,30 @@ def test_a_generator_that_dies_comes_back_with_the_newest_weights() -> None:
         assert await versions(pool, "live") == [3]
         assert len(said) == 1
         assert "generator-0 died and starts again" in said[0]
+
+    asyncio.run(main())
+
+
+def test_a_generator_that_comes_back_is_proved_before_it_serves() -> None:
+    async def main() -> None:
+        pool = await generators(1, [])
+        await pool.update_weights(["fine"], 3, 30.0)
+        proved: list[tuple[str, int, float]] = []
+
+        async def proof(name: str, version: int, score: Scorer) -> None:
+            ((logprob,),) = await score([[1, 2]], [1])
+            proved.append((name, version, logprob))
+            if len(proved) == 2:
+                raise WeightsError("not the learner's")
+
+        pool.proof = proof
+        with pytest.raises(GroupLostError):
+            await versions(pool, "die")
+        assert proved == [("generator-0", 3, -3.0)]
+        assert await versions(pool, "live") == [3]
+        with pytest.raises(WeightsError, match="not the learner's"):
+            await versions(pool, "die")
+        assert len(proved) == 2
 
     asyncio.run(main())
 
