@@ -313,6 +313,12 @@ class PlacementConfig:
     cores: Literal["auto", "split", "shared"] = "auto"
     """CPU only. `split`: disjoint cores for generators and learner; `shared`: all cores to both;
     `auto` decides (see `deploy.placement`)."""
+    generator_device: str | None = None
+    """What `plan` computes with, e.g. `H100-80GB`; a run takes the devices that it finds."""
+    learner_device: str | None = None
+    """None: as `generator_device`."""
+    gpus_per_node: int = 8
+    """For `plan`."""
 
 
 @dataclass

@@ -147,6 +147,7 @@ _POSITIVE = (
     "learner.logits_mib",
     "model.max_length",
     "weights.bucket_mib",
+    "restart.silence_s",
     "algorithm.objective.epochs",
     "algorithm.rollout.guidance.window",
     "algorithm.rollout.guidance.max_tokens",
@@ -163,6 +164,7 @@ _NOT_NEGATIVE = (
     "data.max_bad_rows",
     "restart.window_s",
     "restart.backoff_s",
+    "restart.heartbeat_s",
     "algorithm.objective.kl",
 )
 

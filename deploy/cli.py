@@ -54,6 +54,9 @@ def _parser() -> argparse.ArgumentParser:
             "--config", type=Path, default=None, help="YAML file (default: the smollm2 preset)"
         )
         sub.add_argument("overrides", nargs="*", metavar="key=value", help="configuration keys")
+        if verb == "plan":
+            sub.add_argument("--lengths", type=Path, help="a run whose lengths a prediction takes")
+            sub.add_argument("--costs", type=Path, help="JSON of measured costs to predict with")
     text = "what became of every completion of a run; fails when the account does not close"
     sub = verbs.add_parser("inspect", help=text, description=text)
     sub.add_argument("run", type=Path, help="run directory")
@@ -89,12 +92,9 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _plan(options: argparse.Namespace) -> int:
-    from deploy.placement import available_cores, plan_cores, with_compute_dtype
     from deploy.plan import describe
 
-    config = with_compute_dtype(_load(options))
-    cores = available_cores()
-    print(describe(config, plan_cores(config, cores, []), len(cores)))
+    print(describe(_load(options), options.lengths, options.costs))
     return 0
 
 

@@ -2,24 +2,54 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
+from pathlib import Path
+
 from common.config import Config
 from common.config_loader import dump_config
-from deploy.placement import CorePlan
+from common.errors import UserError
+from deploy.cluster_plan import ClusterPlan, logged_lengths
+from deploy.placement import CorePlan, available_cores, plan_cores, with_compute_dtype
+from deploy.simulate import Costs
 
 
-def describe(config: Config, cores: CorePlan, num_cores: int) -> str:
-    """Configuration, placement and batch arithmetic as text."""
-    return "\n".join(
-        [
-            "# Configuration",
-            dump_config(config),
-            "# Placement",
-            *_placement(config, cores, num_cores),
-            "",
-            "# Batch arithmetic",
-            *_batches(config),
-        ]
-    )
+def describe(config: Config, lengths: Path | None = None, costs: Path | None = None) -> str:
+    """Configuration, placement and batch arithmetic as text; on GPUs also what a step would take.
+
+    Args:
+        lengths: a run whose completions' lengths are taken.
+        costs: a JSON object of `Costs`, measured.
+
+    Raises:
+        UserError: the configuration cannot run where it is meant to.
+    """
+    head, tail = ["# Configuration"], ["", "# Batch arithmetic", *_batches(config)]
+    if config.placement.generator_device is None:
+        config = with_compute_dtype(config)
+        cores = available_cores()
+        placed = _placement(config, plan_cores(config, cores, []), len(cores))
+        return "\n".join([*head, dump_config(config), "# Placement", *placed, *tail])
+    config = replace(config, model=replace(config.model, dtype="bfloat16"))
+    plan = ClusterPlan.of(config)
+    lines = plan.lines(logged_lengths(lengths) if lengths else None, read_costs(costs))
+    text = "\n".join([*head, dump_config(config), *lines, *tail])
+    if plan.problems:
+        raise UserError(f"{text}\n\nthis plan does not fit: {'; '.join(plan.problems)}")
+    return text
+
+
+def read_costs(path: Path | None) -> Costs | None:
+    """Raises `UserError` when the file does not hold them."""
+    if path is None:
+        return None
+    try:
+        return Costs(**json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(
+            f"--costs {path}: {error}; it should be a JSON object with "
+            f"{', '.join(Costs.__dataclass_fields__)}"
+        ) from error
 
 
 def _placement(config: Config, cores: CorePlan, num_cores: int) -> list[str]:
