@@ -3,7 +3,7 @@ VENV ?= .venv
 export VENV PYTHON ENGINE
 RUN = $(VENV)/bin/python
 
-.PHONY: train test test-oracle test-recipes faults soak lint compare bench bench-long setup clean
+.PHONY: train test test-oracle test-recipes test-cluster faults soak lint compare bench bench-long setup clean
 
 train: setup
 	$(RUN) -m deploy.cli train --config deploy/configs/smollm2.yaml $(ARGS)
@@ -19,6 +19,10 @@ test-oracle: setup
 # Every recipe, ten steps on real parts: some eight minutes on two cores.
 test-recipes: setup
 	$(RUN) -m pytest -m long $(ARGS)
+
+# Several Ray nodes on this machine.
+test-cluster: setup
+	$(RUN) -m pytest -m cluster $(ARGS)
 
 # Real runs, killed and broken on purpose.
 faults: setup

@@ -22,7 +22,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from common.config import GuidanceConfig
+from common.algorithm_config import GuidanceConfig
 
 
 def num_guided(group_size: int, ratio: float) -> int:

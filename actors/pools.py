@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -29,22 +29,24 @@ class GroupLostError(Exception):
 class Pool:
     """Named actor handles and how many calls each has under way.
 
-    Without a `revival`, as until all members are up, the death of one is an error.
+    Without a `revival`, as until all members are up, the death of one is an error. With one, a
+    member that dies leaves the pool and another is started in its place, beside the work of those
+    that are left. What is asked of all waits until `min_live` are there (None: all).
     """
 
-    def __init__(self, handles: dict[str, Any], waits: Waits) -> None:
+    def __init__(self, handles: dict[str, Any], waits: Waits, min_live: int | None = None) -> None:
         self.handles = handles
+        """The members that serve now."""
         self.waits = waits
-        self._load = dict.fromkeys(handles, 0)
         self.revival: Revival | None = None
-        self._reviving = asyncio.Lock()
-        self._down: set[str] = set()
+        self._min_live = len(handles) if min_live is None else min_live
+        self._load: Counter[str] = Counter()
+        self._coming: dict[str, asyncio.Task[None]] = {}
 
     @contextmanager
     def least_loaded(self) -> Iterator[str]:
         """The name of the member with the least under way; one more is, inside the context."""
-        up = [name for name in self._load if name not in self._down]
-        name = min(up or self._load, key=self._load.__getitem__)
+        name = min(self.handles, key=self._load.__getitem__)
         self._load[name] += 1
         try:
             yield name
@@ -54,32 +56,34 @@ class Pool:
     async def call_all(
         self, method: str, *args: Any, owner: str, deadline_s: float
     ) -> dict[str, Any]:
-        """Call `method` on every member and await all; results by name."""
-        calls = [
-            self._call(name, method, *args, owner=owner, deadline_s=deadline_s)
-            for name in self.handles
-        ]
-        # All of them, even when one fails: who tries again must not meet the rest of this.
-        results = await asyncio.gather(*calls, return_exceptions=True)
-        for result in results:
-            if isinstance(result, BaseException):
-                raise result
-        return dict(zip(self.handles, results, strict=True))
+        """Call `method` on every live member and await all; results by name."""
+        results: dict[str, Any] = {}
+        while True:
+            await self._until_live(self._min_live)
+            asked = [name for name in self.handles if name not in results]
+            if not asked:
+                return results
+            handles = [self.handles[name] for name in asked]
+            calls = [
+                self._call(handle, name, method, args, owner, deadline_s)
+                for name, handle in zip(asked, handles, strict=True)
+            ]
+            # All of them, even when one fails: who tries again must not meet the rest of this.
+            answers = await asyncio.gather(*calls, return_exceptions=True)
+            for name, handle, answer in zip(asked, handles, answers, strict=True):
+                if isinstance(answer, RayActorError):
+                    await self.lost(name, handle, answer)
+                elif isinstance(answer, BaseException):
+                    raise answer
+                else:
+                    results[name] = answer
 
     async def ping(self, deadline_s: float) -> None:
         """Returns when every member has answered, or one in its place."""
+        self._raise_failed()
         await self.call_all("ping", owner="heartbeat", deadline_s=deadline_s)
 
-    async def _call(self, name: str, method: str, *args: Any, owner: str, deadline_s: float) -> Any:
-        """Call one member, or the one that comes in its place."""
-        while True:
-            handle = self.handles[name]
-            try:
-                return await self._call_once(handle, name, method, args, owner, deadline_s)
-            except RayActorError as error:
-                await self.revive(name, handle, error)
-
-    async def _call_once(
+    async def _call(
         self,
         handle: Any,
         name: str,
@@ -95,23 +99,53 @@ class Pool:
             deadline_s=deadline_s,
         )
 
-    async def revive(self, name: str, dead: Any, error: RayActorError) -> None:
-        """Put a new actor in the place of `dead`, unless that has been done.
+    async def lost(self, name: str, dead: Any, error: RayActorError) -> None:
+        """`dead` serves no more, another comes in its place; returns when any serves.
 
         Raises:
-            RayActorError: the pool cannot; `error`, or that of the new one.
+            RayActorError: the pool cannot replace it; `error`, or that of the new one.
             RunError: there were too many restarts.
         """
         if self.revival is None or not is_own_death(error):
             raise error
-        self._down.add(name)
-        async with self._reviving:
-            if self.handles[name] is not dead:
-                return
-            handle = await self.revival.replace(name, dead, error)
-            await self._prepare(name, handle, self.revival.deadline_s)
-            self.handles[name] = handle
-            self._down.discard(name)
+        if self.handles.get(name) is dead:
+            del self.handles[name]
+            self._coming[name] = asyncio.create_task(self._replace(name, dead, error))
+        await self._until_live(1)
+
+    async def _until_live(self, count: int) -> None:
+        """Returns when `count` members serve; raises when one that was to come cannot."""
+        while len(self.handles) < count:
+            await asyncio.wait(self._coming.values(), return_when=asyncio.FIRST_COMPLETED)
+            self._raise_failed()
+
+    def _raise_failed(self) -> None:
+        for task in self._coming.values():
+            if task.done():
+                task.result()
+
+    def expect(self, names: Iterable[str]) -> None:
+        """Members for which there is no room yet: each joins when there is some."""
+        for name in names:
+            self._coming[name] = asyncio.create_task(self._arrive(name))
+
+    def end(self) -> None:
+        """Wait for no more members."""
+        for task in self._coming.values():
+            task.cancel()
+
+    async def _replace(self, name: str, dead: Any, error: RayActorError) -> None:
+        assert self.revival is not None
+        await self.revival.bury(name, dead, error)
+        await self._arrive(name)
+
+    async def _arrive(self, name: str) -> None:
+        assert self.revival is not None
+        await self.revival.room(name)
+        handle = self.revival.make(name)
+        await self._prepare(name, handle, self.revival.deadline_s)
+        self.handles[name] = handle  # nothing was awaited since it had the newest weights
+        del self._coming[name]
 
     async def _prepare(self, name: str, handle: Any, deadline_s: float) -> None:
         """Make a new member ready to serve."""
@@ -121,8 +155,10 @@ class Pool:
 class GeneratorPool(Pool):
     """Generators, and the weight version all of them hold."""
 
-    def __init__(self, handles: dict[str, Any], waits: Waits, version: int) -> None:
-        super().__init__(handles, waits)
+    def __init__(
+        self, handles: dict[str, Any], waits: Waits, version: int, min_live: int | None = None
+    ) -> None:
+        super().__init__(handles, waits, min_live)
         self.version = version
         self._newest: tuple[list[WeightBucket], int] | None = None
         """The last update; the buckets stay in the object store for members that come later."""
@@ -149,6 +185,7 @@ class GeneratorPool(Pool):
                 deadline_s=ends - time.monotonic(),
             )
 
+        await self._until_live(1)
         with self.least_loaded() as name:
             handle = self.handles[name]
             try:
@@ -159,24 +196,27 @@ class GeneratorPool(Pool):
                 lost = error
             else:
                 return
-        await self.revive(name, handle, lost)
+        await self.lost(name, handle, lost)
         raise GroupLostError(f"{name} died with group {request.group_id}") from lost
 
     async def _prepare(self, name: str, handle: Any, deadline_s: float) -> None:
-        await self._call_once(handle, name, "start", (), "restart", deadline_s)
-        if self._newest is not None:
-            await self._call_once(
-                handle, name, "update_weights", self._newest, "restart", deadline_s
-            )
-        if self.proof is not None:
-            version = self._newest[1] if self._newest else self.version
-            await self.proof(
-                name,
-                version,
-                lambda sequences, lengths: self._call_once(
-                    handle, name, "score", (sequences, lengths), "restart", deadline_s
-                ),
-            )
+        await self._call(handle, name, "start", (), "restart", deadline_s)
+        while True:
+            update = self._newest
+            version = self.version
+            if update is not None:
+                await self._call(handle, name, "update_weights", update, "restart", deadline_s)
+                version = update[1]
+            if self.proof is not None:
+                await self.proof(
+                    name,
+                    version,
+                    lambda sequences, lengths: self._call(
+                        handle, name, "score", (sequences, lengths), "restart", deadline_s
+                    ),
+                )
+            if self._newest is update:  # else another version came meanwhile
+                return
 
     async def score(
         self, sequences: list[list[int]], prompt_lengths: list[int], deadline_s: float
@@ -215,6 +255,7 @@ class VerifierPool(Pool):
             GroupLostError: the completions died with their generator.
         """
         while True:
+            await self._until_live(1)
             with self.least_loaded() as name:
                 handle = self.handles[name]
                 batch_ref, done = handle.score_group.options(num_returns=2).remote(rollout_ref)
@@ -231,7 +272,7 @@ class VerifierPool(Pool):
                     lost = error
                 else:
                     return batch_ref
-            await self.revive(name, handle, lost)
+            await self.lost(name, handle, lost)
 
     async def _prepare(self, name: str, handle: Any, deadline_s: float) -> None:
-        await self._call_once(handle, name, "warm_up", (), "restart", deadline_s)
+        await self._call(handle, name, "warm_up", (), "restart", deadline_s)

@@ -13,6 +13,8 @@ from typing import Any, Literal
 
 from omegaconf import MISSING
 
+from common.algorithm_config import AlgorithmConfig
+
 
 @dataclass
 class ModelConfig:
@@ -74,6 +76,13 @@ class BatchConfig:
 @dataclass
 class GeneratorConfig:
     count: int = 1
+    min_count: int | None = None
+    """On a cluster: with so many a run starts and goes on; the others join when there is room.
+    None: it waits for all."""
+    resources: dict[str, float] = field(default_factory=dict)
+    """Of Ray, that each asks for besides CPUs and GPUs, e.g. `{H100: 1}`; not on `local`."""
+    labels: dict[str, str] = field(default_factory=dict)
+    """Of the nodes it may stand on."""
     max_completion_tokens: int = 48
     temperature: float = 1.0
     max_staleness: int = 1
@@ -107,6 +116,9 @@ class VerifierSpec:
 class VerifierConfig:
     workers: int = 1
     """Verifier actors; each scores in a child process that can be killed."""
+    resources: dict[str, float] = field(default_factory=dict)
+    labels: dict[str, str] = field(default_factory=dict)
+    """As those of generators."""
     timeout_s: float = 10.0
     """Wall-clock limit of one completion's verdict."""
     network: bool = False
@@ -116,119 +128,11 @@ class VerifierConfig:
 
 
 @dataclass
-class BaselineConfig:
-    """R -> advantage of a completion."""
-
-    kind: Literal["grpo", "dr_grpo", "rloo", "krpo", "raft", "reinforce_rej", "none"] = "grpo"
-    epsilon: float = 1e-6
-    min_advantage: float | None = None
-    """Advantages are clamped from below (GRPO-lambda: -0.1)."""
-
-
-@dataclass
-class CreditConfig:
-    """Advantage of a completion -> weight of every token."""
-
-    kind: Literal["broadcast", "lambda_trace", "prefix_sets"] = "broadcast"
-    trace: Literal["recent", "both", "terminal"] = "recent"
-    application: Literal["trace", "weight"] = "trace"
-    """`trace`: inside the ratio, before the clip; `weight`: on the advantage."""
-    gamma: float = 1.0
-    lambda_: float = 0.99
-    normalize: Literal["none", "mean"] = "none"
-    cut: bool = False
-    """Cut the trace where the policy has moved off the behaviour policy (ours)."""
-    entropy_quantile: float = 0.0
-    """Selective traces: tokens below this entropy quantile carry no trace. 0 is off."""
-
-
-@dataclass
-class ObjectiveConfig:
-    """Log-ratio and advantage -> surrogate of every token."""
-
-    kind: Literal["ppo", "gspo", "gmpo", "cispo", "gpg"] = "ppo"
-    clip_low: float = 0.2
-    clip_high: float = 0.2
-    epochs: int = 1
-    """Optimiser steps over the same batch; pi_old is the policy before the first."""
-    kl: float = 0.0
-    """beta of the k3 estimator to the frozen reference policy."""
-    kl_in: Literal["loss", "reward"] = "loss"
-    """`reward`: beta times the one-sample estimate of a completion's KL is taken off its reward."""
-
-
-@dataclass
-class CorrectionConfig:
-    """Off-policy correction on the behaviour policy, multiplied into the surrogate."""
-
-    kind: Literal["auto", "none", "tis", "icepop"] = "auto"
-    """`auto`: `tis` when `max_staleness` > 0, else `none`."""
-    level: Literal["token", "sequence"] = "token"
-    cap: float = 2.0
-    floor: float = 0.5
-    """IcePop: tokens whose ratio lies outside [floor, cap] are zeroed."""
-
-
-@dataclass
-class AggregationConfig:
-    """Token surrogates -> a scalar."""
-
-    kind: Literal["sequence_mean", "token_mean", "constant", "lambda_grpo"] = "sequence_mean"
-    lambda_init: float = 0.0
-    lambda_learning_rate: float = 0.1
-    length_scale: float = 1.0 / 9.0
-
-
-@dataclass
-class GuidanceConfig:
-    """G2RPO-A: the first tokens of `data.solution_column` lead some completions."""
-
-    ratio: float = 0.0
-    """Share of a group that is guided. 0 is off."""
-    schedule: Literal["cycle", "sliding", "fixed", "linear_decay"] = "cycle"
-    max_tokens: int = 3072
-    """l_0 and l_max."""
-    window: int = 2
-    """T: steps of reward history an update looks back on."""
-    mask: bool = True
-    """Guidance tokens stay out of the loss: the policy did not sample them."""
-
-
-@dataclass
-class RolloutConfig:
-    """Which completions are sampled and kept."""
-
-    mask_truncated: bool = False
-    """Completions cut at the limit stay out of the loss (DAPO)."""
-    overlong_penalty_tokens: int = 0
-    """DAPO's soft punishment: reward falls by up to 1 over the last N tokens. 0 is off."""
-    dynamic_sampling: bool = False
-    """Groups whose rewards are all equal are filtered and replaced by new prompts (DAPO)."""
-    keep_max_variance: int = 0
-    """PODS: train on this many completions of a group, those of most reward variance. 0 is off."""
-    prune_rate: float = 0.0
-    """CPPO: the share of a group left out, those of least |advantage|. 0 is off."""
-    refill: bool = False
-    """CPPO: the places that pruning frees are filled with more prompts, so that as many
-    completions are trained on as without it; `batch.prompts_per_step` counts them before."""
-    guidance: GuidanceConfig = field(default_factory=GuidanceConfig)
-
-
-@dataclass
-class AlgorithmConfig:
-    """Five independent axes; a paper is a choice on each (see deploy/configs/recipes)."""
-
-    rollout: RolloutConfig = field(default_factory=RolloutConfig)
-    baseline: BaselineConfig = field(default_factory=BaselineConfig)
-    credit: CreditConfig = field(default_factory=CreditConfig)
-    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
-    correction: CorrectionConfig = field(default_factory=CorrectionConfig)
-    aggregation: AggregationConfig = field(default_factory=AggregationConfig)
-
-
-@dataclass
 class LearnerConfig:
     ranks: int = 1
+    resources: dict[str, float] = field(default_factory=dict)
+    labels: dict[str, str] = field(default_factory=dict)
+    """As those of generators, of each rank."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     learning_rate: float = 1e-5
     warmup_steps: int = 5
@@ -326,6 +230,8 @@ class RayConfig:
     address: str = "local"
     """`local` starts a cluster of its own; `auto` inside a Ray job; `host:port`."""
     connect_timeout_s: float = 60.0
+    placement_timeout_s: float = 120.0
+    """For a cluster to have room for the run, an autoscaled one to make it."""
     object_store_gib: float = 2.0
     """`local` only."""
 

@@ -118,13 +118,17 @@ def _check_keys(layer: DictConfig, schema: DictConfig, prefix: str = "") -> None
         if OmegaConf.is_missing(schema, key) or OmegaConf.is_missing(layer, key):
             continue
         inner, inner_schema = layer[key], schema[key]
-        if not isinstance(inner_schema, DictConfig) or key == "params":
+        if not isinstance(inner_schema, DictConfig) or key in _FREE_FORM:
             continue
         if not isinstance(inner, DictConfig):
             raise UserError(
                 f"{full_key}={inner} must be a mapping of keys: {', '.join(map(str, inner_schema))}"
             )
         _check_keys(inner, inner_schema, f"{full_key}.")
+
+
+_FREE_FORM = ("params", "resources", "labels")
+"""Mappings whose keys are not ours."""
 
 
 def _nearest(word: str, known: Sequence[str]) -> str:
@@ -178,6 +182,16 @@ def check_config(config: Config) -> None:
         raise UserError(
             f"generator.max_completion_tokens={generator.max_completion_tokens} leaves no room for "
             f"a prompt within model.max_length={config.model.max_length}: raise the latter"
+        )
+    fewest = generator.min_count
+    if fewest is not None and not 1 <= fewest <= generator.count:
+        raise UserError(
+            f"generator.min_count={fewest} must lie in 1..generator.count={generator.count}"
+        )
+    if fewest is not None and config.weights.transport != "object_store":
+        raise UserError(
+            f"generator.min_count needs weights.transport=object_store: the {generator.count} "
+            f"generators of weights.transport={config.weights.transport} are one collective"
         )
     rollout = config.algorithm.rollout
     if not 0 <= rollout.prune_rate < 1 or (rollout.refill and rollout.prune_rate == 0):

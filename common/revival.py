@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,10 @@ import ray
 from ray.exceptions import RayActorError, RayTaskError
 
 from common.errors import first_line
+
+
+async def _at_once(name: str) -> None:
+    """There is room."""
 
 
 @dataclass(frozen=True)
@@ -24,13 +28,20 @@ class Revival:
     say: Callable[[str], None]
     deadline_s: float
     """For the start of the new one, where it takes any."""
+    room: Callable[[str], Awaitable[None]] = _at_once
+    """Returns when the cluster has room for the actor of a name."""
 
-    async def replace(self, name: str, dead: Any, error: RayActorError) -> Any:
-        """The actor that comes in the place of `dead`; raises what `allow` raises."""
+    async def bury(self, name: str, dead: Any, error: RayActorError) -> None:
+        """Make way for another in the place of `dead`; raises what `allow` raises."""
         pause_s = self.allow(error)
         self.say(f"{name} died and starts again in {pause_s:.0f} s: {first_line(error)}")
         await asyncio.sleep(pause_s)
         ray.kill(dead)  # if it only could not be reached
+
+    async def replace(self, name: str, dead: Any, error: RayActorError) -> Any:
+        """The actor that comes in the place of `dead`."""
+        await self.bury(name, dead, error)
+        await self.room(name)
         return self.make(name)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import socket
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from deploy.placement import (
     cpus_needed,
     object_store_bytes,
 )
+from deploy.reservation import LEARNER, VERIFIERS, Reservation
 from learner.group import WRITING
 from learner.worker import LearnerJob, LearnerWorker
 
@@ -121,11 +123,14 @@ class ActorFactory:
     cores: CorePlan
     cuda: bool
     version: int
+    reservation: Reservation | None = None
+    """Places on a cluster; None on one of our own, which is as large as the run."""
 
     def generator(self, name: str, model_folder: str) -> Any:
         """`name` is generator-N."""
         config, index = self.config, int(name.rpartition("-")[2])
-        return GeneratorActor.options(**self._options.generator).remote(
+        options = self._options.generator | self._place(name)
+        return GeneratorActor.options(**options).remote(
             name,
             replace(config.model, path=model_folder),
             config.generator,
@@ -135,22 +140,28 @@ class ActorFactory:
             self.cores.generator_cores[index] if self._bound else None,
         )
 
-    def verifier(self) -> Any:
-        return VerifierActor.options(**self._options.verifier).remote(self.config.verifier)
+    def verifier(self, name: str) -> Any:
+        """`name` is verifier-N."""
+        index = int(name.rpartition("-")[2])
+        options = self._options.verifier | self._place(VERIFIERS, index)
+        return VerifierActor.options(**options).remote(self.config.verifier)
 
-    def all(self) -> Actors:
+    def _place(self, name: str, index: int = 0) -> dict[str, Any]:
+        return {} if self.reservation is None else self.reservation.options(name, index)
+
+    def all(self, generators: Sequence[str]) -> Actors:
         """Every actor but the stream; they start up on their own, `Run` awaits them."""
         config, job = self.config, learner_job(self.config)
-        generators = [f"generator-{index}" for index in range(config.generator.count)]
+        verifiers = [f"verifier-{index}" for index in range(config.verifier.workers)]
         learners = [
-            LearnerActor.options(**self._options.learner).remote(
+            LearnerActor.options(**self._options.learner | self._place(LEARNER, rank)).remote(
                 job, rank, self.cores.learner_cores[rank] if self._bound else None
             )
             for rank in range(config.learner.ranks)
         ]
         return Actors(
             {name: self.generator(name, config.model.path) for name in generators},
-            {f"verifier-{index}": self.verifier() for index in range(config.verifier.workers)},
+            {name: self.verifier(name) for name in verifiers},
             learners,
         )
 

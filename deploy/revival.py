@@ -7,6 +7,7 @@ The learner does not: its ranks hold one model together, so all start again from
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,17 +36,20 @@ class Reviver:
         """None where a new one could not get the weights."""
         if self._factory.config.weights.transport != "object_store":
             return None
-        return self._by(self._generator)
+        return self._by(self._generator, has_place=True)
 
     def verifiers(self) -> Revival:
-        return self._by(lambda _: self._factory.verifier())
+        return self._by(self._factory.verifier)
 
     def stream(self) -> Revival:
         return self._by(lambda _: start_stream(self._factory.config, self._run.path))
 
-    def _by(self, make: Callable[[str], Any]) -> Revival:
+    def _by(self, make: Callable[[str], Any], *, has_place: bool = False) -> Revival:
+        """`has_place`: the cluster keeps one under the name of each."""
         deadline_s = self._factory.config.generator.start_timeout_s
-        return Revival(make, self._restarts.after, self._say, deadline_s)
+        revival = Revival(make, self._restarts.after, self._say, deadline_s)
+        reservation = self._factory.reservation
+        return replace(revival, room=reservation.room) if reservation and has_place else revival
 
     def _generator(self, name: str) -> Any:
         folder = self._factory.config.model.path

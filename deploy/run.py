@@ -35,6 +35,7 @@ from deploy.display import Display, make_display
 from deploy.models import check_vocabulary, resolve_model
 from deploy.placement import with_compute_dtype
 from deploy.preemption import Preemption
+from deploy.reservation import fewest_generators, generator_names
 from deploy.restart import Restarts
 from deploy.revival import Reviver
 from deploy.run_dir import FAILED_BATCH, LEDGER, QUARANTINE, RunDirectory
@@ -138,7 +139,8 @@ class Run:
     ) -> dict[str, float]:
         """`used`: the generators hold the weights of a run before this one."""
         config = self._config
-        generators = GeneratorPool(actors.generators, self._waits, self._first_step)
+        fewest = fewest_generators(config)
+        generators = GeneratorPool(actors.generators, self._waits, self._first_step, fewest)
         verifiers = VerifierPool(actors.verifiers, self._waits)
         learner = LearnerGroup(actors.learners, self._waits, config.learner.step_timeout_s)
         await self._start(generators, verifiers, learner, used)
@@ -160,11 +162,14 @@ class Run:
             await self._restore(learner, self._rollout)
             publisher = await self._publisher(learner, generators, source)
             generators.proof = publisher.prove_newcomer
+            generators.expect(set(generator_names(config)) - set(actors.generators))
             if used:
                 await publisher.deliver(await publisher.export(self._first_step))
             self._display.event("all parts are up")
             return await self._loops(learner, publisher, source, generators, verifiers, log)
         finally:
+            generators.end()
+            verifiers.end()
             ledger.end()
 
     async def _loops(

@@ -22,7 +22,8 @@ from common.waits import Waits
 from deploy.cluster import ActorFactory, Actors, connect, disconnect, learner_job
 from deploy.cpu_runtime import preload_libraries
 from deploy.memory import check_memory
-from deploy.placement import CorePlan, available_cores, plan_cores, uses_cuda
+from deploy.placement import CorePlan, actor_options, available_cores, plan_cores, uses_cuda
+from deploy.reservation import Reservation, generator_names, wishes
 from learner.group import LearnerGroup
 
 SHUTDOWN_S = 30.0
@@ -69,8 +70,12 @@ class Service:
         cores = plan_cores(config, available_cores(), [] if cuda else preload_libraries())
         say(_described(config, cores))
         connect(config, cores)
-        self._factory = ActorFactory(config, cores, cuda, version)
-        self._actors, self._served = self._factory.all(), wanted
+        reservation, generators = None, generator_names(config)
+        if config.ray.address != "local":
+            reservation = Reservation(wishes(config, actor_options(config, cores, cuda)))
+            generators = await reservation.wait(config, config.ray.placement_timeout_s, say)
+        self._factory = ActorFactory(config, cores, cuda, version, reservation)
+        self._actors, self._served = self._factory.all(generators), wanted
         return self._actors, False
 
     async def end_run(self, stream: Any) -> None:

@@ -16,7 +16,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from common.config import BaselineConfig
+from common.algorithm_config import BaselineConfig
 from common.errors import VerifierError
 
 

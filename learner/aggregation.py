@@ -21,7 +21,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from common.config import AggregationConfig
+from common.algorithm_config import AggregationConfig
 
 PREFERENCE_FLOOR = 1e-3
 """h = 1 + r z is clamped from below; r = 1/9 reaches it only in groups of more than 81 [D]."""

@@ -19,7 +19,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from common.config import CorrectionConfig
+from common.algorithm_config import CorrectionConfig
 from learner.objectives import bounded_exp
 from learner.traces import PackedAxis
 

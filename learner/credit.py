@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from common.config import CreditConfig
+from common.algorithm_config import CreditConfig
 from learner.traces import LambdaTrace, PackedAxis, above_entropy_quantile
 
 

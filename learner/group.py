@@ -94,7 +94,7 @@ class LearnerGroup:
 
     async def ping(self, deadline_s: float) -> None:
         """Returns when every rank has answered, whatever it is doing."""
-        await self._all("ping", deadline_s=deadline_s, group=HEALTH)
+        await self._all("ping", deadline_s=deadline_s, group=HEALTH, owner="heartbeat")
 
     async def begin(self, job: LearnerJob, deadline_s: float) -> None:
         """Another run in the same processes; `setup` follows."""
@@ -104,14 +104,19 @@ class LearnerGroup:
         await self._all("shutdown", deadline_s=deadline_s)
 
     async def _all(
-        self, method: str, *args: Any, deadline_s: float | None = None, group: str | None = None
+        self,
+        method: str,
+        *args: Any,
+        deadline_s: float | None = None,
+        group: str | None = None,
+        owner: str = "",
     ) -> list[Any]:
         options = {"concurrency_group": group} if group else {}
         calls = [
             self._waits.on(
                 getattr(handle, method).options(**options).remote(*args),
-                owner=f"learner {method}",
-                cause=f"rank {rank}",
+                owner=owner or f"learner {method}",
+                cause=f"learner rank {rank}" if owner else f"rank {rank}",
                 deadline_s=deadline_s or self._step_timeout_s,
             )
             for rank, handle in enumerate(self.handles)

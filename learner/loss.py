@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from common.config import AlgorithmConfig
+from common.algorithm_config import AlgorithmConfig
 from learner.corrections import behaviour_gap, correction_weights
 from learner.credit import CREDITS, Credit, CreditInputs
 from learner.objectives import OBJECTIVES, Surrogate, Terms, bounded_exp, k3

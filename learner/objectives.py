@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from common.config import ObjectiveConfig
+from common.algorithm_config import ObjectiveConfig
 from learner.traces import PackedAxis
 
 LOG_RATIO_LIMIT = 20.0

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common.config import AlgorithmConfig, CreditConfig
+from common.algorithm_config import AlgorithmConfig, CreditConfig
 from common.errors import UserError
 from learner.advantages import check_rewards, group_advantages
 from learner.aggregation import build_aggregation

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from common.config import RolloutConfig
+from common.algorithm_config import RolloutConfig
 from learner.advantages import max_variance_subset, prune_by_advantage
 
 

@@ -23,7 +23,8 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import TCPStore
 from torch.distributed.device_mesh import DeviceMesh
 
-from common.config import AlgorithmConfig, LearnerConfig, ModelConfig
+from common.algorithm_config import AlgorithmConfig
+from common.config import LearnerConfig, ModelConfig
 from common.errors import RunError
 from common.faults import reached
 from common.schema import check_schema

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from maths_oracles import normal, random, seeds
 
-from common.config import BaselineConfig
+from common.algorithm_config import BaselineConfig
 from common.errors import VerifierError
 from learner.advantages import (
     BASELINES,

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from maths_oracles import normal, random, seeds
 
-from common.config import AggregationConfig
+from common.algorithm_config import AggregationConfig
 from learner.aggregation import LambdaGrpo, build_aggregation, length_preference
 
 LENGTHS = torch.tensor([2, 4, 6, 8, 8, 8])

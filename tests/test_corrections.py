@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from maths_oracles import normal, random, seeds
 
-from common.config import CorrectionConfig
+from common.algorithm_config import CorrectionConfig
 from learner.corrections import CORRECTIONS, behaviour_gap, correction_weights
 from learner.traces import PackedAxis
 

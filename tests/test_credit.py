@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from maths_oracles import decays, dense_kernel, normal, random
 
-from common.config import CreditConfig
+from common.algorithm_config import CreditConfig
 from learner.credit import CREDITS, Credit, CreditInputs
 from learner.traces import PackedAxis
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from actors.guidance import Guidance, adapted_length, num_guided
-from common.config import GuidanceConfig
+from common.algorithm_config import GuidanceConfig
 
 
 def lengths(schedule: str, rewards: list[float], **config: object) -> list[int]:

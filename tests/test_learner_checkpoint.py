@@ -14,7 +14,7 @@ from learner_models import save_tiny_model, trajectories
 from test_learner_step import SHAPES, make_worker, on_ranks, untimed, weights, worker
 from transformers import AutoModelForCausalLM
 
-from common.config import AlgorithmConfig
+from common.algorithm_config import AlgorithmConfig
 from common.errors import RunError, UserError
 from learner.worker import LearnerWorker
 

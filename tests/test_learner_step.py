@@ -19,7 +19,8 @@ import torch
 from learner_models import save_tiny_model, tiny_model, trajectories
 from transformers import AutoModelForCausalLM
 
-from common.config import AlgorithmConfig, LearnerConfig, ModelConfig
+from common.algorithm_config import AlgorithmConfig
+from common.config import LearnerConfig, ModelConfig
 from common.errors import RunError, UserError, WeightsError
 from common.weights import check_bucket, pack_tensors, unpack_tensors
 from learner.model import Policy, check_policy, load_policy

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from maths_oracles import normal, random, seeds
 
-from common.config import ObjectiveConfig
+from common.algorithm_config import ObjectiveConfig
 from learner.objectives import (
     LOG_RATIO_LIMIT,
     OBJECTIVES,

@@ -22,7 +22,7 @@ from maths_oracles import (
     take,
 )
 
-from common.config import AlgorithmConfig
+from common.algorithm_config import AlgorithmConfig
 from common.errors import UserError, VerifierError
 from learner.loss import CompletionBatch, policy_loss
 from learner.recipe import Prepared, Recipe

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from common.config import RolloutConfig
+from common.algorithm_config import RolloutConfig
 from learner.selection import keep_after, keep_before, overlong_penalty
 
 NAN = float("nan")

@@ -16,7 +16,8 @@ from harness import Row, emit, ratio_of_times
 from learner_models import trajectories
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from common.config import AlgorithmConfig, CreditConfig, LearnerConfig, ModelConfig
+from common.algorithm_config import AlgorithmConfig, CreditConfig
+from common.config import LearnerConfig, ModelConfig
 from learner.packing import StepBatch, pack_microbatch
 from learner.traces import LambdaTrace, PackedAxis
 from learner.worker import LearnerJob, LearnerWorker

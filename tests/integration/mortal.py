@@ -40,6 +40,9 @@ class Mortal:
         self.version = version
         return 0.0
 
+    async def ping(self) -> None:
+        pass
+
     async def score(self, sequences: list[list[int]], lengths: list[int]) -> list[list[float]]:
         return [[-float(self.version)] for _ in sequences]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +122,73 @@ def test_others_serve_while_one_starts_again_and_it_starts_once() -> None:
     asyncio.run(main())
 
 
+def test_a_pool_that_may_shrink_goes_on_and_grows_again() -> None:
+    """Updates do not wait for who is not there; who comes has the newest weights."""
+
+    async def main() -> None:
+        handles = {f"generator-{index}": actor() for index in range(2)}
+        pool = GeneratorPool(handles, Waits(), 0, min_live=1)
+        await pool.call_all("start", owner="test", deadline_s=60.0)
+        nodes = asyncio.Event()
+
+        async def room(name: str) -> None:
+            await nodes.wait()
+
+        pool.revival = replace(revival([]), room=room)
+        pool.expect(["generator-2"])
+        with pytest.raises(GroupLostError):
+            await versions(pool, "die")
+        assert len(pool.handles) == 1
+        await asyncio.wait_for(pool.update_weights(["fine"], 4, 30.0), 5.0)
+        assert await versions(pool, "live") == [4]
+        asyncio.get_running_loop().call_later(0.05, nodes.set)
+        await pool.update_weights(["fine"], 5, 30.0)
+        while len(pool.handles) < 3:
+            await pool.ping(30.0)
+            await asyncio.sleep(0.05)
+        held = await pool.call_all("score", [[1]], [1], owner="test", deadline_s=30.0)
+        assert held == {f"generator-{index}": [[-5.0]] for index in range(3)}
+        pool.end()
+
+    asyncio.run(main())
+
+
+def test_an_update_that_comes_while_a_newcomer_loads_is_loaded_too() -> None:
+    async def main() -> None:
+        pool = await generators(2, [])
+        pool._min_live = 1
+        proved: list[int] = []
+
+        async def proof(name: str, version: int, score: Scorer) -> None:
+            proved.append(version)
+            if len(proved) == 1:
+                await pool.update_weights(["fine"], 7, 30.0)
+
+        pool.proof = proof
+        with pytest.raises(GroupLostError):
+            await versions(pool, "die")
+        while len(pool.handles) < 2:
+            await asyncio.sleep(0.05)
+        held = await pool.call_all("score", [[1]], [1], owner="test", deadline_s=30.0)
+        assert held == {f"generator-{index}": [[-7.0]] for index in range(2)}
+        assert proved == [0, 7]
+
+    asyncio.run(main())
+
+
+def test_a_newcomer_that_cannot_come_ends_a_pool_that_goes_on_without_it() -> None:
+    async def main() -> None:
+        pool = await generators(2, [], [])
+        pool._min_live = 1
+        with pytest.raises(GroupLostError):
+            await versions(pool, "die")
+        await asyncio.sleep(0.05)
+        with pytest.raises(RunError, match="too many failures"):
+            await pool.ping(30.0)
+
+    asyncio.run(main())
+
+
 def test_a_generator_that_dies_of_an_update_gets_it_again() -> None:
     async def main() -> None:
         pool = await generators(2, [])
@@ -135,9 +203,10 @@ def test_too_many_deaths_end_the_run_and_none_may_be_forbidden() -> None:
         pool = await generators(1, [], [])
         with pytest.raises(RunError, match="too many failures"):
             await versions(pool, "die")
+        pool = await generators(1, [])
         pool.revival = None
         with pytest.raises(RayActorError):
-            await versions(pool, "live")
+            await versions(pool, "die")
 
     asyncio.run(main())
 

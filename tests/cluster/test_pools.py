@@ -1,0 +1,71 @@
+"""A run over a head, a learner node, two generator nodes and a verifier node."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+from cluster_nodes import add
+from ray.cluster_utils import Cluster
+from run_process import QUICK, check_whole, finish, last_step, start, wait_for_step
+
+from common.log_store import read_log
+
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
+POOLS = (
+    *("generator.count=2", "generator.min_count=1", "generator.resources={generation: 1}"),
+    *("learner.resources={learning: 1}", "verifier.labels={pool: verification}"),
+)
+
+
+def test_a_generator_node_goes_and_another_comes(cluster: Cluster, tmp_path: Path) -> None:
+    add(cluster, "learning", 2)
+    add(cluster, "verification", 1)
+    first, second = add(cluster, "generation", 1), add(cluster, "generation", 1)
+    run = tmp_path / "pools"
+    process = start(
+        *(f"ray.address={cluster.address}", f"runs_dir={tmp_path}", "name=pools", *QUICK, *POOLS),
+        *("steps=40", "restart.backoff_s=0.1"),
+    )
+    wait_for_step(process, run, 3)
+    while len(samplers(run)) < 2:
+        assert process.poll() is None, finish(process, 10)
+        time.sleep(0.5)
+    cluster.remove_node(second, allow_graceful=False)
+    lost_at = last_step(run)
+    wait_for_step(process, run, lost_at + 6)  # fewer, and it goes on
+    added_at = last_step(run)
+    add(cluster, "generation", 1)
+    output = finish(process, 500)
+    assert process.returncode == 0, output
+    assert output.count("died and starts again") == 1, output
+    assert "all processes start again" not in output
+    check_whole(run, 40)
+    assert len(samplers(run, since=added_at + 2)) == 2, "the newcomer sampled nothing"
+    assert first is not second
+
+
+def samplers(run: Path, since: int = 0) -> set[str]:
+    """Generators that sampled logged groups which were dispatched at version `since` or later."""
+    return {
+        batch.column("generator")[0].as_py()
+        for batch in read_log(run / "trajectories")
+        if batch.column("dispatch_version")[0].as_py() >= since
+    }
+
+
+def test_a_cluster_without_room_is_an_error_that_says_what_is_missing(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    add(cluster, "learning", 2)
+    add(cluster, "generation", 1)
+    process = start(
+        *(f"ray.address={cluster.address}", f"runs_dir={tmp_path}", "name=small", *QUICK, *POOLS),
+        *("generator.min_count=2", "ray.placement_timeout_s=5"),
+    )
+    output = finish(process, 120)
+    assert process.returncode == 2, output
+    assert "generation: 1 wanted, 0 free of 1" in output
+    assert "no node has the label pool=verification" in output
+    assert not (tmp_path / "small").exists()
