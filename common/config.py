@@ -243,6 +243,8 @@ class Config:
     name: str | None = None
     runs_dir: str = "runs"
     resume: str | None = None
+    """A run directory to go on with. `auto`: that of `name` if it is there, else a new one, so that
+    a job which a cluster submits again goes on by itself."""
     recipe: str | None = None
     seed: int = 0
     steps: int = 30

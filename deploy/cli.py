@@ -69,6 +69,7 @@ def _load(options: argparse.Namespace) -> Config:
 
     path: Path | None = options.config
     resumed = [o.partition("=")[2] for o in options.overrides if o.startswith("resume=")]
+    resumed = [run for run in resumed if run != "auto"]  # goes with --config
     resolved = path is None and bool(resumed)
     if path is None and resumed:
         path = Path(resumed[-1]) / "config.yaml"

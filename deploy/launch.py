@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from ray.exceptions import RayError
 
 from common.config import Config
 from common.errors import RunError, StallError, UserError
+from common.metrics import read_metrics
 from common.stacks import stall_report
 from deploy.preemption import Preemption
 from deploy.restart import Restarts, is_recoverable
@@ -54,9 +56,15 @@ async def _train_one(
     config: Config, service: Service, preemption: Preemption, *, last: bool
 ) -> dict[str, float]:
     """A run in its directory, through the deaths of its processes."""
+    automatic, config = config.resume == "auto", found(config)
     run = RunDirectory.reopen(config.resume) if config.resume else RunDirectory.create(config)
     restarts = Restarts(config.restart)
     try:
+        if automatic and config.resume and run.newest_checkpoint(print) >= config.steps:
+            print(f"{run.path} is done, {config.steps} steps", flush=True)
+            if last:
+                await service.end(run.path / "log")
+            return read_metrics(run.path / "metrics.jsonl")[-1]
         while True:
             try:
                 return await _attempt(config, run, service, preemption, restarts, last=last)
@@ -75,6 +83,17 @@ async def _train_one(
         raise
     finally:
         run.release()
+
+
+def found(config: Config) -> Config:
+    """`config` with `resume=auto` answered: the run of that name, or none."""
+    if config.resume != "auto":
+        return config
+    if config.name is None:
+        raise UserError("resume=auto needs name=, by which the run is found again")
+    path = Path(config.runs_dir) / config.name
+    there = (path / "config.yaml").is_file()
+    return replace(config, resume=str(path) if there else None)
 
 
 async def _attempt(

@@ -26,7 +26,7 @@ from common.config import Config
 from common.errors import RunError, UserError
 from common.heartbeat import beat
 from common.ledger import Ledger
-from common.metrics import JsonlSink, Metrics, TensorBoardSink
+from common.metrics import JsonlSink, Metrics, MetricSink, TensorBoardSink
 from common.stream import GroupLog
 from common.trajectory import GroupReceipt
 from deploy.checkpoints import Checkpoints
@@ -35,6 +35,7 @@ from deploy.display import Display, make_display
 from deploy.models import check_vocabulary, resolve_model
 from deploy.placement import with_compute_dtype
 from deploy.preemption import Preemption
+from deploy.ray_metrics import RaySink
 from deploy.reservation import fewest_generators, generator_names
 from deploy.restart import Restarts
 from deploy.revival import Reviver
@@ -288,12 +289,13 @@ class Run:
         last_step = None
         if self._config.resume:
             last_step = self._first_step or -1  # step 0 is evaluated again
-        return Metrics(
-            [
-                JsonlSink(self._run.path / "metrics.jsonl", last_step),
-                TensorBoardSink(self._run.path / "tensorboard", last_step),
-            ]
-        )
+        sinks: list[MetricSink] = [
+            JsonlSink(self._run.path / "metrics.jsonl", last_step),
+            TensorBoardSink(self._run.path / "tensorboard", last_step),
+        ]
+        if self._config.ray.address != "local":  # nobody scrapes a cluster of our own
+            sinks.append(RaySink(self._run.path.name))
+        return Metrics(sinks)
 
     def _recorder(self, metrics: Metrics) -> Callable[[int, dict[str, float]], None]:
         def record(step: int, values: dict[str, float]) -> None:
