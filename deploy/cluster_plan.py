@@ -117,7 +117,8 @@ class ClusterPlan:
             prompt_tokens=int(_PROMPT * room),
         )
 
-    def costs(self) -> Costs:
+    def costs(self, assumed: Assumptions | None = None) -> Costs:
+        """From data sheets."""
         room = self.workload().prompt_tokens
         mean = _MEDIAN * self.config.generator.max_completion_tokens
         return costs_on(
@@ -127,6 +128,7 @@ class ClusterPlan:
             room + mean / 2,
             recompute=self.config.learner.activation_checkpointing,
             learner_device=self.learner_device,
+            assumed=assumed,
         )
 
     def predict(
@@ -200,7 +202,8 @@ def prediction_lines(found: Prediction) -> list[str]:
     return [
         f"step          {found.step_s:.2f} s, {found.completions_per_s:.1f} completions/s",
         f"busy          generators {found.generating:.0%}, learner {found.learning:.0%}, "
-        f"verifiers {found.verifying:.0%}, log {found.logging:.0%}",
+        f"verifiers {found.verifying:.0%}, coordinator {found.coordinating:.0%}, "
+        f"log {found.logging:.0%}",
         f"bottleneck    {found.bottleneck}",
     ]
 

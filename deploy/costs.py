@@ -51,6 +51,7 @@ class Assumptions:
     """Twice a layer under tensor parallelism."""
     network: float = 40e9
     """Bytes/s between nodes, into each generator at once (broadcast)."""
+    coordinate_s: float = 0.001
     verify_s: float = 0.02
     log_group_s: float = 2e-3
     step_overhead_s: float = 0.5
@@ -164,6 +165,7 @@ def costs_on(
         decode_sequence_s=mean_context * model.kv_bytes / bandwidth
         + products / (device.flops * a.decode_utilisation * parallel),
         prefill_token_s=products / (device.flops * a.prefill_utilisation * parallel),
+        coordinate_s=a.coordinate_s,
         verify_s=a.verify_s,
         log_group_s=a.log_group_s,
         learner_step_s=a.step_overhead_s

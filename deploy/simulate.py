@@ -34,6 +34,8 @@ class Costs:
     decode_sequence_s: float
     """More for each running sequence."""
     prefill_token_s: float
+    coordinate_s: float
+    """Of the coordinator, a completion."""
     verify_s: float
     """A completion's verdict, of one verifier."""
     log_group_s: float
@@ -79,6 +81,7 @@ class Prediction:
     """Share of time that a generator decodes; the rest it waits for prompts or loads weights."""
     learning: float
     verifying: float
+    coordinating: float
     logging: float
 
     @property
@@ -88,6 +91,7 @@ class Prediction:
             "generation": self.generating,
             "learning": self.learning,
             "verification": self.verifying,
+            "the coordinator": self.coordinating,
             "the trajectory log": self.logging,
         }
         name = max(shares, key=shares.__getitem__)
@@ -188,7 +192,7 @@ class Simulation:
         self._now = 0.0
         self._generators = [_Generator(costs, work.sequences) for _ in range(work.generators)]
         self._verifiers = _Queue(work.verifiers)
-        self._log = _Queue(1)
+        self._coordinator, self._log = _Queue(1), _Queue(1)
         self._budget = StalenessBudget(work.max_staleness, work.prompts_per_step)
         self._window = GroupWindow(work.max_staleness, work.prompts_per_step)
         self._left: dict[int, int] = {}  # completions of a group still to be verified
@@ -204,7 +208,7 @@ class Simulation:
     def run(self, steps: int) -> Prediction:
         """Predict from `steps` learner steps."""
         self._dispatch()
-        busy = [0.0] * 4
+        busy = [0.0] * 5
         while len(self.step_ends) < steps:
             self._now, _, happen = heapq.heappop(self._events)
             happen()
@@ -222,14 +226,15 @@ class Simulation:
             shares[0] / work.generators,
             shares[1],
             shares[2] / work.verifiers,
-            shares[3],
+            *shares[3:],
         )
 
     def _busy(self) -> list[float]:
         for generator in self._generators:
             generator.advance(self._now)
         decoding = sum(generator.busy_s for generator in self._generators)
-        return [decoding, self.learner_busy_s, self._verifiers.busy_s, self._log.busy_s]
+        queues = (self._verifiers, self._coordinator, self._log)
+        return [decoding, self.learner_busy_s, *(queue.busy_s for queue in queues)]
 
     def _at(self, when: float, happen: Callable[[], None]) -> None:
         heapq.heappush(self._events, (when, next(self._order), happen))
@@ -267,7 +272,8 @@ class Simulation:
             self._at(end, happen)
 
     def _sampled(self, group: int) -> None:
-        verified = self._verifiers.serve(self._now, self._costs.verify_s)
+        seen = self._coordinator.serve(self._now, self._costs.coordinate_s)
+        verified = self._verifiers.serve(seen, self._costs.verify_s)
         self._left[group] -= 1
         if self._left[group] == 0:
             self._home[group].groups -= 1
