@@ -10,8 +10,9 @@ import asyncio
 import math
 import os
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -43,8 +44,11 @@ class Generator:
         seed: int,
         version: int,
         cores: list[int] | None,
+        locate: Callable[[str], str] = str,
     ) -> None:
+        """`locate` gives the model's folder on this node for that of the driver."""
         self._name = name
+        self._locate = locate
         self._model = model
         self._config = config
         self._transport = transport
@@ -65,6 +69,8 @@ class Generator:
         arm()
         if self._cores is not None:
             os.sched_setaffinity(0, self._cores)  # of this thread and those the engine starts
+        folder = await asyncio.to_thread(self._locate, self._model.path)
+        self._model = replace(self._model, path=folder)
         self._tokenizer = AutoTokenizer.from_pretrained(
             self._model.path, trust_remote_code=self._model.trust_remote_code
         )

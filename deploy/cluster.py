@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from common.config import Config
 from common.errors import RunError, UserError
 from common.heartbeat import HEALTH
 from common.stream import TrajectoryStreamActor
+from deploy.models import Located
 from deploy.placement import (
     STREAM_OPTIONS,
     ActorOptions,
@@ -116,13 +117,15 @@ def _check_address(address: str, timeout_s: float) -> None:
 class ActorFactory:
     """Makes the actors of a configuration, the first ones and those in the place of dead ones.
 
-    `config.model.path` is a local folder by now, with the weights of `version`.
+    `config.model.path` is a folder of this node by now, with the weights of `version`; `model_name`
+    is what the user called it.
     """
 
     config: Config
     cores: CorePlan
     cuda: bool
     version: int
+    model_name: str
     reservation: Reservation | None = None
     """Places on a cluster; None on one of our own, which is as large as the run."""
 
@@ -138,6 +141,7 @@ class ActorFactory:
             config.seed + index,
             self.version,
             self.cores.generator_cores[index] if self._bound else None,
+            self._locate,
         )
 
     def verifier(self, name: str) -> Any:
@@ -155,7 +159,10 @@ class ActorFactory:
         verifiers = [f"verifier-{index}" for index in range(config.verifier.workers)]
         learners = [
             LearnerActor.options(**self._options.learner | self._place(LEARNER, rank)).remote(
-                job, rank, self.cores.learner_cores[rank] if self._bound else None
+                job,
+                rank,
+                self.cores.learner_cores[rank] if self._bound else None,
+                locate=self._locate,
             )
             for rank in range(config.learner.ranks)
         ]
@@ -164,6 +171,11 @@ class ActorFactory:
             {name: self.verifier(name) for name in verifiers},
             learners,
         )
+
+    @property
+    def _locate(self) -> Callable[[str], str]:
+        """Other weights than those of the start are in the run's directory, which all share."""
+        return Located(self.model_name) if self.version == 0 else str
 
     @property
     def _options(self) -> ActorOptions:

@@ -22,6 +22,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from common.errors import UserError
@@ -50,6 +51,22 @@ def resolve_model(path: str) -> Path:
     if path.startswith(("/", ".", "~")) or path.count("/") != 1:
         raise UserError(f"model.path={path}: there is no such folder")
     return _from_hub(path)
+
+
+@dataclass(frozen=True)
+class Located:
+    """Finds the model of a run on whatever node it is called on."""
+
+    name: str
+    """As the configuration names it."""
+
+    def __call__(self, folder: str) -> str:
+        """`folder` of the driver where this node has it too, else the model by its name.
+
+        Raises:
+            UserError: it cannot be had here.
+        """
+        return folder if Path(folder).is_dir() else str(resolve_model(self.name))
 
 
 def check_vocabulary(tokenizer_ids: Iterable[int], folder: Path) -> None:

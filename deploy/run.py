@@ -79,7 +79,7 @@ class Run:
             config = with_compute_dtype(self._config)
             self._config = replace(config, model=replace(config.model, path=folder))
             actors, used = await self._service.open(
-                self._config, self._first_step, self._display.event
+                self._config, self._first_step, config.model.path, self._display.event
             )
             self._preemption.listen()
             stream = start_stream(self._config, self._run.path)

@@ -45,11 +45,12 @@ class Service:
         return self._factory
 
     async def open(
-        self, config: Config, version: int, say: Callable[[str], None]
+        self, config: Config, version: int, model_name: str, say: Callable[[str], None]
     ) -> tuple[Actors, bool]:
         """Actors for `config`, and whether they served another run before.
 
-        `config.model.path` is a local folder with the weights of `version`.
+        `config.model.path` is a local folder with the weights of `version`, of the model that the
+        user calls `model_name`.
 
         Raises:
             UserError: the configuration cannot run here, or needs other actors than the runs
@@ -74,7 +75,7 @@ class Service:
         if config.ray.address != "local":
             reservation = Reservation(wishes(config, actor_options(config, cores, cuda)))
             generators = await reservation.wait(config, config.ray.placement_timeout_s, say)
-        self._factory = ActorFactory(config, cores, cuda, version, reservation)
+        self._factory = ActorFactory(config, cores, cuda, version, model_name, reservation)
         self._actors, self._served = self._factory.all(generators), wanted
         return self._actors, False
 

@@ -90,6 +90,7 @@ class LearnerWorker:
 
     Args:
         cores: CPU cores of this process; None leaves it where it is.
+        locate: gives the model's folder on this node for that of the driver.
         put: stores a weight buffer and returns its reference.
     """
 
@@ -99,11 +100,13 @@ class LearnerWorker:
         rank: int,
         cores: list[int] | None = None,
         put: Callable[[Any], Any] = _ray_put,
+        locate: Callable[[str], str] = str,
     ) -> None:
         if cores is not None:
             os.sched_setaffinity(0, cores)
         self._rank = rank
         self._put = put
+        self._locate = locate
         self.begin(job)
 
     def begin(self, job: LearnerJob) -> None:
@@ -170,8 +173,9 @@ class LearnerWorker:
     ) -> tuple[Policy, float]:
         """Rank 0 reads the weights and hands out the shards; `dtype` is that of the shards."""
         reader = self._rank == 0
+        model = replace(self._job.model, path=self._locate(self._job.model.path))
         policy, gap = load_policy(
-            self._job.model,
+            model,
             dtype,
             logits_mib=self._config.logits_mib,
             temperature=self._job.temperature,

@@ -139,6 +139,17 @@ def test_waiting_for_another_build_has_a_deadline(
         models.resolve_model("builtin:fake")
 
 
+def test_a_node_without_the_drivers_folder_finds_the_model_by_name(
+    builder: Callable[..., None], tmp_path: Path
+) -> None:
+    builder(write_model)
+    folder = models.resolve_model("builtin:fake")
+    assert models.Located("builtin:fake")(str(tmp_path / "elsewhere")) == str(folder)
+    assert models.Located("builtin:other")(str(folder)) == str(folder)
+    with pytest.raises(UserError, match="no such folder"):
+        models.Located(str(tmp_path / "elsewhere"))(str(tmp_path / "elsewhere"))
+
+
 def test_a_cached_model_costs_no_heavy_import(builder: Callable[..., None], tmp_path: Path) -> None:
     builder(write_model)
     folder = models.resolve_model("builtin:fake")
