@@ -3,7 +3,7 @@ VENV ?= .venv
 export VENV PYTHON ENGINE
 RUN = $(VENV)/bin/python
 
-.PHONY: train test test-oracle test-recipes test-cluster faults soak lint compare bench bench-long setup clean
+.PHONY: train test test-oracle test-recipes test-cluster faults soak lint compare bench bench-long simulation setup clean
 
 train: setup
 	$(RUN) -m deploy.cli train --config deploy/configs/smollm2.yaml $(ARGS)
@@ -45,6 +45,11 @@ bench-long: setup
 	@bash tests/bench/peer_setup.sh
 	$(RUN) tests/bench/scaling.py
 	$(RUN) tests/bench/bench.py --long $(ARGS)
+
+# The simulation behind `plan` against runs of this machine, and what it says of 8 to 4,096 GPUs.
+simulation: setup
+	$(RUN) tests/bench/simulation.py
+	$(RUN) tests/bench/scale_study.py
 
 lint: setup
 	$(VENV)/bin/ruff check .

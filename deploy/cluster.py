@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import socket
+import sys
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,6 +21,7 @@ from actors.verifiers.registry import verifier_names
 from common.config import Config
 from common.errors import RunError, UserError
 from common.heartbeat import HEALTH
+from common.stacks import descendants
 from common.stream import TrajectoryStreamActor
 from deploy.models import Located
 from deploy.placement import (
@@ -211,12 +215,39 @@ def start_stream(config: Config, run_folder: Path) -> Any:
     return TrajectoryStreamActor.options(**STREAM_OPTIONS).remote(str(run_folder), names)
 
 
+_LET_GO_S = 20.0
+_SERVERS = ("raylet", "gcs_server")
+
+
+def _tear_away() -> None:
+    """Kill the servers of a cluster of our own that hang; leave one of others by ending."""
+    servers = [
+        process.pid for process in descendants(os.getpid()) if process.name.startswith(_SERVERS)
+    ]
+    for pid in servers:
+        os.kill(pid, signal.SIGKILL)
+    if not servers:
+        print(
+            f"error: Ray did not let go of this process within {_LET_GO_S:.0f} s, so it ends; go "
+            "on by resume=",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(1)
+
+
 def disconnect(log_folder: Path) -> None:
     """Leave Ray; a cluster of our own ends with it. Keeps the logs of its processes."""
     if not ray.is_initialized():
         return
     session = Path(ray._private.worker._global_node.get_session_dir_path()) / "logs"
-    ray.shutdown()
+    impatient = threading.Timer(_LET_GO_S, _tear_away)
+    impatient.daemon = True
+    impatient.start()
+    try:
+        ray.shutdown()  # waits for the raylet without a deadline
+    finally:
+        impatient.cancel()
     log_folder.mkdir(exist_ok=True)
     for source in [*session.glob("worker-*.out"), *session.glob("worker-*.err")]:
         if source.stat().st_size > 0:

@@ -32,8 +32,8 @@ VICTIMS = (
 LONGEST_S = 40.0
 KEYS = (
     *("checkpoint.every=10", "checkpoint.keep_last=2", "eval.every=0", "eval.prompts=16"),
-    *("generator.group_timeout_s=20", "weights.publish_timeout_s=20", "verifier.timeout_s=0.2"),
-    *("learner.step_timeout_s=20", "checkpoint.timeout_s=60"),  # how a stopped process is seen
+    *("restart.heartbeat_s=2", "restart.silence_s=15"),  # how a stopped process is seen
+    *("generator.group_timeout_s=30", "weights.publish_timeout_s=30", "checkpoint.timeout_s=60"),
     *("restart.limit=1000000", "restart.backoff_s=0.01"),
 )
 

@@ -35,6 +35,7 @@ def strike_all(folder: Path, marks: Sequence[str], how: signal.Signals) -> str:
         *(f"runs_dir={folder.parent}", f"name={folder.name}", f"steps={STEPS}", *QUICK),
         *("restart.limit=6", "restart.backoff_s=0.1", "checkpoint.every=5"),
         *("restart.heartbeat_s=1", "restart.silence_s=15"),  # how a hang is seen
+        "generator.group_timeout_s=40",  # and that of Ray itself
     )
     reached = 0
     for mark in marks:
@@ -58,11 +59,11 @@ def test_a_run_outlives_the_death_of_each_of_its_processes(tmp_path: Path) -> No
         assert output.count(f"{name} died and starts again") == 1, output
 
 
-def test_a_run_outlives_the_silence_of_each_of_its_actors(tmp_path: Path) -> None:
+def test_a_run_outlives_the_silence_of_each_of_its_processes(tmp_path: Path) -> None:
     actors = ("ray::LearnerWorker", *REPLACEABLE)
-    output = strike_all(tmp_path / "silent", actors, signal.SIGSTOP)
-    assert output.count("all processes start again") == len(actors), output
-    assert output.count("heartbeat waited 15 s for") == len(actors), output
+    output = strike_all(tmp_path / "silent", (*actors, "raylet/raylet"), signal.SIGSTOP)
+    assert output.count("all processes start again") == len(actors) + 1, output
+    assert output.count("heartbeat waited 15 s for") >= len(actors), output
 
 
 def test_a_coordinator_that_stood_still_goes_on(tmp_path: Path) -> None:
