@@ -63,7 +63,8 @@ def _read(folder: Path) -> Process:
     """From /proc/PID; see proc(5) for the fields."""
     fields = (folder / "stat").read_text().rpartition(")")[2].split()
     program, *words = (folder / "cmdline").read_text(errors="replace").split("\0")
-    name = " ".join([Path(program).name, *words]).strip()[:40] or "?"
+    line = " ".join([Path(program).name, *words])
+    name = " ".join(line.split())[:40] or "?"
     ticks = int(fields[11]) + int(fields[12])
     state = _STATES.get(fields[0], fields[0])
     return Process(int(folder.name), name, state, ticks / os.sysconf("SC_CLK_TCK"))
