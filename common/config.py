@@ -93,7 +93,7 @@ class GeneratorConfig:
     memory_fraction: float = 0.85
     """CUDA only: the share of a device's memory vLLM may take."""
     threads: int | None = None
-    """CPU only; None lets the core plan decide."""
+    """None lets the core plan decide; 4 on a cluster."""
     num_gpus: float = 0.0
     tensor_parallel: int = 1
     start_timeout_s: float = 600.0

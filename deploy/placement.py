@@ -21,6 +21,8 @@ from common.errors import UserError
 
 MIB = 2**20
 _FEWEST_TO_DIVIDE = 4
+_CLUSTER_THREADS = 4
+"""Of an actor on a cluster, unless the configuration says more: its work is on a GPU there."""
 STREAM_OPTIONS: dict[str, object] = {"num_cpus": 0.1}
 
 
@@ -38,8 +40,17 @@ class CorePlan:
 
 
 def plan_cores(config: Config, cores: list[int], preload: list[str]) -> CorePlan:
-    """Divide `cores` between generators and learner ranks."""
+    """Divide `cores` between generators and learner ranks; those of a cluster are Ray's to give."""
     generators, ranks = config.generator.count, config.learner.ranks
+    if config.ray.address != "local":
+        return CorePlan(
+            generator_cores=[None] * generators,
+            generator_threads=config.generator.threads or _CLUSTER_THREADS,
+            learner_cores=[None] * ranks,
+            learner_threads=config.learner.threads or _CLUSTER_THREADS,
+            reason="cores of a cluster",
+            preload=preload,
+        )
     wanted = config.placement.cores
     asynchronous = config.generator.max_staleness > 0
     if wanted == "split" and len(cores) < generators + ranks:

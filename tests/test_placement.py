@@ -58,3 +58,10 @@ def test_a_cluster_of_our_own_has_room_for_every_actor() -> None:
     )
     assert cpus_needed(config, cores) >= asked + 1
     assert options.generator["num_gpus"] == 0
+
+
+def test_threads_of_a_cluster_do_not_follow_from_the_cores_of_the_driver() -> None:
+    keys = ["model.path=x", "ray.address=auto", "generator.count=2", "learner.threads=7"]
+    plan = plan_cores(load_config([], keys), list(range(64)), [])
+    assert plan.generator_cores == [None, None]
+    assert (plan.generator_threads, plan.learner_threads) == (4, 7)

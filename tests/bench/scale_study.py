@@ -4,8 +4,8 @@
 
 Weak scaling: 32 prompts a step for every eight GPUs. Strong: 1,024 prompts a step on any number.
 Every point has the best of a few splits between generation and learning. Costs are derived from
-data sheets (`deploy.costs`), except the coordinator's and the log's, which are those measured by
-`scaling.py` and `rows_stream.py` on a CPU. Writes scale-study.md, .json and .png.
+data sheets and assumptions (`deploy.costs`), which the table begins with; the coordinator and the
+log are one process each, whatever the size. Writes scale-study.md, .json and .png.
 """
 
 from __future__ import annotations
