@@ -181,11 +181,12 @@ class Publisher:
         """The same of one generator, in the place of another, before it serves.
 
         Before the first proof there is nothing to compare with: it will be among those proved.
+        Nor is there for a version with two newer ones: it will have to load those.
 
         Raises:
             WeightsError: it does not have the weights of `version`.
         """
-        if self._expected:
+        if version in self._expected:
             theirs = await score(self._canary.sequences, self._canary.prompt_lengths)
             self._check(version, {name: theirs})
 

@@ -147,5 +147,7 @@ def test_a_generator_that_comes_later_is_held_to_the_same_canary() -> None:
         await publisher.prove_newcomer("generator-1", 1, score)
         with pytest.raises(WeightsError, match=r"version 0, generator-1 .*1\.0000 nats"):
             await publisher.prove_newcomer("generator-1", 0, score)
+        await publisher.export(2)
+        await publisher.prove_newcomer("generator-1", 0, score)  # asks nothing: answers are used up
 
     asyncio.run(main())

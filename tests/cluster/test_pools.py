@@ -79,4 +79,3 @@ def test_a_cluster_without_room_is_an_error_that_says_what_is_missing(
     assert process.returncode == 2, output
     assert "generation: 1 wanted, 0 free of 1" in output
     assert "no node has the label pool=verification" in output
-    assert not (tmp_path / "small").exists()
