@@ -186,19 +186,21 @@ class Publisher:
         Raises:
             WeightsError: it does not have the weights of `version`.
         """
-        if version in self._expected:
+        ours = self._expected.get(version)
+        if ours is not None:
             theirs = await score(self._canary.sequences, self._canary.prompt_lengths)
-            self._check(version, {name: theirs})
+            self._check(version, ours, {name: theirs})
 
     async def _prove(self, version: int) -> float:
         sequences, lengths = self._canary.sequences, self._canary.prompt_lengths
         theirs = await self._receivers.score(sequences, lengths, self._deadline_s)
-        gap = self._check(version, theirs)
+        gap = self._check(version, self._expected[version], theirs)
         self.proved = version
         return gap
 
-    def _check(self, version: int, theirs: dict[str, list[list[float]]]) -> float:
-        ours = self._expected[version]
+    def _check(
+        self, version: int, ours: list[list[float]], theirs: dict[str, list[list[float]]]
+    ) -> float:
         gaps = {name: largest_gap(ours, scores) for name, scores in theirs.items()}
         worst = max(gaps, key=gaps.__getitem__)
         if not gaps[worst] <= self._tolerance:

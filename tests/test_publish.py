@@ -150,4 +150,12 @@ def test_a_generator_that_comes_later_is_held_to_the_same_canary() -> None:
         await publisher.export(2)
         await publisher.prove_newcomer("generator-1", 0, score)  # asks nothing: answers are used up
 
+        async def overtaken(sequences: list[list[int]], lengths: list[int]) -> list[list[float]]:
+            for version in (3, 4):  # while it scores, two more versions come
+                await publisher.export(version)
+            return [[-1.0, -2.0], [-5.0]]
+
+        with pytest.raises(WeightsError, match=r"version 2, generator-1 .*2\.0000 nats"):
+            await publisher.prove_newcomer("generator-1", 2, overtaken)
+
     asyncio.run(main())
