@@ -11,7 +11,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from common.config import (
+from common.algorithm_config import (
     AggregationConfig,
     AlgorithmConfig,
     BaselineConfig,
