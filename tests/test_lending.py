@@ -31,7 +31,7 @@ def test_what_was_lent_is_what_the_worker_loads(in_process: bool) -> None:
     for name, tensor in TENSORS.items():
         assert torch.equal(loaded[name], tensor)
         assert loaded[name].dtype == tensor.dtype
-    assert len(os.listdir("/proc/self/fd")) == open_before
+    assert len(os.listdir("/proc/self/fd")) <= open_before
 
 
 def test_a_loan_ends_with_its_context() -> None:
