@@ -60,17 +60,15 @@ class Pool:
         results: dict[str, Any] = {}
         while True:
             await self._until_live(self._min_live)
-            asked = [name for name in self.handles if name not in results]
+            asked = [each for each in self.handles.items() if each[0] not in results]
             if not asked:
                 return results
-            handles = [self.handles[name] for name in asked]
             calls = [
-                self._call(handle, name, method, args, owner, deadline_s)
-                for name, handle in zip(asked, handles, strict=True)
+                self._call(handle, name, method, args, owner, deadline_s) for name, handle in asked
             ]
             # All of them, even when one fails: who tries again must not meet the rest of this.
             answers = await asyncio.gather(*calls, return_exceptions=True)
-            for name, handle, answer in zip(asked, handles, answers, strict=True):
+            for (name, handle), answer in zip(asked, answers, strict=True):
                 if isinstance(answer, RayActorError):
                     await self.lost(name, handle, answer)
                 elif isinstance(answer, BaseException):
@@ -141,8 +139,7 @@ class Pool:
 
     async def _arrive(self, name: str) -> None:
         assert self.revival is not None
-        await self.revival.room(name)
-        handle = self.revival.make(name)
+        handle = await self.revival.bring(name)
         await self._prepare(name, handle, self.revival.deadline_s)
         self.handles[name] = handle  # nothing was awaited since it had the newest weights
         del self._coming[name]

@@ -41,6 +41,10 @@ class Revival:
     async def replace(self, name: str, dead: Any, error: RayActorError) -> Any:
         """The actor that comes in the place of `dead`."""
         await self.bury(name, dead, error)
+        return await self.bring(name)
+
+    async def bring(self, name: str) -> Any:
+        """A new actor, once there is room for it."""
         await self.room(name)
         return self.make(name)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -24,6 +23,7 @@ from deploy.costs import (
 )
 from deploy.simulate import (
     Costs,
+    Lengths,
     Prediction,
     Simulation,
     Workload,
@@ -31,7 +31,6 @@ from deploy.simulate import (
     measured_lengths,
 )
 
-Lengths = Callable[[int], Sequence[float]]
 _MEDIAN, _SPREAD = 0.3, 0.6
 """Of completions, where no log is given: the median as a share of the longest, and sigma."""
 _STEPS = 24
@@ -104,31 +103,26 @@ class ClusterPlan:
         )
         return min(room, config.generator.max_concurrent_sequences)
 
-    def workload(self) -> Workload:
-        config = self.config
-        room = config.model.max_length - config.generator.max_completion_tokens
-        return Workload(
-            prompts_per_step=config.groups_per_step,
-            group_size=config.batch.group_size,
-            max_staleness=config.generator.max_staleness,
-            generators=config.generator.count,
-            sequences=max(1, self.sequences),
-            verifiers=config.verifier.workers,
-            prompt_tokens=int(_PROMPT * room),
-        )
+    @property
+    def prompt_tokens(self) -> int:
+        """Assumed, of a prompt."""
+        room = self.config.model.max_length - self.config.generator.max_completion_tokens
+        return int(_PROMPT * room)
 
-    def costs(self, assumed: Assumptions | None = None) -> Costs:
+    def workload(self) -> Workload:
+        sequences = max(1, self.sequences)
+        return Workload.of(self.config, sequences=sequences, prompt_tokens=self.prompt_tokens)
+
+    def costs(self) -> Costs:
         """From data sheets."""
-        room = self.workload().prompt_tokens
         mean = _MEDIAN * self.config.generator.max_completion_tokens
         return costs_on(
             self.generator_device,
             self.model,
             self.pools,
-            room + mean / 2,
+            self.prompt_tokens + mean / 2,
             recompute=self.config.learner.activation_checkpointing,
             learner_device=self.learner_device,
-            assumed=assumed,
         )
 
     def predict(

@@ -145,7 +145,6 @@ def costs_on(
     *,
     recompute: bool,
     learner_device: Device | None = None,
-    assumed: Assumptions | None = None,
 ) -> Costs:
     """Costs of generators on `device` and a learner on `learner_device` (the same if None).
 
@@ -153,7 +152,7 @@ def costs_on(
         mean_context: tokens that a decoding sequence attends to, on average.
         recompute: activation checkpointing, a second forward pass in every backward one.
     """
-    a, trainer = assumed or Assumptions(), learner_device or device
+    a, trainer = Assumptions(), learner_device or device
     parallel, weights = pools.tensor_parallel, _BYTES * model.parameters
     bandwidth = device.bandwidth * a.decode_bandwidth * parallel
     reduce_s = 2 * model.layers * a.all_reduce_s if parallel > 1 else 0.0

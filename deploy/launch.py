@@ -60,7 +60,7 @@ async def _train_one(
     run = RunDirectory.reopen(config.resume) if config.resume else RunDirectory.create(config)
     restarts = Restarts(config.restart)
     try:
-        if automatic and config.resume and run.newest_checkpoint(print) >= config.steps:
+        if automatic and config.resume and is_done(run, config.steps):
             print(f"{run.path} is done, {config.steps} steps", flush=True)
             if last:
                 await service.end(run.path / "log")
@@ -83,6 +83,12 @@ async def _train_one(
         raise
     finally:
         run.release()
+
+
+def is_done(run: RunDirectory, steps: int) -> bool:
+    """Whether a whole checkpoint of the last step is there; one that has none is not read."""
+    last = max(run.checkpoints(), default=0)
+    return last >= steps and run.newest_checkpoint(print) >= steps
 
 
 def found(config: Config) -> Config:

@@ -8,7 +8,7 @@ room yet stays pending: that is what an autoscaler sees.
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -157,10 +157,10 @@ def missing(
         free: as `ray.available_resources()`.
     """
     alive = [node for node in nodes if node["Alive"]]
-    wanted: Counter[str] = Counter()
+    wanted: dict[str, float] = defaultdict(float)
     for wish in lacking:
         for name, amount in wish.bundle.items():
-            wanted[name] += amount * wish.count  # type: ignore[assignment]
+            wanted[name] += amount * wish.count
     total: Counter[str] = Counter()
     for node in alive:
         total.update(node["Resources"])

@@ -19,7 +19,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from common.budget import GroupWindow, StalenessBudget
+from common.config import Config
 from common.trajectory import GroupReceipt
+
+Lengths = Callable[[int], Sequence[float]]
+"""Draws the tokens of so many completions."""
 
 _SKIPPED = 4
 """Steps of the start that are not counted: the first groups all begin at once."""
@@ -69,6 +73,22 @@ class Workload:
     prompt_tokens: int
     trained_share: float = 1.0
     """Of the completions: those whose advantage is not zero."""
+
+    @classmethod
+    def of(
+        cls, config: Config, *, sequences: int, prompt_tokens: int, trained_share: float = 1.0
+    ) -> Workload:
+        """Of a run; what does not stand in its configuration is given."""
+        return cls(
+            prompts_per_step=config.groups_per_step,
+            group_size=config.batch.group_size,
+            max_staleness=config.generator.max_staleness,
+            generators=config.generator.count,
+            sequences=sequences,
+            verifiers=config.verifier.workers,
+            prompt_tokens=prompt_tokens,
+            trained_share=trained_share,
+        )
 
 
 @dataclass(frozen=True)
@@ -180,12 +200,20 @@ class _Queue:
         return done
 
 
-class Simulation:
-    """One run; `lengths(n)` draws the tokens of n completions."""
+@dataclass
+class _Group:
+    """Between dispatch and learner."""
 
-    def __init__(
-        self, work: Workload, costs: Costs, lengths: Callable[[int], Sequence[float]]
-    ) -> None:
+    receipt: GroupReceipt
+    generator: _Generator
+    left: int
+    """Completions still to be verified."""
+
+
+class Simulation:
+    """One run."""
+
+    def __init__(self, work: Workload, costs: Costs, lengths: Lengths) -> None:
         self._work, self._costs, self._lengths = work, costs, lengths
         self._events: list[tuple[float, int, Callable[[], None]]] = []
         self._order = itertools.count()
@@ -195,10 +223,8 @@ class Simulation:
         self._coordinator, self._log = _Queue(1), _Queue(1)
         self._budget = StalenessBudget(work.max_staleness, work.prompts_per_step)
         self._window = GroupWindow(work.max_staleness, work.prompts_per_step)
-        self._left: dict[int, int] = {}  # completions of a group still to be verified
-        self._tokens: dict[int, float] = {}
-        self._home: dict[int, _Generator] = {}
-        self._begun_at: dict[int, int] = {}
+        self._groups: dict[int, _Group] = {}
+        self._group_ids = itertools.count()
         self._version = self._delivered = 0
         self._learning = False
         self._delivered_at = 0.0
@@ -208,12 +234,9 @@ class Simulation:
     def run(self, steps: int) -> Prediction:
         """Predict from `steps` learner steps."""
         self._dispatch()
-        busy = [0.0] * 5
-        while len(self.step_ends) < steps:
-            self._now, _, happen = heapq.heappop(self._events)
-            happen()
-            if len(self.step_ends) == _SKIPPED and not busy[1]:
-                busy = self._busy()
+        self._until_step(_SKIPPED)
+        busy = self._busy()
+        self._until_step(steps)
         since = self.step_ends[_SKIPPED - 1]
         span = self.step_ends[-1] - since
         shares = [(end - begin) / span for begin, end in zip(busy, self._busy(), strict=True)]
@@ -229,6 +252,11 @@ class Simulation:
             *shares[3:],
         )
 
+    def _until_step(self, steps: int) -> None:
+        while len(self.step_ends) < steps:
+            self._now, _, happen = heapq.heappop(self._events)
+            happen()
+
     def _busy(self) -> list[float]:
         for generator in self._generators:
             generator.advance(self._now)
@@ -243,12 +271,11 @@ class Simulation:
         """Every free slot gets a group, on the generator with the fewest."""
         touched: dict[int, _Generator] = {}
         while self._budget.try_acquire():
-            group = len(self._tokens)
+            group = next(self._group_ids)
             generator = min(self._generators, key=lambda each: each.groups)
             tokens = self._lengths(self._work.group_size)
-            self._tokens[group] = float(sum(tokens))
-            self._left[group] = self._work.group_size
-            self._home[group], self._begun_at[group] = generator, self._delivered
+            receipt = _receipt(group, self._delivered, sum(tokens))
+            self._groups[group] = _Group(receipt, generator, left=len(tokens))
             self._window.dispatch(group, self._delivered)
             generator.advance(self._now)
             generator.add(group, tokens, self._work.prompt_tokens * self._costs.prefill_token_s)
@@ -271,17 +298,18 @@ class Simulation:
         if end is not None:
             self._at(end, happen)
 
-    def _sampled(self, group: int) -> None:
+    def _sampled(self, group_id: int) -> None:
         seen = self._coordinator.serve(self._now, self._costs.coordinate_s)
         verified = self._verifiers.serve(seen, self._costs.verify_s)
-        self._left[group] -= 1
-        if self._left[group] == 0:
-            self._home[group].groups -= 1
+        group = self._groups[group_id]
+        group.left -= 1
+        if group.left == 0:
+            group.generator.groups -= 1
             logged = self._log.serve(verified, self._costs.log_group_s)
-            self._at(logged, lambda: self._complete(group))
+            self._at(logged, lambda: self._complete(self._groups.pop(group_id)))
 
-    def _complete(self, group: int) -> None:
-        self._window.complete(_receipt(group, self._begun_at.pop(group), self._tokens[group]))
+    def _complete(self, group: _Group) -> None:
+        self._window.complete(group.receipt)
         self._learn()
 
     def _learn(self) -> None:
@@ -323,9 +351,7 @@ class Simulation:
         self._dispatch()
 
 
-def lognormal_lengths(
-    median: float, sigma: float, longest: int, seed: int = 0
-) -> Callable[[int], Sequence[float]]:
+def lognormal_lengths(median: float, sigma: float, longest: int, seed: int = 0) -> Lengths:
     """Lengths of completions: log-normal, cut at `longest`, at least one token."""
     draw = np.random.default_rng(seed)
 
@@ -336,7 +362,7 @@ def lognormal_lengths(
     return lengths
 
 
-def measured_lengths(pool: Sequence[int], seed: int = 0) -> Callable[[int], Sequence[float]]:
+def measured_lengths(pool: Sequence[int], seed: int = 0) -> Lengths:
     """Lengths drawn from those of a trajectory log."""
     draw = np.random.default_rng(seed)
     return lambda count: [float(tokens) for tokens in draw.choice(np.asarray(pool), count)]

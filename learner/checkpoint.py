@@ -74,9 +74,9 @@ def take_snapshot(
     sharded = stager.stage({"model": model_state, "optimizer": optimizer_state})
     assert isinstance(sharded, dict)
     tensors = {}
-    for name, tensor in fsdp.full_tensors(policy.model, dtype):
+    for name, tensor in fsdp.full_tensors(policy.model, dtype, copy=True):
         if dist.get_rank() == 0:
-            tensors[name] = tensor.clone()
+            tensors[name] = tensor
     generators = fsdp.gather_objects(_encode(torch.get_rng_state()))
     return Snapshot(sharded, tensors, {**state.__dict__, "rng": generators})
 

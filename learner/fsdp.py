@@ -204,14 +204,18 @@ def shard_from_rank_zero(
 
 
 def full_tensors(
-    model: nn.Module, dtype: torch.dtype, device: torch.device | None = None
+    model: nn.Module,
+    dtype: torch.dtype,
+    device: torch.device | None = None,
+    *,
+    copy: bool = False,
 ) -> Iterator[tuple[str, Tensor]]:
     """(name, full tensor in `dtype` on `device`, the CPU if None), one by one; tied ones once.
 
-    Collective: every rank must exhaust it.
+    Collective: every rank must exhaust it. Without `copy` a tensor may be the parameter's own.
     """
     for name, parameter in model.named_parameters():
-        value = parameter.detach().to(dtype)
+        value = parameter.detach().to(dtype, copy=copy)
         if isinstance(value, DTensor):
             value = value.full_tensor()
         yield name, value.to(device or "cpu")

@@ -96,14 +96,14 @@ class LearnerLoop:
         """The generators' half of the last step; done before the first."""
         self._writing: asyncio.Future[None]
         """The last checkpoint on its way to the disk; done before the first."""
-        self._trained = self._saved = schedule.first_step
-        """The policy's version and the newest checkpoint's; at first a checkpoint or the model."""
+        self._saved = schedule.first_step
+        """The newest checkpoint's step; that of the untrained model is the model itself."""
         self._stood_still_s = 0.0
         """For a checkpoint, before the step under way."""
 
     async def run(self) -> dict[str, float]:
         """Steps are numbered from 1; the record of step 0 is the evaluation before training."""
-        schedule = self._schedule
+        schedule, trained = self._schedule, self._schedule.first_step
         await self._before_training()
         self._delivery, self._writing = asyncio.Future(), asyncio.Future()
         self._delivery.set_result({})
@@ -116,13 +116,13 @@ class LearnerLoop:
                     break
                 exported, metrics = await self._step(step, receipts, taking)
                 self._delivery = beside.create_task(self._deliver(exported, metrics))
-                self._trained = step
+                trained = step
                 if schedule.checkpoints(step):
                     await self._checkpoint(step, beside)
                 if self._stop.is_set():
                     break
-            if self._trained > self._saved:
-                await self._checkpoint(self._trained, beside)
+            if trained > self._saved:
+                await self._checkpoint(trained, beside)
         return await self._delivery
 
     async def _take(self, version: int) -> list[GroupReceipt] | None:

@@ -30,6 +30,18 @@ def command(*overrides: str, program: Sequence[str] = PROGRAM) -> list[str]:
     return [sys.executable, *program, "train", "--config", str(TINY), *overrides]
 
 
+def run_python(*words: str, timeout_s: float) -> subprocess.CompletedProcess[str]:
+    """To its end, in the project's folder; whatever status it ends with."""
+    return subprocess.run(
+        [sys.executable, *words],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+        check=False,
+    )
+
+
 def start(
     *overrides: str, stdout: Any = subprocess.PIPE, program: Sequence[str] = PROGRAM
 ) -> subprocess.Popen[str]:
@@ -84,14 +96,7 @@ def leftovers(
 
 def inspect(run: Path) -> tuple[int, str]:
     """Exit status and output of `inspect --ledger`."""
-    done = subprocess.run(
-        [sys.executable, "-m", "deploy.cli", "inspect", str(run), "--ledger"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    done = run_python(*PROGRAM, "inspect", str(run), "--ledger", timeout_s=60)
     return done.returncode, done.stdout + done.stderr
 
 

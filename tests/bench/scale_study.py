@@ -21,9 +21,9 @@ import matplotlib.pyplot as plt
 
 from common.config import Config
 from common.config_loader import load_config
-from deploy.cluster_plan import ClusterPlan, assumed_lengths
+from deploy.cluster_plan import ClusterPlan
 from deploy.costs import Assumptions
-from deploy.simulate import Prediction, Simulation
+from deploy.simulate import Prediction
 
 SIZES = (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 SHARES = (0.4, 0.5, 0.6, 0.7)
@@ -42,7 +42,7 @@ class Point:
     busiest: str
 
 
-def predict(config: Config, gpus: int, prompts: int, costs: Assumptions) -> Point:
+def predict(config: Config, gpus: int, prompts: int) -> Point:
     """The best split of `gpus`."""
     found: list[tuple[float, int, Prediction]] = []
     for share in SHARES:
@@ -57,8 +57,7 @@ def predict(config: Config, gpus: int, prompts: int, costs: Assumptions) -> Poin
         plan = ClusterPlan.of(sized)
         if plan.problems:
             continue
-        lengths = assumed_lengths(sized)
-        prediction = Simulation(plan.workload(), plan.costs(costs), lengths).run(STEPS)
+        prediction = plan.predict(steps=STEPS)
         found.append((prediction.step_s, count, prediction))
     _, count, best = min(found, key=lambda each: each[0])
     return Point(gpus, count, prompts, best.step_s, best.completions_per_s, best.bottleneck)
@@ -66,11 +65,10 @@ def predict(config: Config, gpus: int, prompts: int, costs: Assumptions) -> Poin
 
 def study() -> dict[str, list[Point]]:
     config = load_config([CONFIGS / "qwen2.5-7b-1x8.yaml"], [], CONFIGS / "recipes")
-    costs = Assumptions()
     curves: dict[str, list[Point]] = {"weak": [], "strong": []}
     for gpus in SIZES:
         for name, prompts in (("weak", PER_EIGHT * gpus // 8), ("strong", STRONG)):
-            point = predict(config, gpus, prompts, costs)
+            point = predict(config, gpus, prompts)
             curves[name].append(point)
             print(name, point, flush=True)
     return curves

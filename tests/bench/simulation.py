@@ -131,14 +131,9 @@ def least_squares(causes: list[list[float]], seconds: list[float]) -> list[float
 
 
 def predict(run: Measured, costs: Costs, prompt_tokens: int) -> Prediction:
-    config = run.config
-    work = Workload(
-        prompts_per_step=config.batch.prompts_per_step,
-        group_size=config.batch.group_size,
-        max_staleness=config.generator.max_staleness,
-        generators=1,
-        sequences=config.generator.max_concurrent_sequences,
-        verifiers=1,
+    work = Workload.of(
+        run.config,
+        sequences=run.config.generator.max_concurrent_sequences,
         prompt_tokens=prompt_tokens,
         trained_share=run.trained_share,
     )

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from run_process import run_python
 
 from deploy import cluster
 
-ROOT = Path(__file__).resolve().parents[2]
 HANG = """
 import os, signal, sys
 from pathlib import Path
@@ -28,14 +26,7 @@ print("left", sorted(p.name for p in descendants(os.getpid())))
 
 
 def test_a_raylet_that_hangs_does_not_hold_the_run(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", HANG, str(tmp_path / "log")],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    done = run_python("-c", HANG, str(tmp_path / "log"), timeout_s=120)
     assert done.returncode == 0, done.stderr
     assert "left []" in done.stdout
 

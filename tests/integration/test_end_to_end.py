@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import psutil
 import pyarrow.parquet as pq
 import pytest
-from run_process import ROOT, finish, inspect, leftovers, start
+from run_process import finish, inspect, leftovers, run_python, start
 
 from common.config_loader import load_config
 from common.log_store import read_log, segments
@@ -121,14 +119,8 @@ def test_the_account_closes(run: Path) -> None:
 
 def test_one_rank_computes_the_loss_that_two_ranks_did(run: Path) -> None:
     """The first step's groups, from the log, through a learner of one rank on the start model."""
-    result = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("one_rank_step.py")), str(run)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    script = Path(__file__).with_name("one_rank_step.py")
+    result = run_python(str(script), str(run), timeout_s=120)
     assert result.returncode == 0, result.stderr
     alone: dict[str, float] = json.loads(result.stdout.splitlines()[-1])
     together = read_metrics(run / "metrics.jsonl")[1]
