@@ -8,7 +8,7 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -121,15 +121,14 @@ def _check_address(address: str, timeout_s: float) -> None:
 class ActorFactory:
     """Makes the actors of a configuration, the first ones and those in the place of dead ones.
 
-    `config.model.path` is a folder of this node by now, with the weights of `version`; `model_name`
-    is what the user called it.
+    `config.model.path` is a folder of this node by now, with the weights of `version`.
     """
 
     config: Config
     cores: CorePlan
     cuda: bool
     version: int
-    model_name: str
+    locate: Located
     reservation: Reservation | None = None
     """Places on a cluster; None on one of our own, which is as large as the run."""
 
@@ -145,7 +144,7 @@ class ActorFactory:
             config.seed + index,
             self.version,
             self.cores.generator_cores[index] if self._bound else None,
-            self._locate,
+            self.locate,
         )
 
     def verifier(self, name: str) -> Any:
@@ -159,14 +158,14 @@ class ActorFactory:
 
     def all(self, generators: Sequence[str]) -> Actors:
         """Every actor but the stream; they start up on their own, `Run` awaits them."""
-        config, job = self.config, learner_job(self.config)
+        config, job = self.config, learner_job(self.config, self.locate)
         verifiers = [f"verifier-{index}" for index in range(config.verifier.workers)]
         learners = [
             LearnerActor.options(**self._options.learner | self._place(LEARNER, rank)).remote(
                 job,
                 rank,
                 self.cores.learner_cores[rank] if self._bound else None,
-                locate=self._locate,
+                locate=self.locate,
             )
             for rank in range(config.learner.ranks)
         ]
@@ -175,11 +174,6 @@ class ActorFactory:
             {name: self.verifier(name) for name in verifiers},
             learners,
         )
-
-    @property
-    def _locate(self) -> Callable[[str], str]:
-        """Other weights than those of the start are in the run's directory, which all share."""
-        return Located(self.model_name) if self.version == 0 else str
 
     @property
     def _options(self) -> ActorOptions:
@@ -191,10 +185,11 @@ class ActorFactory:
         return self.config.ray.address == "local" and not self.cuda
 
 
-def learner_job(config: Config) -> LearnerJob:
-    """What a run with a local `config.model.path` asks of the learner."""
+def learner_job(config: Config, origin: Located) -> LearnerJob:
+    """What a run with a local `config.model.path`, begun from `origin`, asks of the learner."""
     return LearnerJob(
         model=config.model,
+        reference_path=origin.folder,
         learner=config.learner,
         algorithm=config.algorithm,
         correction_kind=config.correction_kind,

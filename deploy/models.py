@@ -19,6 +19,7 @@ import importlib.util
 import json
 import os
 import shutil
+import socket
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -55,18 +56,27 @@ def resolve_model(path: str) -> Path:
 
 @dataclass(frozen=True)
 class Located:
-    """Finds the model of a run on whatever node it is called on."""
+    """Finds folders with weights on whatever node it is called on."""
 
     name: str
-    """As the configuration names it."""
+    """The model that the run began from, as the configuration names it."""
+    folder: str | None
+    """Where the driver has it; None where nobody asks for it any more."""
 
     def __call__(self, folder: str) -> str:
-        """`folder` of the driver where this node has it too, else the model by its name.
+        """`folder` of the driver where this node has it too; else the model by its name.
 
         Raises:
             UserError: it cannot be had here.
         """
-        return folder if Path(folder).is_dir() else str(resolve_model(self.name))
+        if Path(folder).is_dir():
+            return folder
+        if folder == self.folder:
+            return str(resolve_model(self.name))
+        raise UserError(
+            f"{folder} is not on {socket.gethostname()}: a run that goes on needs a runs_dir that "
+            "all its nodes share"
+        )
 
 
 def check_vocabulary(tokenizer_ids: Iterable[int], folder: Path) -> None:

@@ -32,7 +32,7 @@ from common.trajectory import GroupReceipt
 from deploy.checkpoints import Checkpoints
 from deploy.cluster import Actors, start_stream
 from deploy.display import Display, make_display
-from deploy.models import check_vocabulary, resolve_model
+from deploy.models import Located, check_vocabulary, resolve_model
 from deploy.placement import with_compute_dtype
 from deploy.preemption import Preemption
 from deploy.ray_metrics import RaySink
@@ -75,11 +75,12 @@ class Run:
         with self._display:
             self._display.event(f"run directory {self._run.path}")
             folder = self._model_folder()
+            origin = self._origin(folder)
             source = self._prompt_source(folder)
             config = with_compute_dtype(self._config)
             self._config = replace(config, model=replace(config.model, path=folder))
             actors, used = await self._service.open(
-                self._config, self._first_step, config.model.path, self._display.event
+                self._config, self._first_step, origin, self._display.event
             )
             self._preemption.listen()
             stream = start_stream(self._config, self._run.path)
@@ -110,6 +111,14 @@ class Run:
             )
         self._display.event(f"resuming from step {self._first_step}")
         return str(self._run.checkpoint(self._first_step))
+
+    def _origin(self, folder: str) -> Located:
+        """The model before step 1: after a resume it is still the reference policy."""
+        name = self._config.model.path
+        if not self._first_step:
+            return Located(name, folder)
+        needed = self._config.algorithm.objective.kl > 0
+        return Located(name, str(resolve_model(name)) if needed else None)
 
     def _prompt_source(self, folder: str) -> PromptSource:
         from transformers import AutoTokenizer

@@ -22,6 +22,7 @@ from common.waits import Waits
 from deploy.cluster import ActorFactory, Actors, connect, disconnect, learner_job
 from deploy.cpu_runtime import preload_libraries
 from deploy.memory import check_memory
+from deploy.models import Located
 from deploy.placement import CorePlan, actor_options, available_cores, plan_cores, uses_cuda
 from deploy.reservation import Reservation, generator_names, wishes
 from learner.group import LearnerGroup
@@ -45,12 +46,12 @@ class Service:
         return self._factory
 
     async def open(
-        self, config: Config, version: int, model_name: str, say: Callable[[str], None]
+        self, config: Config, version: int, origin: Located, say: Callable[[str], None]
     ) -> tuple[Actors, bool]:
         """Actors for `config`, and whether they served another run before.
 
-        `config.model.path` is a local folder with the weights of `version`, of the model that the
-        user calls `model_name`.
+        `config.model.path` is a local folder with the weights of `version`; `origin` finds the
+        model that the run began from.
 
         Raises:
             UserError: the configuration cannot run here, or needs other actors than the runs
@@ -65,7 +66,7 @@ class Service:
                     "(generator.max_staleness may differ)"
                 )
             learner = LearnerGroup(self._actors.learners, self.waits, SHUTDOWN_S)
-            await learner.begin(learner_job(config), SHUTDOWN_S)
+            await learner.begin(learner_job(config, origin), SHUTDOWN_S)
             return self._actors, True
         cuda = _check(config)
         cores = plan_cores(config, available_cores(), [] if cuda else preload_libraries())
@@ -75,7 +76,7 @@ class Service:
         if config.ray.address != "local":
             reservation = Reservation(wishes(config, actor_options(config, cores, cuda)))
             generators = await reservation.wait(config, config.ray.placement_timeout_s, say)
-        self._factory = ActorFactory(config, cores, cuda, version, model_name, reservation)
+        self._factory = ActorFactory(config, cores, cuda, version, origin, reservation)
         self._actors, self._served = self._factory.all(generators), wanted
         return self._actors, False
 

@@ -66,6 +66,9 @@ class LearnerJob:
     """What a run asks of the learner; the same on every rank."""
 
     model: ModelConfig
+    reference_path: str | None
+    """Folder of the reference policy, where there is one: the model that the run began from, also
+    after a resume."""
     learner: LearnerConfig
     algorithm: AlgorithmConfig
     correction_kind: str
@@ -155,10 +158,13 @@ class LearnerWorker:
         )
         self._writing_group = fsdp.writing_group(self._job.checkpoint_timeout_s)
         mesh = fsdp.data_mesh(self._device)
-        policy, gap = self._sharded_policy(torch.float32, mesh, trainable=True)
+        path = self._job.model.path
+        policy, gap = self._sharded_policy(path, torch.float32, mesh, trainable=True)
         reference = None
         if self._recipe.needs_reference:
-            reference, _ = self._sharded_policy(self._dtype, mesh, trainable=False)
+            assert self._job.reference_path is not None
+            path = self._job.reference_path
+            reference, _ = self._sharded_policy(path, self._dtype, mesh, trainable=False)
         self._trainer = self._make_trainer(policy, reference, mesh)
         return {
             "device": str(self._device),
@@ -169,11 +175,11 @@ class LearnerWorker:
         }
 
     def _sharded_policy(
-        self, dtype: torch.dtype, mesh: DeviceMesh, *, trainable: bool
+        self, path: str, dtype: torch.dtype, mesh: DeviceMesh, *, trainable: bool
     ) -> tuple[Policy, float]:
         """Rank 0 reads the weights and hands out the shards; `dtype` is that of the shards."""
         reader = self._rank == 0
-        model = replace(self._job.model, path=self._locate(self._job.model.path))
+        model = replace(self._job.model, path=self._locate(path))
         policy, gap = load_policy(
             model,
             dtype,
@@ -182,7 +188,7 @@ class LearnerWorker:
             weights=reader,
         )
         gap = fsdp.gather_objects(gap)[0]
-        check_policy(gap, dtype, self._job.model.path)
+        check_policy(gap, dtype, path)
         policy.model.requires_grad_(trainable)
         if trainable and self._config.activation_checkpointing:
             checkpoint_activations(policy.layers)

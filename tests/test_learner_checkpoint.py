@@ -77,6 +77,16 @@ def test_resumed_run_is_bitwise_the_unbroken_one(folder: Path, saved) -> None:
         assert (resumed[1][name] == tensor).all(), name
 
 
+def test_after_a_resume_the_reference_is_still_the_first_model(
+    folder: Path, tmp_path: Path
+) -> None:
+    with worker(folder, kl=0.1, learning_rate=1e-2) as made:
+        unbroken, _ = _SaveWork(tmp_path / "step-1")(made)
+    with worker(tmp_path / "step-1", kl=0.1, learning_rate=1e-2, reference=folder) as made:
+        resumed, _ = _LoadWork(tmp_path / "step-1")(made)
+    assert resumed["loss/kl"] == unbroken["loss/kl"] > 1e-5
+
+
 class _StepOnWork(_SaveWork):
     """Steps in this thread while another writes, as the actor does."""
 

@@ -41,6 +41,7 @@ def make_worker(folder: Path, rank: int = 0, ranks: int = 1, **changes: Any) -> 
             setattr(section, name, value)
     job = LearnerJob(
         model=ModelConfig(path=str(folder), dtype=changes.get("dtype", "float32")),
+        reference_path=str(changes.get("reference", folder)),
         learner=learner,
         algorithm=changes.get("algorithm", algorithm),
         correction_kind="tis",

@@ -46,6 +46,7 @@ def model_folder(folder: Path) -> Path:
 def worker(folder: Path) -> LearnerWorker:
     job = LearnerJob(
         model=ModelConfig(path=str(folder), dtype="float32"),
+        reference_path=None,
         learner=LearnerConfig(
             device="cpu",
             learning_rate=1e-5,

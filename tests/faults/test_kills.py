@@ -74,6 +74,7 @@ def test_sigterm_saves_and_a_torn_checkpoint_is_passed_over(tmp_path: Path) -> N
 
 def test_a_killed_synchronous_run_has_the_losses_of_one_that_was_not(tmp_path: Path) -> None:
     keys = (*QUICK, "generator.max_staleness=0", f"runs_dir={tmp_path}", "steps=6")
+    keys += ("algorithm.objective.kl=0.05",)  # the reference outlives the kill too
     complete("name=whole", *keys)
     # Step 5 is trained and lost: the last checkpoint is that of step 4.
     kill_at_step(tmp_path / "torn", 5, "name=torn", *keys)
@@ -88,6 +89,7 @@ def test_a_killed_synchronous_run_has_the_losses_of_one_that_was_not(tmp_path: P
         for key in mine:
             if key.startswith(("loss/", "grad_norm", "reward/", "tokens/trained")):
                 assert mine[key] == theirs[key], (mine["step"], key)
+    assert torn[-1]["loss/kl"] > 0
     status, output = inspect(tmp_path / "torn")
     assert status == 0, output
 
