@@ -153,6 +153,9 @@ class LearnerConfig:
     credit_probe_every: int = 10
     """Steps between measurements of the gradient norm under GRPO's credit on the same batch, for
     recipes whose tokens differ in credit: each is one more forward and backward pass. 0 is off."""
+    credit_log_every: int = 1
+    """Steps between credit logs: what every token of the step was credited with, 12 bytes a token.
+    0 writes none."""
     packing: Literal["shared_prefix", "sequence"] = "shared_prefix"
     """`shared_prefix`: a prompt is computed once for its completions in a micro-batch."""
     threads: int | None = None

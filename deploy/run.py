@@ -152,7 +152,13 @@ class Run:
         fewest = fewest_generators(config)
         generators = GeneratorPool(actors.generators, self._waits, self._first_step, fewest)
         verifiers = VerifierPool(actors.verifiers, self._waits)
-        learner = LearnerGroup(actors.learners, self._waits, config.learner.step_timeout_s)
+        learner = LearnerGroup(
+            actors.learners,
+            self._waits,
+            config.learner.step_timeout_s,
+            str(self._run.path),
+            config.learner.credit_log_every,
+        )
         await self._start(generators, verifiers, learner, used)
         generators.revival = self._reviver.generators()
         verifiers.revival = self._reviver.verifiers()

@@ -24,10 +24,20 @@ WRITING = "writing"
 class LearnerGroup:
     """FSDP ranks, rank 0 first."""
 
-    def __init__(self, handles: Sequence[Any], waits: Waits, step_timeout_s: float) -> None:
+    def __init__(
+        self,
+        handles: Sequence[Any],
+        waits: Waits,
+        step_timeout_s: float,
+        credit_run: str | None = None,
+        credit_every: int = 1,
+    ) -> None:
+        """`credit_run`: run directory for the credit log of every `credit_every`-th step."""
         self.handles = list(handles)
         self._waits = waits
         self._step_timeout_s = step_timeout_s
+        self._credit_run = credit_run
+        self._credit_every = credit_every
 
     async def setup(self, deadline_s: float) -> dict[str, Any]:
         """Rendezvous, load, shard. Returns rank 0's facts."""
@@ -45,7 +55,9 @@ class LearnerGroup:
     ) -> dict[str, float]:
         """One optimiser step over these groups; metrics of the whole step."""
         refs = [receipt.batch_ref for receipt in receipts]
-        metrics: dict[str, float] = (await self._all("step", refs, version, max_staleness))[0]
+        logged = self._credit_every > 0 and (version + 1) % self._credit_every == 0
+        run = self._credit_run if logged else None
+        metrics: dict[str, float] = (await self._all("step", refs, version, max_staleness, run))[0]
         return metrics
 
     async def export_weights(self, version: int) -> list[WeightBucket]:

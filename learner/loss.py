@@ -51,6 +51,8 @@ class LossOutput:
     """Scalar; microbatch and rank losses add up to the global loss."""
     surrogate_sums_B: Tensor
     """Detached float64: sum_t l_{i,t}, the KL term included."""
+    credit_N: Tensor
+    """Detached, of the trained tokens: c, see `learner.credit.Credit.gradient_weight_N`."""
     metrics: Metrics
 
 
@@ -89,7 +91,8 @@ def policy_loss(
     metrics = _token_metrics(tokens, credit, surrogate, gap_N, kl_N.detach())
     policy, kl = torch.stack([-(weights_B * policy_B).sum(), (weights_B * kl_B).sum()]).tolist()
     metrics |= {"loss/policy": (policy, 0.0), "loss/kl": (kl, 0.0)}
-    return LossOutput(loss.to(dtype), (policy_B - kl_B).detach(), metrics)
+    credit_N = credit.gradient_weight_N.detach()
+    return LossOutput(loss.to(dtype), (policy_B - kl_B).detach(), credit_N, metrics)
 
 
 def _trained_tokens(batch: CompletionBatch) -> tuple[CompletionBatch, PackedAxis]:

@@ -28,6 +28,7 @@ from common.config import LearnerConfig
 from common.errors import RunError
 from learner import fsdp
 from learner.advantages import kl_penalised_rewards
+from learner.credit_sheet import CreditSheet
 from learner.guards import GradientGuard
 from learner.loss import CompletionBatch, Metrics
 from learner.model import Policy
@@ -120,8 +121,11 @@ class Trainer:
     def __post_init__(self) -> None:
         self.guard = GradientGuard(self.config)
 
-    def train(self, batch: StepBatch) -> dict[str, float]:
+    def train(self, batch: StepBatch, sheet: CreditSheet | None = None) -> dict[str, float]:
         """Update the policy on `batch`: one optimiser step an epoch. Collective.
+
+        Args:
+            sheet: takes down what the tokens are credited with, if given.
 
         Returns:
             The step's metrics, the same on every rank.
@@ -134,6 +138,8 @@ class Trainer:
         if self.recipe.kl_in_reward:
             batch, penalty = self._with_kl_in_rewards(batch)
         prepared = self._prepare(batch)
+        if sheet is not None:
+            sheet.begin(batch, prepared)
         plan = self._plan(batch, prepared.trained_B.numpy())
         rate = learning_rate(self.config, self.step, self.total_steps)
         for group in self.optimizer.param_groups:
@@ -147,7 +153,7 @@ class Trainer:
         if probe_every and self.step % probe_every == 0 and self.recipe.shapes_credit:
             norm = self._broadcast_grad_norm(batch, prepared, microbatches)
             metrics["grad_norm/broadcast_credit"] = norm
-        metrics |= self._epochs(batch, prepared, microbatches)
+        metrics |= self._epochs(batch, prepared, microbatches, sheet)
         metrics["learning_rate"] = rate
         metrics["packing/efficiency"] = plan.efficiency
         metrics["time/train"] = time.perf_counter() - started
@@ -231,7 +237,11 @@ class Trainer:
         )
 
     def _epochs(
-        self, batch: StepBatch, prepared: Prepared, microbatches: Sequence[_Microbatch]
+        self,
+        batch: StepBatch,
+        prepared: Prepared,
+        microbatches: Sequence[_Microbatch],
+        sheet: CreditSheet | None,
     ) -> dict[str, float]:
         """Every optimiser step of the batch, and the metrics that come from them."""
         old_logprobs: list[Tensor] = []
@@ -244,9 +254,13 @@ class Trainer:
             for i, microbatch in enumerate(microbatches):
                 self._before_backward(i, microbatches)
                 old_N = old_logprobs[i] if epoch else None
-                logprobs_N = self._accumulate(microbatch, prepared, old_N, totals, self.recipe)
+                logprobs_N, credit_M = self._accumulate(
+                    microbatch, prepared, old_N, totals, self.recipe
+                )
                 if not epoch:
                     old_logprobs.append(logprobs_N)
+                    if sheet is not None:
+                        sheet.add(microbatch.row, microbatch.loss_mask_N, logprobs_N, credit_M)
             # Without a gradient AdamW's momentum must not move the weights.
             finite = True
             if microbatches:
@@ -286,8 +300,12 @@ class Trainer:
         old_N: Tensor | None,
         totals: _Totals,
         recipe: Recipe,
-    ) -> Tensor:
-        """Forward and backward of one micro-batch; returns its detached log-probabilities."""
+    ) -> tuple[Tensor, Tensor]:
+        """Forward and backward of one micro-batch.
+
+        Returns:
+            Log-probabilities of its tokens, and the credit of those in the loss; both detached.
+        """
         reference_N = None
         if recipe.kl_in_loss:
             reference_N = self._reference_logprobs(microbatch.row)
@@ -298,7 +316,7 @@ class Trainer:
         )
         if not microbatch.row.completions:  # takes part in the collectives, and adds nothing
             logprobs_N.sum().backward()
-            return logprobs_N.detach()
+            return logprobs_N.detach(), logprobs_N.detach()
         chosen = microbatch.indices_B
         output = recipe.loss(
             CompletionBatch(
@@ -317,7 +335,7 @@ class Trainer:
         output.loss.backward()
         totals.add_metrics(output.metrics)
         totals.surrogate_sums_B[chosen.numpy()] = output.surrogate_sums_B.cpu().numpy()
-        return logprobs_N.detach()
+        return logprobs_N.detach(), output.credit_N
 
     def _optimize(self) -> tuple[float, bool]:
         """(gradient norm, whether the step was taken)."""

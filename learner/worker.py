@@ -25,6 +25,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from common.algorithm_config import AlgorithmConfig
 from common.config import LearnerConfig, ModelConfig
+from common.credit_log import write_credit
 from common.errors import RunError
 from common.faults import reached
 from common.schema import check_schema
@@ -38,6 +39,7 @@ from learner.checkpoint import (
     take_snapshot,
     write_snapshot,
 )
+from learner.credit_sheet import CreditSheet
 from learner.model import (
     DTYPES,
     Policy,
@@ -228,15 +230,23 @@ class LearnerWorker:
             raise RunError(f"learner rank {self._rank} was used before `setup`")
         return self._trainer
 
-    def step(self, batches: Sequence[Any], version: int, max_staleness: int) -> dict[str, float]:
+    def step(
+        self,
+        batches: Sequence[Any],
+        version: int,
+        max_staleness: int,
+        credit_run: str | None = None,
+    ) -> dict[str, float]:
         """One learner step on whole groups; the metrics are the same on every rank.
 
         Args:
             batches: record batches under `trajectory_schema`, or Ray references to them.
             version: weight version of the policy before this step.
+            credit_run: run directory that gets this step's credit log, written by rank 0.
 
         Raises:
-            RunError: a token is staler than `max_staleness`, or the gradient is not finite.
+            RunError: a token is staler than `max_staleness`, the gradient is not finite, or the
+                disk does not take the credit log.
         """
         started = time.perf_counter()
         groups = _fetch(batches)
@@ -245,7 +255,10 @@ class LearnerWorker:
         batch = StepBatch.from_record_batches(groups)
         staleness = check_staleness(batch, version, max_staleness)
         fetched_s = time.perf_counter() - started
-        metrics = self.trainer.train(batch)
+        sheet = CreditSheet() if credit_run is not None else None
+        metrics = self.trainer.train(batch, sheet)
+        if sheet is not None and credit_run is not None:
+            metrics["time/credit"] = _log_credit(sheet, Path(credit_run), version + 1, groups)
         reached("gradient step done")
         return metrics | staleness | {"time/fetch": fetched_s}
 
@@ -347,6 +360,23 @@ class LearnerWorker:
         if dist.is_initialized():
             dist.destroy_process_group()
         fsdp.release_freed_memory()
+
+
+def _log_credit(
+    sheet: CreditSheet, run: Path, step: int, groups: Sequence[pa.RecordBatch]
+) -> float:
+    """Write the credit log of `step`; returns the seconds that took. Collective."""
+    started = time.perf_counter()
+    rows = sheet.record_batch(step, groups)
+    if rows is not None:
+        try:
+            write_credit(run, step, rows)
+        except OSError as error:
+            raise RunError(
+                f"the credit log of step {step} cannot be written: {error}. Make room or mend the "
+                "disk, then go on with resume= (learner.credit_log_every=0 does without)"
+            ) from error
+    return time.perf_counter() - started
 
 
 def _fetch(batches: Sequence[Any]) -> list[pa.RecordBatch]:
