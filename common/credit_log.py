@@ -1,7 +1,8 @@
 """The credit log of a run: what every token of every completion was credited with, step by step.
 
-    runs/NAME/credit/step-000012.arrow    Arrow IPC file (zstd), one row per completion the learner
-                                          was given in step 12, in the learner's order
+    runs/NAME/credit/step-000012.arrow       Arrow IPC file (zstd): a row per completion the learner
+                                             was given in step 12, in the learner's order
+                    /step-000012.RULE.arrow  what another rule would have credited (`deploy.replay`)
 
 Steps are the numbers of finished learner steps, from 1: the `step` of `metrics.jsonl` and of the
 ledger (`common.ledger.Ledger.trained`); step n starts from weight version n - 1 and makes version
@@ -61,12 +62,15 @@ def credit_schema() -> pa.Schema:
     return pa.schema(fields, metadata={VERSION_KEY: str(CREDIT_VERSION).encode()})
 
 
-def credit_path(run: Path, step: int) -> Path:
-    """Of the credit of learner step `step` (from 1) of the run directory `run`."""
-    return run / FOLDER / f"step-{step:06d}.arrow"
+def credit_path(run: Path, step: int, rule: str | None = None) -> Path:
+    """Of the credit of learner step `step` (from 1) of the run directory `run`.
+
+    `rule`: another credit rule that was asked what it would have done; None is the run's own.
+    """
+    return run / FOLDER / (f"step-{step:06d}.{rule}.arrow" if rule else f"step-{step:06d}.arrow")
 
 
-def write_credit(run: Path, step: int, batch: pa.RecordBatch) -> None:
+def write_credit(run: Path, step: int, batch: pa.RecordBatch, rule: str | None = None) -> None:
     """Write the credit of `step`, aside and renamed: a reader sees all of it or nothing.
 
     Rows of one group that follow each other become a record batch of their own, so that a reader
@@ -77,7 +81,7 @@ def write_credit(run: Path, step: int, batch: pa.RecordBatch) -> None:
         OSError: the disk is full or read-only.
     """
     _check(step, batch)
-    path = credit_path(run, step)
+    path = credit_path(run, step, rule)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".arrow.partial")
     options = pa.ipc.IpcWriteOptions(compression="zstd")
@@ -87,13 +91,13 @@ def write_credit(run: Path, step: int, batch: pa.RecordBatch) -> None:
     os.replace(partial, path)
 
 
-def read_credit(run: Path, step: int) -> pa.Table:
-    """The credit of `step`.
+def read_credit(run: Path, step: int, rule: str | None = None) -> pa.Table:
+    """The credit of `step`, under another rule if one is named.
 
     Raises:
         UserError: there is none, or another release wrote it.
     """
-    with _opened(run, step) as reader:
+    with _opened(credit_path(run, step, rule)) as reader:
         return reader.read_all()
 
 
@@ -102,13 +106,14 @@ def read_group_credit(run: Path, step: int, group_id: int) -> pa.Table:
 
     Raises as `read_credit`.
     """
-    with _opened(run, step, ["group_id"]) as reader:
+    path = credit_path(run, step)
+    with _opened(path, ["group_id"]) as reader:
         places = [
             index
             for index in range(reader.num_record_batches)
             if group_id in reader.get_batch(index).column(0).to_numpy()
         ]
-    with _opened(run, step) as reader:
+    with _opened(path) as reader:
         found = [reader.get_batch(index) for index in places]
         table = pa.Table.from_batches(found, schema=reader.schema)
     table = table.filter(pc.equal(table["group_id"], group_id))
@@ -138,8 +143,7 @@ def _runs(group_ids: np.ndarray) -> Iterator[tuple[int, int]]:
     return itertools.pairwise(edges)
 
 
-def _opened(run: Path, step: int, columns: list[str] | None = None) -> pa.ipc.RecordBatchFileReader:
-    path = credit_path(run, step)
+def _opened(path: Path, columns: list[str] | None = None) -> pa.ipc.RecordBatchFileReader:
     schema = credit_schema()
     fields = None if columns is None else [schema.get_field_index(name) for name in columns]
     try:
@@ -147,7 +151,7 @@ def _opened(run: Path, step: int, columns: list[str] | None = None) -> pa.ipc.Re
             pa.memory_map(str(path)), options=pa.ipc.IpcReadOptions(included_fields=fields)
         )
     except FileNotFoundError as error:
-        raise UserError(f"{path} does not exist: step {step} has no credit on record") from error
+        raise UserError(f"{path} does not exist: this step has no credit on record") from error
     except pa.ArrowInvalid as error:
         raise UserError(f"{path} is no credit log: {error}") from error
     found = (reader.schema.metadata or {}).get(VERSION_KEY)

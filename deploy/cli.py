@@ -19,9 +19,11 @@ CONFIGS = Path(__file__).resolve().parent / "configs"
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a verb; returns the exit status: 0 done, 1 the run failed, 2 wrong input, 130 stopped."""
-    options = _parser().parse_args(arguments)
+    options = _parse(arguments)
     try:
-        verb = {"train": _train, "plan": _plan, "inspect": _inspect}[options.verb]
+        verb = {"train": _train, "plan": _plan, "inspect": _inspect, "replay": _replay}[
+            options.verb
+        ]
         return verb(options)
     except (UserError, RunError) as error:
         print(f"\nerror: {_message(error)}", file=sys.stderr)
@@ -32,6 +34,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except asyncio.CancelledError:
         print("\nstopped by SIGTERM; the run directory can be resumed or read", file=sys.stderr)
         return 143
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Options and `key=value` in any order, which argparse alone does not take."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    if wrong := [word for word in rest if word.startswith("-") or "overrides" not in options]:
+        parser.error(f"unrecognized arguments: {' '.join(wrong)}")
+    if rest:
+        options.overrides = [*options.overrides, *rest]
+    return options
 
 
 def _message(error: Exception) -> str:
@@ -61,6 +74,13 @@ def _parser() -> argparse.ArgumentParser:
     sub = verbs.add_parser("inspect", help=text, description=text)
     sub.add_argument("run", type=Path, help="run directory")
     sub.add_argument("--ledger", action="store_true", required=True, help="print the account")
+    text = "compute a step of a run again from its log, and what another credit rule would do"
+    sub = verbs.add_parser("replay", help=text, description=text)
+    sub.add_argument("run", type=Path, help="run directory")
+    sub.add_argument("--step", type=int, required=True, help="learner step, from 1")
+    sub.add_argument(
+        "overrides", nargs="*", metavar="recipe=NAME", help="another rule; algorithm. keys too"
+    )
     return parser
 
 
@@ -103,6 +123,17 @@ def _inspect(options: argparse.Namespace) -> int:
     from deploy.account import inspect_ledger
 
     return inspect_ledger(options.run)
+
+
+def _replay(options: argparse.Namespace) -> int:
+    from deploy.replay import other_rule, replay
+    from deploy.replay_report import describe, name_of
+
+    rule = options.overrides
+    other = other_rule(options.run, rule, CONFIGS / "recipes") if rule else None
+    found = replay(options.run, options.step, other)
+    print(describe(found, name_of(options.run)))
+    return int(bool(found.differences))
 
 
 def entry_point() -> None:

@@ -116,9 +116,14 @@ class RunDirectory:
         found = [_STEP.match(entry.name) for entry in folder.iterdir() if entry.is_dir()]
         return sorted(int(match.group(1)) for match in found if match)
 
-    def newest_checkpoint(self, say: Callable[[str], None]) -> int:
-        """Step of the newest checkpoint that is whole, or 0; damaged ones are named and passed."""
+    def newest_checkpoint(self, say: Callable[[str], None], before: int | None = None) -> int:
+        """Step of the newest checkpoint that is whole, or 0; damaged ones are named and passed.
+
+        With `before` none of that step or later counts.
+        """
         for step in reversed(self.checkpoints()):
+            if before is not None and step >= before:
+                continue
             wrong = damage(self.checkpoint(step))
             if wrong is None:
                 return step

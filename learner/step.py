@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from common.config import LearnerConfig
-from common.errors import RunError
+from common.errors import RunError, UserError
 from learner import fsdp
 from learner.advantages import kl_penalised_rewards
 from learner.credit_sheet import CreditSheet
@@ -42,6 +42,7 @@ from learner.packing import (
 )
 from learner.prefix_sets import prefix_set_sizes
 from learner.recipe import Prepared, Recipe
+from learner.step_metrics import describe
 from learner.traces import PackedAxis
 
 _TRIM_EVERY = 4
@@ -84,6 +85,9 @@ class _Totals:
             total.surrogate_sums_B += part.surrogate_sums_B
         return total
 
+    def means(self, epochs: int) -> dict[str, float]:
+        return {name: value / (weight or epochs) for name, (value, weight) in self.metrics.items()}
+
 
 @dataclass(frozen=True)
 class _Microbatch:
@@ -95,6 +99,15 @@ class _Microbatch:
     behaviour_logprobs_N: Tensor
     loss_mask_N: Tensor
     prefix_counts_N: Tensor | None
+
+
+@dataclass(frozen=True)
+class _Work:
+    """A step's data, and this rank's share of it."""
+
+    batch: StepBatch
+    prepared: Prepared
+    microbatches: Sequence[_Microbatch]
 
 
 @dataclass
@@ -134,33 +147,50 @@ class Trainer:
             RunError: the gradient norms of too many steps in a row were not finite.
         """
         started = time.perf_counter()
-        penalty: dict[str, float] = {}
-        if self.recipe.kl_in_reward:
-            batch, penalty = self._with_kl_in_rewards(batch)
-        prepared = self._prepare(batch)
-        if sheet is not None:
-            sheet.begin(batch, prepared)
-        plan = self._plan(batch, prepared.trained_B.numpy())
         rate = learning_rate(self.config, self.step, self.total_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        metrics = dict.fromkeys(_ZERO_METRICS, 0.0)
-        metrics |= penalty
-        metrics |= describe(batch, prepared)
-        microbatches = self._mine(batch, plan)
+        work, metrics = self._begin(batch, sheet)
         metrics["time/pack"] = time.perf_counter() - started
         probe_every = self.config.credit_probe_every
         if probe_every and self.step % probe_every == 0 and self.recipe.shapes_credit:
-            norm = self._broadcast_grad_norm(batch, prepared, microbatches)
-            metrics["grad_norm/broadcast_credit"] = norm
-        metrics |= self._epochs(batch, prepared, microbatches, sheet)
+            metrics["grad_norm/broadcast_credit"], _ = self._gradient(work, self.recipe.broadcast())
+        metrics |= self._epochs(work, sheet)
         metrics["learning_rate"] = rate
-        metrics["packing/efficiency"] = plan.efficiency
         metrics["time/train"] = time.perf_counter() - started
         self.step += 1
         if self.step % _TRIM_EVERY == 0:
             fsdp.release_freed_memory()
         return metrics
+
+    def probe(self, batch: StepBatch, sheet: CreditSheet | None = None) -> dict[str, float]:
+        """Metrics of a step on `batch` whose first gradient is computed and not taken. Collective.
+
+        Raises:
+            UserError: the recipe compares with a reference policy, and there is none.
+        """
+        if self.recipe.needs_reference and self.reference is None:
+            raise UserError(
+                "algorithm.objective.kl > 0 compares with a reference policy, which the run did "
+                "not have: set algorithm.objective.kl=0"
+            )
+        work, metrics = self._begin(batch, sheet)
+        metrics["grad_norm"], totals = self._gradient(work, self.recipe, sheet)
+        return metrics | totals.over_ranks().means(epochs=1)
+
+    def _begin(self, batch: StepBatch, sheet: CreditSheet | None) -> tuple[_Work, dict[str, float]]:
+        """What the step works on, and the metrics that are known before any gradient."""
+        metrics = dict.fromkeys(_ZERO_METRICS, 0.0)
+        if self.recipe.kl_in_reward:
+            batch, penalty = self._with_kl_in_rewards(batch)
+            metrics |= penalty
+        prepared = self._prepare(batch)
+        if sheet is not None:
+            sheet.begin(batch, prepared)
+        plan = self._plan(batch, prepared.trained_B.numpy())
+        metrics |= describe(batch, prepared)
+        metrics["packing/efficiency"] = plan.efficiency
+        return _Work(batch, prepared, self._mine(batch, plan)), metrics
 
     def _plan(self, batch: StepBatch, trained_B: npt.NDArray[np.bool_]) -> PackingPlan:
         return plan_packing(
@@ -203,28 +233,48 @@ class Trainer:
         assert self.reference is not None
         return self.reference.logprobs(row, temperature=self.temperature)[0]
 
-    def _broadcast_grad_norm(
-        self, batch: StepBatch, prepared: Prepared, microbatches: Sequence[_Microbatch]
-    ) -> float:
-        """Norm of this batch's gradient under GRPO's credit, all else equal. Collective.
+    def _gradient(
+        self, work: _Work, recipe: Recipe, sheet: CreditSheet | None = None
+    ) -> tuple[float, _Totals]:
+        """Norm of the first gradient under `recipe`, all else equal, and what came with it.
 
-        Against `grad_norm` it says how far the traces blow the gradient up. One more forward and
-        backward pass, hence only every `learner.credit_probe_every` steps.
+        Under GRPO's credit, against `grad_norm`, it says how far the traces blow the gradient up.
+        One more forward and backward pass. Collective.
         """
-        recipe, ignored = self.recipe.broadcast(), _Totals({}, np.zeros(len(batch.group_B)))
-        for i, microbatch in enumerate(microbatches):
-            self._before_backward(i, microbatches)
-            self._accumulate(microbatch, prepared, None, ignored, recipe)
-        norm = fsdp.clip_gradients(self.policy.model, math.inf) if microbatches else 0.0
+        totals = _Totals({}, np.zeros(len(work.batch.group_B)))
+        self._pass(work, None, totals, recipe, sheet)
+        norm = fsdp.clip_gradients(self.policy.model, math.inf) if work.microbatches else 0.0
         self.optimizer.zero_grad(set_to_none=True)
-        return norm
+        return norm, totals
 
-    def _before_backward(self, index: int, microbatches: Sequence[_Microbatch]) -> None:
-        fsdp.before_backward(
-            self.policy.model,
-            last=index == len(microbatches) - 1,
-            keep_gathered=self.keep_gathered,
-        )
+    def _pass(
+        self,
+        work: _Work,
+        old: Sequence[Tensor] | None,
+        totals: _Totals,
+        recipe: Recipe,
+        sheet: CreditSheet | None,
+    ) -> list[Tensor]:
+        """Forward and backward of every micro-batch; returns their log-probabilities.
+
+        Args:
+            old: those before the first optimiser step, None while it is still to come.
+        """
+        logprobs = []
+        for i, microbatch in enumerate(work.microbatches):
+            fsdp.before_backward(
+                self.policy.model,
+                last=i == len(work.microbatches) - 1,
+                keep_gathered=self.keep_gathered,
+            )
+            old_N = None if old is None else old[i]
+            logprobs_N, credit_M = self._accumulate(
+                microbatch, work.prepared, old_N, totals, recipe
+            )
+            if sheet is not None:
+                sheet.add(microbatch.row, microbatch.loss_mask_N, logprobs_N, credit_M)
+            logprobs.append(logprobs_N)
+        return logprobs
 
     def _prepare(self, batch: StepBatch) -> Prepared:
         return self.recipe.prepare(
@@ -236,42 +286,26 @@ class Trainer:
             torch.from_numpy(batch.truncated_B),
         )
 
-    def _epochs(
-        self,
-        batch: StepBatch,
-        prepared: Prepared,
-        microbatches: Sequence[_Microbatch],
-        sheet: CreditSheet | None,
-    ) -> dict[str, float]:
+    def _epochs(self, work: _Work, sheet: CreditSheet | None) -> dict[str, float]:
         """Every optimiser step of the batch, and the metrics that come from them."""
-        old_logprobs: list[Tensor] = []
+        old: list[Tensor] | None = None
         totals = _Totals()
         metrics = {"grad_norm": 0.0, "steps/skipped": 0.0}
         for epoch in range(self.epochs):
             if epoch:  # the weights follow what `end_step` learned
-                prepared = self._prepare(batch)
-            totals.surrogate_sums_B = np.zeros(len(batch.group_B))
-            for i, microbatch in enumerate(microbatches):
-                self._before_backward(i, microbatches)
-                old_N = old_logprobs[i] if epoch else None
-                logprobs_N, credit_M = self._accumulate(
-                    microbatch, prepared, old_N, totals, self.recipe
-                )
-                if not epoch:
-                    old_logprobs.append(logprobs_N)
-                    if sheet is not None:
-                        sheet.add(microbatch.row, microbatch.loss_mask_N, logprobs_N, credit_M)
+                work = replace(work, prepared=self._prepare(work.batch))
+            totals.surrogate_sums_B = np.zeros(len(work.batch.group_B))
+            logprobs = self._pass(work, old, totals, self.recipe, None if epoch else sheet)
+            old = logprobs if old is None else old
             # Without a gradient AdamW's momentum must not move the weights.
             finite = True
-            if microbatches:
+            if work.microbatches:
                 metrics["grad_norm"], finite = self._optimize()
             summed = totals.over_ranks()
             if finite:
                 metrics |= self.recipe.end_step(torch.from_numpy(summed.surrogate_sums_B))
             metrics["steps/skipped"] += float(not finite)
-        for name, (value, weight) in summed.metrics.items():
-            metrics[name] = value / (weight or self.epochs)
-        return metrics
+        return metrics | summed.means(self.epochs)
 
     def _load(self, batch: StepBatch, segments: Sequence[Segment]) -> _Microbatch:
         row = pack_microbatch(batch, segments, self.device)
@@ -347,46 +381,9 @@ class Trainer:
         return grad_norm, allowed
 
 
-def describe(batch: StepBatch, prepared: Prepared) -> dict[str, float]:
-    """Metrics of the data alone. Completions without a reward count in no mean of rewards."""
-    rewarded_B = ~np.isnan(batch.rewards_B)
-    idle_B = rewarded_B & (prepared.advantages_B.numpy() == 0)
-    trained_B = prepared.trained_B.numpy()
-    return {
-        "reward/mean": _mean(batch.rewards_B[rewarded_B]),
-        "reward/accuracy": _mean(batch.accuracy_B[~np.isnan(batch.accuracy_B)]),
-        "completion_length/mean": _mean(batch.lengths_B),
-        "completions/zero_advantage": float(idle_B.sum()),
-        "tokens/trained": float(batch.trained_lengths_B[trained_B].sum()),
-    }
-
-
-def check_staleness(batch: StepBatch, version: int, max_staleness: int) -> dict[str, float]:
-    """Staleness of every token in the loss: learner's version minus the token's.
-
-    Raises:
-        RunError: a token is older than `max_staleness`, or from a version that does not exist yet.
-    """
-    staleness = version - batch.weight_versions[batch.loss_mask].astype(np.int64)
-    if not len(staleness):
-        return {"staleness/max": 0.0, "staleness/mean": 0.0}
-    oldest, newest = int(staleness.max()), int(staleness.min())
-    if oldest > max_staleness or newest < 0:
-        raise RunError(
-            f"the learner at version {version} got tokens of versions {version - oldest} to "
-            f"{version - newest}; allowed are {version - max_staleness} to {version} "
-            "(generator.max_staleness). The stream in front of the learner must hold this bound"
-        )
-    return {"staleness/max": float(oldest), "staleness/mean": float(staleness.mean())}
-
-
 def _prefix_counts(batch: StepBatch, segment: Segment) -> Tensor:
     """[n] sizes over the whole group, for the completions of one segment."""
     members = np.flatnonzero(batch.group_B == segment.group).tolist()
     ids = [batch.token_ids[batch.tokens_of(c)].tolist() for c in members]
     parts = dict(zip(members, prefix_set_sizes(ids).split([len(i) for i in ids]), strict=True))
     return torch.cat([parts[c] for c in segment.completions])
-
-
-def _mean(values: npt.NDArray[Any]) -> float:
-    return float(values.mean()) if len(values) else 0.0

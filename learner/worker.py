@@ -49,7 +49,8 @@ from learner.model import (
 )
 from learner.packing import StepBatch, pack_row, split_by_length
 from learner.recipe import Recipe
-from learner.step import Trainer, check_staleness
+from learner.step import Trainer
+from learner.step_metrics import check_staleness
 
 if TYPE_CHECKING:
     from learner.device_transport import DeviceTransport

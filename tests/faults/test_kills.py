@@ -10,12 +10,14 @@ import psutil
 import pytest
 from run_process import (
     AGENTS,
+    PROGRAM,
     QUICK,
     check_whole,
     finish,
     inspect,
     last_step,
     leftovers,
+    run_python,
     start,
     wait_for_step,
 )
@@ -90,6 +92,11 @@ def test_a_killed_synchronous_run_has_the_losses_of_one_that_was_not(tmp_path: P
             if key.startswith(("loss/", "grad_norm", "reward/", "tokens/trained")):
                 assert mine[key] == theirs[key], (mine["step"], key)
     assert torn[-1]["loss/kl"] > 0
+    for step in (5, 6):  # trained again after the kill
+        replayed = run_python(
+            *PROGRAM, "replay", str(tmp_path / "torn"), f"--step={step}", timeout_s=200
+        )
+        assert "all the same, bitwise" in replayed.stdout, replayed.stdout + replayed.stderr
     status, output = inspect(tmp_path / "torn")
     assert status == 0, output
 
