@@ -211,6 +211,7 @@ def _engine_arguments(
         "seed": seed,
         "max_num_seqs": generator.max_concurrent_sequences,
         "tensor_parallel_size": generator.tensor_parallel,
+        "pipeline_parallel_size": generator.pipeline_parallel,
         "enforce_eager": generator.enforce_eager,
         "enable_prefix_caching": True,
         # The CPU default of 128 exceeds most prompts, and only whole blocks are shared within a
@@ -244,7 +245,7 @@ def _single_process_on_cpu(generator: GeneratorConfig) -> dict[str, Any]:
     binds OpenMP threads there. We bind them for the whole actor (see `deploy.placement`), so the
     extra processes and their queues would only take a core away.
     """
-    if generator.tensor_parallel > 1:
+    if generator.devices > 1:
         return {}
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     # A step's tokens are out before the next begins, so none is stamped with a later version.

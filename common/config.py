@@ -96,12 +96,20 @@ class GeneratorConfig:
     """None lets the core plan decide; 4 on a cluster."""
     num_gpus: float = 0.0
     tensor_parallel: int = 1
+    """Devices that share every layer of a generator."""
+    pipeline_parallel: int = 1
+    """Stages of layers, each of `tensor_parallel` devices, all on one node."""
     start_timeout_s: float = 600.0
     group_timeout_s: float = 600.0
     """A group that takes longer ends the run: something hangs."""
     group_cap_s: float | None = None
     """A group still generating after this long is abandoned and its place given to another prompt.
     It bounds how long a straggler is held, at the price of training on fewer long answers."""
+
+    @property
+    def devices(self) -> int:
+        """Of each generator."""
+        return self.tensor_parallel * self.pipeline_parallel
 
 
 @dataclass
@@ -130,6 +138,9 @@ class VerifierConfig:
 @dataclass
 class LearnerConfig:
     ranks: int = 1
+    shard_ranks: int | None = None
+    """Ranks that hold one copy of the weights and optimiser between them; None: all. With as many
+    as a node has devices (hybrid sharding) layers are gathered inside nodes only."""
     resources: dict[str, float] = field(default_factory=dict)
     labels: dict[str, str] = field(default_factory=dict)
     """As those of generators, of each rank."""

@@ -142,6 +142,8 @@ _POSITIVE = (
     "batch.group_size",
     "batch.tokens_per_microbatch",
     "generator.count",
+    "generator.tensor_parallel",
+    "generator.pipeline_parallel",
     "generator.max_completion_tokens",
     "generator.max_concurrent_sequences",
     "generator.kv_cache_gib",
@@ -193,6 +195,9 @@ def check_config(config: Config) -> None:
             f"generator.min_count needs weights.transport=object_store: the {generator.count} "
             f"generators of weights.transport={config.weights.transport} are one collective"
         )
+    ranks, shards = config.learner.ranks, config.learner.shard_ranks
+    if shards is not None and (shards < 1 or ranks % shards):
+        raise UserError(f"learner.shard_ranks={shards} must divide learner.ranks={ranks}")
     rollout = config.algorithm.rollout
     if not 0 <= rollout.prune_rate < 1 or (rollout.refill and rollout.prune_rate == 0):
         raise UserError(

@@ -60,7 +60,7 @@ class ClusterPlan:
             "placement.learner_device",
             config.placement.learner_device or config.placement.generator_device,
         )
-        pools = Pools(generator.count, generator.tensor_parallel, learner.ranks)
+        pools = Pools(generator.count, generator.devices, learner.ranks)
         return cls(
             config,
             model,
@@ -69,12 +69,12 @@ class ClusterPlan:
             pools,
             learner_memory(
                 model,
-                learner.ranks,
+                learner.shard_ranks or learner.ranks,
                 max(config.batch.tokens_per_microbatch, config.model.max_length),
                 learner.logits_mib,
                 recompute=learner.activation_checkpointing,
             ),
-            generator_memory(model, generator.tensor_parallel, device, generator.memory_fraction),
+            generator_memory(model, generator.devices, device, generator.memory_fraction),
         )
 
     @property
@@ -90,7 +90,8 @@ class ClusterPlan:
         if self.sequences < 1:
             found.append(
                 f"a generator's device holds {_gb(theirs.weights)} of weights and no sequence of "
-                f"{self.config.model.max_length} tokens: a larger generator.tensor_parallel"
+                f"{self.config.model.max_length} tokens: a larger generator.tensor_parallel "
+                "or generator.pipeline_parallel"
             )
         return found
 
@@ -99,7 +100,7 @@ class ClusterPlan:
         """Full ones that a generator runs at a time."""
         config = self.config
         room = cached_sequences(
-            self.generator_memory, self.model, self.pools.tensor_parallel, config.model.max_length
+            self.generator_memory, self.model, self.pools.devices_each, config.model.max_length
         )
         return min(room, config.generator.max_concurrent_sequences)
 
@@ -140,10 +141,10 @@ class ClusterPlan:
         if self.generator_device != self.learner_device:
             return []
         found = []
-        parallel, devices = self.pools.tensor_parallel, self.pools.devices
+        parallel, devices = self.pools.devices_each, self.pools.devices
         for count in _counts(devices // parallel):
             ranks = devices - count * parallel
-            if ranks < 1:
+            if ranks < 1 or ranks % (self.config.learner.shard_ranks or 1):
                 continue
             generator = replace(self.config.generator, count=count)
             learner = replace(self.config.learner, ranks=ranks)
@@ -172,9 +173,9 @@ class ClusterPlan:
     def _pool_lines(self) -> list[str]:
         placement, pools = self.config.placement, self.pools
         per_node, trainer = placement.gpus_per_node, placement.learner_device
-        generating = pools.generators * pools.tensor_parallel
+        generating = pools.generators * pools.devices_each
         return [
-            f"generators    {pools.generators} of {pools.tensor_parallel} x "
+            f"generators    {pools.generators} of {pools.devices_each} x "
             f"{placement.generator_device} on {_nodes(generating, per_node)} node(s)",
             f"learner       {pools.ranks} x {trainer or placement.generator_device} on "
             f"{_nodes(pools.ranks, per_node)} node(s)",

@@ -129,12 +129,13 @@ class Pools:
     """How many devices do what."""
 
     generators: int
-    tensor_parallel: int
+    devices_each: int
+    """Of a generator."""
     ranks: int
 
     @property
     def devices(self) -> int:
-        return self.generators * self.tensor_parallel + self.ranks
+        return self.generators * self.devices_each + self.ranks
 
 
 def costs_on(
@@ -153,7 +154,7 @@ def costs_on(
         recompute: activation checkpointing, a second forward pass in every backward one.
     """
     a, trainer = Assumptions(), learner_device or device
-    parallel, weights = pools.tensor_parallel, _BYTES * model.parameters
+    parallel, weights = pools.devices_each, _BYTES * model.parameters
     bandwidth = device.bandwidth * a.decode_bandwidth * parallel
     reduce_s = 2 * model.layers * a.all_reduce_s if parallel > 1 else 0.0
     products = 2 * model.parameters
@@ -214,10 +215,10 @@ def learner_memory(
 
 
 def generator_memory(
-    model: ModelShape, tensor_parallel: int, device: Device, fraction: float
+    model: ModelShape, devices_each: int, device: Device, fraction: float
 ) -> DeviceMemory:
     """Of a generator's device: what the weights and a forward pass leave is the cache's."""
-    weights = _BYTES * model.parameters / tensor_parallel
+    weights = _BYTES * model.parameters / devices_each
     activations = 2e9
     cache = max(0.0, device.memory * fraction - weights - activations)
     return DeviceMemory(weights, 0.0, activations, cache)
@@ -228,7 +229,7 @@ def fits(memory: DeviceMemory, device: Device) -> bool:
 
 
 def cached_sequences(
-    memory: DeviceMemory, model: ModelShape, tensor_parallel: int, context: float
+    memory: DeviceMemory, model: ModelShape, devices_each: int, context: float
 ) -> int:
     """Sequences of `context` tokens that a generator's cache holds at a time."""
-    return int(memory.cache * tensor_parallel / (model.kv_bytes * context))
+    return int(memory.cache * devices_each / (model.kv_bytes * context))

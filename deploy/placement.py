@@ -150,7 +150,7 @@ def actor_options(config: Config, cores: CorePlan, cuda: bool) -> ActorOptions:
         # their own could not keep freed blocks of more than 64 MiB (`fsdp.keep_freed_memory`).
         "MALLOC_ARENA_MAX": "1",
     }
-    gpus = (config.generator.num_gpus or config.generator.tensor_parallel) if cuda else 0
+    gpus = (config.generator.num_gpus or config.generator.devices) if cuda else 0
     return ActorOptions(
         generator={
             "num_cpus": cores.generator_threads,

@@ -14,7 +14,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.util.placement_group import PlacementGroup, placement_group
+from ray.util.placement_group import (
+    PlacementGroup,
+    placement_group,
+    placement_group_table,
+)
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from common.config import Config
@@ -123,10 +127,16 @@ class Reservation:
             await asyncio.sleep(_LOOK_S)
 
     def options(self, name: str, index: int = 0) -> dict[str, Any]:
-        """For `.options` of the actor that takes the place, besides its own."""
-        strategy = PlacementGroupSchedulingStrategy(
-            self._groups[name], placement_group_bundle_index=index
-        )
+        """For `.options` of the actor that takes the place, besides its own.
+
+        Places that follow each other are on one node as far as there is room: `learner.shard_ranks`
+        ranks in a row gather their layers from each other.
+        """
+        group = self._groups[name]
+        if self._wishes[name].count > 1:
+            nodes = placement_group_table(group)["bundles_to_node_id"]
+            index = sorted(nodes, key=lambda place: (nodes[place], place))[index]
+        strategy = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index)
         return {"scheduling_strategy": strategy, "resources": _custom(self._wishes[name].bundle)}
 
     def _missing(self, waited_s: float) -> str:

@@ -272,7 +272,7 @@ class Run:
             await learner.open_transport(
                 weights.transport,
                 list(generators.handles.values()),
-                generator.tensor_parallel,
+                generator.devices,
                 weights.publish_timeout_s,
             )
         prompts = source.eval_prompts(self._config.eval.prompts)[: weights.canary_sequences]

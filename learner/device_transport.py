@@ -21,11 +21,14 @@ from learner import fsdp
 
 
 class GeneratorClient:
-    """vLLM's weight-sync control plane over generator actors, with a deadline on every call."""
+    """vLLM's weight-sync control plane over generator actors, with a deadline on every call.
 
-    def __init__(self, handles: list[Any], tensor_parallel: int, deadline_s: float) -> None:
+    `workers_each`: processes of a generator that take part.
+    """
+
+    def __init__(self, handles: list[Any], workers_each: int, deadline_s: float) -> None:
         self._handles = handles
-        self._tensor_parallel = tensor_parallel
+        self._workers_each = workers_each
         self._deadline_s = deadline_s
         self.version = 0
         self.stall_s = 0.0
@@ -36,7 +39,7 @@ class GeneratorClient:
         for index, handle in enumerate(self._handles):
             info = dict(init_info)
             if "rank_offset" in info:
-                info["rank_offset"] += index * self._tensor_parallel
+                info["rank_offset"] += index * self._workers_each
             calls.append(handle.init_weight_transfer.remote(info))
         ray.get(calls, timeout=self._deadline_s)
 

@@ -116,8 +116,13 @@ def writing_group(timeout_s: float) -> dist.ProcessGroup:
     return group
 
 
-def data_mesh(device: torch.device) -> DeviceMesh:
-    return init_device_mesh(device.type, (dist.get_world_size(),))
+def data_mesh(device: torch.device, shard_ranks: int | None) -> DeviceMesh:
+    """All ranks, as rows of `shard_ranks` that shard one copy of the weights; None: one row."""
+    ranks = dist.get_world_size()
+    if shard_ranks is None or shard_ranks == ranks:
+        return init_device_mesh(device.type, (ranks,))
+    shape = (ranks // shard_ranks, shard_ranks)
+    return init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
 
 
 def shard(

@@ -66,14 +66,14 @@ class LearnerGroup:
         return buckets
 
     async def open_transport(
-        self, backend: str, generators: list[Any], tensor_parallel: int, deadline_s: float
+        self, backend: str, generators: list[Any], workers_each: int, deadline_s: float
     ) -> None:
         """Join vLLM's own weight transfer (`nccl`, `ipc`)."""
         await self._all(
             "open_transport",
             backend,
             generators,
-            tensor_parallel,
+            workers_each,
             deadline_s,
             deadline_s=deadline_s,
         )

@@ -203,7 +203,7 @@ class Trainer:
         )
 
     def _mine(self, batch: StepBatch, plan: PackingPlan) -> list[_Microbatch]:
-        mine = plan.microbatches[self.mesh.get_local_rank()]
+        mine = plan.microbatches[self.mesh.get_rank()]
         return [self._load(batch, segments) for segments in mine]
 
     def _with_kl_in_rewards(self, batch: StepBatch) -> tuple[StepBatch, dict[str, float]]:

@@ -160,7 +160,7 @@ class LearnerWorker:
             store, self._device, self._rank, self._config.ranks, self._config.step_timeout_s
         )
         self._writing_group = fsdp.writing_group(self._job.checkpoint_timeout_s)
-        mesh = fsdp.data_mesh(self._device)
+        mesh = fsdp.data_mesh(self._device, self._config.shard_ranks)
         path = self._job.model.path
         policy, gap = self._sharded_policy(path, torch.float32, mesh, trainable=True)
         reference = None
@@ -281,7 +281,7 @@ class LearnerWorker:
         return buckets
 
     def open_transport(
-        self, backend: str, generators: list[Any], tensor_parallel: int, deadline_s: float
+        self, backend: str, generators: list[Any], workers_each: int, deadline_s: float
     ) -> None:
         """Join vLLM's `nccl` or `ipc` weight transfer to `generators`. Collective, CUDA only."""
         from learner.device_transport import DeviceTransport, GeneratorClient
@@ -294,8 +294,8 @@ class LearnerWorker:
             self._device,
             self._rank,
             address,
-            GeneratorClient(generators, tensor_parallel, deadline_s),
-            num_workers=len(generators) * tensor_parallel,
+            GeneratorClient(generators, workers_each, deadline_s),
+            num_workers=len(generators) * workers_each,
         )
 
     def send_weights(self, version: int) -> tuple[float, int]:

@@ -111,6 +111,13 @@ def test_derived_values() -> None:
     assert load("model.dtype=float32").canary_tolerance < load().canary_tolerance
 
 
+@pytest.mark.parametrize("shards", [0, 3, 8])
+def test_copies_of_the_learner_are_whole(shards: int) -> None:
+    load_config([], ["model.path=x", "learner.ranks=4", "learner.shard_ranks=2"])
+    with pytest.raises(UserError, match=f"learner.shard_ranks={shards} must divide"):
+        load_config([], ["model.path=x", "learner.ranks=4", f"learner.shard_ranks={shards}"])
+
+
 def keys(cls: type, prefix: str = "") -> list[str]:
     found = []
     for field in fields(cls):

@@ -177,6 +177,37 @@ def test_another_number_of_ranks_goes_on(folder: Path, saved, tmp_path: Path) ->
     assert back[0]["grad_norm"] == pytest.approx(from_two[0][0]["grad_norm"], rel=1e-4)
 
 
+class _HybridWork(_SaveWork):
+    def __call__(self, made: LearnerWorker) -> Any:
+        metrics, after = super().__call__(made)
+        held = sum(p.to_local().numel() for p in made.trainer.policy.model.parameters())
+        return metrics, after, held
+
+
+def _hybrid_target(rank: int, ranks: int, folder: Path, target: Path) -> tuple:
+    return make_worker(folder, rank, ranks, shard_ranks=2), _HybridWork(target)
+
+
+def test_two_copies_of_two_shards_train_as_one_rank_does(
+    folder: Path, saved, tmp_path: Path
+) -> None:
+    """Hybrid sharding; what it saves, one rank loads."""
+    target = tmp_path / "step-1"
+    four = on_ranks(4, _hybrid_target, folder, target)
+    _, (alone, weights_alone) = saved
+    assert all(untimed(found[0]) == untimed(four[0][0]) for found in four)
+    assert four[0][0]["grad_norm"] == pytest.approx(alone["grad_norm"], rel=1e-4)
+    for name, weight in weights_alone.items():
+        gap = np.abs(four[0][1][name] - weight)
+        assert gap.max() < 2e-4 and gap.mean() < 1e-6, name  # see assert_same_training
+    whole = sum(weight.size for weight in weights_alone.values())
+    held = [found[2] for found in four]
+    assert held[0] + held[1] == held[2] + held[3] == whole
+    with worker(folder, schedule="linear") as made:
+        back = _LoadWork(target)(made)
+    assert back[0]["grad_norm"] == pytest.approx(four[0][0]["grad_norm"], rel=1e-4)
+
+
 def test_saving_again_replaces_and_leaves_nothing_behind(folder: Path, tmp_path: Path) -> None:
     target = tmp_path / "step-1"
     with worker(folder) as made:
