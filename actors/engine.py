@@ -175,6 +175,21 @@ class Engine:
         await self._llm.finish_weight_update(str(version))
         await self._llm.resume_generation()
 
+    async def sleep(self) -> None:
+        """Give weights and cache back to the device; a whole update must follow `wake_weights`.
+
+        Requests under way would be aborted: there must be none.
+        """
+        await self._llm.sleep(level=2)
+
+    async def wake_weights(self) -> None:
+        """Take memory for the weights again, for an update to fill."""
+        await self._llm.wake_up(tags=["weights"])
+
+    async def wake_cache(self) -> None:
+        """Serve again."""
+        await self._llm.wake_up(tags=["kv_cache"])
+
     async def weight_version(self) -> int:
         """The version vLLM stamps on tokens sampled now."""
         return int(await self._llm.get_weight_version())
@@ -227,6 +242,7 @@ def _engine_arguments(
     }
     if torch.cuda.is_available():
         arguments["gpu_memory_utilization"] = generator.memory_fraction
+        arguments["enable_sleep_mode"] = transport == "ipc"
     else:
         arguments["kv_cache_memory_bytes"] = int(generator.kv_cache_gib * 2**30)
         if generator.max_staleness == 0:

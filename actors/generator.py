@@ -171,6 +171,18 @@ class Generator:
         await self.engine.end_update(version)
         return time.monotonic() - self._update_began
 
+    async def sleep(self) -> None:
+        """Leave the device to the learner (ipc)."""
+        await self.engine.sleep()
+
+    async def wake_weights(self) -> None:
+        """Make room for the weights of an update (ipc)."""
+        await self.engine.wake_weights()
+
+    async def wake_cache(self) -> None:
+        """Serve again (ipc)."""
+        await self.engine.wake_cache()
+
     async def update_weights(self, buckets: list[WeightBucket], version: int) -> float:
         """A whole update from the object store; returns the seconds generation stood still.
 

@@ -12,7 +12,7 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 from ray.exceptions import RayActorError
 
@@ -222,6 +222,14 @@ class GeneratorPool(Pool):
         return await self.call_all(
             "score", sequences, prompt_lengths, owner="canary", deadline_s=deadline_s
         )
+
+    async def sleep(self, deadline_s: float) -> None:
+        """Every generator leaves its device to the learner."""
+        await self.call_all("sleep", owner="learner", deadline_s=deadline_s)
+
+    async def wake(self, part: Literal["weights", "cache"], deadline_s: float) -> None:
+        """Memory for the next weights, then for serving again."""
+        await self.call_all(f"wake_{part}", owner="publish", deadline_s=deadline_s)
 
     async def update_weights(
         self, buckets: list[WeightBucket], version: int, deadline_s: float

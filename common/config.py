@@ -177,6 +177,7 @@ class LearnerConfig:
 @dataclass
 class WeightsConfig:
     transport: Literal["object_store", "nccl", "ipc"] = "object_store"
+    """`ipc`: a generator and a learner rank share every device (`Config.colocated`)."""
     bucket_mib: int = 64
     canary_sequences: int = 4
     canary_tokens: int = 24
@@ -281,6 +282,12 @@ class Config:
         """P: the groups that a learner step takes (CPPO's refill takes more than the batch)."""
         rollout, prompts = self.algorithm.rollout, self.batch.prompts_per_step
         return int(prompts / (1.0 - rollout.prune_rate) + 1e-9) if rollout.refill else prompts
+
+    @property
+    def colocated(self) -> bool:
+        """A generator and a learner rank on every device, at work in turns: vLLM gives its memory
+        back while the learner steps."""
+        return self.weights.transport == "ipc"
 
     @property
     def completions_per_step(self) -> int:

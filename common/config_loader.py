@@ -216,8 +216,26 @@ def check_config(config: Config) -> None:
         )
     if config.batch.prompts_per_step < 1 or not config.verifier.rules:
         raise UserError("verifier.rules is empty: name at least one verifier")
+    _check_colocated(config)
     _check_data(config)
     _check_guidance(config)
+
+
+def _check_colocated(config: Config) -> None:
+    generator, ranks = config.generator, config.learner.ranks
+    if not config.colocated:
+        return
+    if generator.max_staleness > 0:
+        raise UserError(
+            f"weights.transport=ipc has generators and learner take turns on their devices: "
+            f"generator.max_staleness={generator.max_staleness} must be 0"
+        )
+    if generator.count != ranks or generator.devices > 1:
+        raise UserError(
+            "weights.transport=ipc puts one generator and one learner rank on every device: "
+            f"generator.count={generator.count} must be learner.ranks={ranks}, and "
+            "generator.tensor_parallel and pipeline_parallel 1"
+        )
 
 
 def _check_guidance(config: Config) -> None:

@@ -60,21 +60,24 @@ class ClusterPlan:
             "placement.learner_device",
             config.placement.learner_device or config.placement.generator_device,
         )
-        pools = Pools(generator.count, generator.devices, learner.ranks)
+        pools = Pools(generator.count, generator.devices, learner.ranks, config.colocated)
+        training = learner_memory(
+            model,
+            learner.shard_ranks or learner.ranks,
+            max(config.batch.tokens_per_microbatch, config.model.max_length),
+            learner.logits_mib,
+            recompute=learner.activation_checkpointing,
+        )
+        kept = training.optimiser if config.colocated else 0.0
+        fraction = generator.memory_fraction
         return cls(
             config,
             model,
             device,
             trainer,
             pools,
-            learner_memory(
-                model,
-                learner.shard_ranks or learner.ranks,
-                max(config.batch.tokens_per_microbatch, config.model.max_length),
-                learner.logits_mib,
-                recompute=learner.activation_checkpointing,
-            ),
-            generator_memory(model, generator.devices, device, generator.memory_fraction),
+            training,
+            generator_memory(model, generator.devices, device, fraction, kept),
         )
 
     @property
@@ -138,7 +141,7 @@ class ClusterPlan:
 
         Only where both pools are of one kind, and only what fits.
         """
-        if self.generator_device != self.learner_device:
+        if self.generator_device != self.learner_device or self.pools.shared:
             return []
         found = []
         parallel, devices = self.pools.devices_each, self.pools.devices
@@ -179,6 +182,7 @@ class ClusterPlan:
             f"{placement.generator_device} on {_nodes(generating, per_node)} node(s)",
             f"learner       {pools.ranks} x {trainer or placement.generator_device} on "
             f"{_nodes(pools.ranks, per_node)} node(s)",
+            *(["together      in turns on the same devices"] if pools.shared else []),
             f"verifiers     {self.config.verifier.workers} on CPUs",
         ]
 

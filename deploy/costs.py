@@ -132,9 +132,13 @@ class Pools:
     devices_each: int
     """Of a generator."""
     ranks: int
+    shared: bool = False
+    """Generators stand on the learner's devices."""
 
     @property
     def devices(self) -> int:
+        if self.shared:
+            return self.ranks
         return self.generators * self.devices_each + self.ranks
 
 
@@ -215,12 +219,15 @@ def learner_memory(
 
 
 def generator_memory(
-    model: ModelShape, devices_each: int, device: Device, fraction: float
+    model: ModelShape, devices_each: int, device: Device, fraction: float, taken: float = 0.0
 ) -> DeviceMemory:
-    """Of a generator's device: what the weights and a forward pass leave is the cache's."""
+    """Of a generator's device: what the weights and a forward pass leave is the cache's.
+
+    `taken`: bytes of the device that a learner rank keeps.
+    """
     weights = _BYTES * model.parameters / devices_each
     activations = 2e9
-    cache = max(0.0, device.memory * fraction - weights - activations)
+    cache = max(0.0, device.memory * fraction - taken - weights - activations)
     return DeviceMemory(weights, 0.0, activations, cache)
 
 

@@ -151,16 +151,17 @@ def actor_options(config: Config, cores: CorePlan, cuda: bool) -> ActorOptions:
         "MALLOC_ARENA_MAX": "1",
     }
     gpus = (config.generator.num_gpus or config.generator.devices) if cuda else 0
+    share = 0.5 if config.colocated else 1.0
     return ActorOptions(
         generator={
             "num_cpus": cores.generator_threads,
-            "num_gpus": gpus,
+            "num_gpus": gpus * share,
             "max_concurrency": 1000,
             "runtime_env": {"env_vars": generator_environment},
         },
         learner={
             "num_cpus": cores.learner_threads,
-            "num_gpus": 1 if cuda else 0,
+            "num_gpus": share if cuda else 0,
             "runtime_env": {"env_vars": learner_environment},
         },
         verifier={"num_cpus": 0.5, "max_concurrency": 1000},

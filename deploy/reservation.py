@@ -48,6 +48,18 @@ class Wish:
 def wishes(config: Config, options: ActorOptions) -> list[Wish]:
     """What a run asks of a cluster."""
     generator, learner, verifier = config.generator, config.learner, config.verifier
+    verifiers = Wish(
+        VERIFIERS,
+        _bundle(options.verifier, verifier.resources),
+        verifier.workers,
+        verifier.labels,
+        "SPREAD",
+    )
+    if config.colocated:
+        both = Counter(_bundle(options.generator, generator.resources))
+        both.update(_bundle(options.learner, learner.resources))
+        labels = generator.labels | learner.labels
+        return [Wish(LEARNER, dict(both), learner.ranks, labels, "PACK"), verifiers]
     generators = [
         Wish(name, _bundle(options.generator, generator.resources), 1, generator.labels, "PACK")
         for name in generator_names(config)
@@ -60,13 +72,7 @@ def wishes(config: Config, options: ActorOptions) -> list[Wish]:
             learner.labels,
             "PACK",
         ),
-        Wish(
-            VERIFIERS,
-            _bundle(options.verifier, verifier.resources),
-            verifier.workers,
-            verifier.labels,
-            "SPREAD",
-        ),
+        verifiers,
         *generators,
     ]
 
@@ -81,7 +87,10 @@ def _bundle(options: dict[str, Any], resources: dict[str, float]) -> dict[str, f
 
 
 class Reservation:
-    """The placement groups of one run; gone with its connection to Ray."""
+    """The placement groups of one run; gone with its connection to Ray.
+
+    A generator that has no wish of its own stands where the learner's rank of its number does.
+    """
 
     def __init__(self, wanted: Sequence[Wish]) -> None:
         self._wishes = {wish.name: wish for wish in wanted}
@@ -96,7 +105,7 @@ class Reservation:
 
     def is_ready(self, name: str) -> bool:
         """Whether its place is kept."""
-        return bool(self._groups[name].wait(0))
+        return bool(self._groups.get(name, self._groups[LEARNER]).wait(0))
 
     async def wait(
         self, config: Config, deadline_s: float, say: Callable[[str], None]
@@ -132,12 +141,15 @@ class Reservation:
         Places that follow each other are on one node as far as there is room: `learner.shard_ranks`
         ranks in a row gather their layers from each other.
         """
-        group = self._groups[name]
-        if self._wishes[name].count > 1:
+        if name not in self._groups:  # generator-N; custom resources of the place are the rank's
+            beside = self.options(LEARNER, int(name.rpartition("-")[2]))
+            return {"scheduling_strategy": beside["scheduling_strategy"]}
+        group, wish = self._groups[name], self._wishes[name]
+        if wish.count > 1:
             nodes = placement_group_table(group)["bundles_to_node_id"]
             index = sorted(nodes, key=lambda place: (nodes[place], place))[index]
         strategy = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index)
-        return {"scheduling_strategy": strategy, "resources": _custom(self._wishes[name].bundle)}
+        return {"scheduling_strategy": strategy, "resources": _custom(wish.bundle)}
 
     def _missing(self, waited_s: float) -> str:
         lacking = [wish for name, wish in self._wishes.items() if not self.is_ready(name)]

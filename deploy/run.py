@@ -44,7 +44,14 @@ from deploy.service import Service
 from learner.group import LearnerGroup
 from learner.guards import check_logprob_gap
 from learner.loop import LearnerLoop, Schedule
-from learner.publish import Canary, DeviceToDevice, Publisher, ThroughObjectStore, Transport
+from learner.publish import (
+    Canary,
+    DeviceToDevice,
+    OnSharedDevices,
+    Publisher,
+    ThroughObjectStore,
+    Transport,
+)
 
 _FETCH_S = 60.0
 
@@ -269,6 +276,8 @@ class Run:
         transport = ThroughObjectStore(learner, generators, weights.publish_timeout_s)
         if weights.transport != "object_store":
             transport = DeviceToDevice(learner)
+            if self._config.colocated:
+                transport = OnSharedDevices(learner, generators, weights.publish_timeout_s)
             await learner.open_transport(
                 weights.transport,
                 list(generators.handles.values()),

@@ -73,7 +73,7 @@ class Service:
         say(_described(config, cores))
         connect(config, cores)
         reservation, generators = None, generator_names(config)
-        if config.ray.address != "local":
+        if config.ray.address != "local" or config.colocated:
             reservation = Reservation(wishes(config, actor_options(config, cores, cuda)))
             generators = await reservation.wait(config, config.ray.placement_timeout_s, say)
         self._factory = ActorFactory(config, cores, cuda, version, origin, reservation)

@@ -54,8 +54,10 @@ def release_freed_memory() -> None:
     """Give freed pages back to the kernel; the counterpart of `keep_freed_memory`.
 
     Micro-batches differ in size, so the heap that is never trimmed grows with every new pattern
-    of holes: by a tenth of a gigabyte a step at 135M parameters. Called every few steps.
+    of holes: by a tenth of a gigabyte a step at 135M parameters. Called every few steps, and
+    before a generator takes memory of the same device.
     """
+    torch.cuda.empty_cache()  # nothing where CUDA was not used
     libc = ctypes.CDLL(None)
     if hasattr(libc, "gnu_get_libc_version"):
         libc.malloc_trim(0)

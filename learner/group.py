@@ -83,6 +83,10 @@ class LearnerGroup:
         sent: tuple[float, int] = (await self._all("send_weights", version))[0]
         return sent
 
+    async def release_memory(self, deadline_s: float) -> None:
+        """Give memory that is kept for the next step back to devices that generators share."""
+        await self._all("release_memory", deadline_s=deadline_s)
+
     async def score(
         self, sequences: list[list[int]], prompt_lengths: list[int]
     ) -> list[list[float]]:

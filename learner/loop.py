@@ -167,6 +167,9 @@ class LearnerLoop:
         stood_still_s, self._stood_still_s = self._stood_still_s, 0.0
         if max(receipt.max_version for receipt in receipts) > self._publisher.proved:
             await self._delivery
+        if self._publisher.shares_devices:
+            await self._delivery  # its evaluation too
+            await self._publisher.make_room()
         taken = time.monotonic()
         reached("step begins")
         try:

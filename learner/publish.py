@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import time
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from common.errors import WeightsError
 from common.faults import reached
@@ -50,8 +50,23 @@ class Canary:
         return cls(prompts, [max(1, len(ids) - scored_tokens) for ids in prompts])
 
 
+class SleepingReceivers(Protocol):
+    """Generators that share their devices with the learner."""
+
+    async def sleep(self, deadline_s: float) -> None: ...
+
+    async def wake(self, part: Literal["weights", "cache"], deadline_s: float) -> None: ...
+
+
 class Transport(Protocol):
     """Moves weights. What needs the learner is done by `export`, the rest by `deliver`."""
+
+    shares_devices: bool
+    """Generators must stand still while the learner steps."""
+
+    async def make_room(self) -> None:
+        """The learner is about to step; with `shares_devices`, nothing is being generated."""
+        ...
 
     async def export(self, version: int) -> Any: ...
 
@@ -67,6 +82,10 @@ class ThroughObjectStore:
     learner: LearnerGroup
     receivers: WeightReceivers
     deadline_s: float
+    shares_devices = False
+
+    async def make_room(self) -> None:
+        """There is."""
 
     async def export(self, version: int) -> list[WeightBucket]:
         return await self.learner.export_weights(version)
@@ -81,12 +100,37 @@ class DeviceToDevice:
     """vLLM's own transports, which the learner group has opened: a collective of both sides."""
 
     learner: LearnerGroup
+    shares_devices = False
+
+    async def make_room(self) -> None:
+        """There is."""
 
     async def export(self, version: int) -> tuple[float, int]:
         return await self.learner.send_weights(version)
 
     async def deliver(self, exported: tuple[float, int], version: int) -> tuple[float, int]:
         return exported
+
+
+@dataclass(frozen=True)
+class OnSharedDevices(DeviceToDevice):
+    """vLLM's `ipc`: generators sleep while the learner steps, and wake to its weights."""
+
+    receivers: SleepingReceivers
+    deadline_s: float
+    shares_devices = True
+
+    async def make_room(self) -> None:
+        await self.receivers.sleep(self.deadline_s)
+
+    async def export(self, version: int) -> tuple[float, int]:
+        """The cache comes last: until the weights are over, the device holds both copies."""
+        await self.learner.release_memory(self.deadline_s)
+        await self.receivers.wake("weights", self.deadline_s)
+        sent = await self.learner.send_weights(version)
+        await self.learner.release_memory(self.deadline_s)
+        await self.receivers.wake("cache", self.deadline_s)
+        return sent
 
 
 @dataclass(frozen=True)
@@ -126,6 +170,15 @@ class Publisher:
         """The newest version whose canary every generator has passed."""
         self._expected: dict[int, list[list[float]]] = {}
         """The learner's scores of the canary, by version; the last two."""
+
+    @property
+    def shares_devices(self) -> bool:
+        """Generators must stand still while the learner steps."""
+        return self._transport.shares_devices
+
+    async def make_room(self) -> None:
+        """The learner is about to step."""
+        await self._transport.make_room()
 
     async def export(self, version: int) -> Exported:
         """Take the learner's weights and its own scores of the canary under them."""

@@ -304,6 +304,10 @@ class LearnerWorker:
             raise RunError("send_weights before open_transport")
         return self._transport.send(version)
 
+    def release_memory(self) -> None:
+        """Give freed memory back to the device, for a generator that shares it."""
+        fsdp.release_freed_memory()
+
     @torch.no_grad()
     def score(
         self, sequences: Sequence[Sequence[int]], prompt_lengths: Sequence[int]

@@ -57,6 +57,23 @@ def test_a_shape_is_read_from_a_folder(tmp_path: Path) -> None:
         model_shape("somebody/some-model")
 
 
+def test_devices_that_are_shared_count_once_and_keep_the_optimiser() -> None:
+    pools = ("generator.count=8", "learner.ranks=8", "generator.tensor_parallel=1")
+    together = ("weights.transport=ipc", "generator.max_staleness=0")
+    plans = [ClusterPlan.of(config(*pools, *more)) for more in ((), together)]
+    assert [plan.pools.devices for plan in plans] == [16, 8]
+    lost = plans[0].generator_memory.cache - plans[1].generator_memory.cache
+    assert lost == plans[1].learner_memory.optimiser
+    assert "in turns on the same devices" in "\n".join(plans[1].lines())
+    assert plans[1].splits() == []
+
+
+def test_copies_of_the_learner_take_more_memory_each() -> None:
+    keys = ("generator.count=8", "learner.ranks=8")
+    one, two = (ClusterPlan.of(config(*keys, *k)) for k in ((), ("learner.shard_ranks=4",)))
+    assert two.learner_memory.optimiser == 2 * one.learner_memory.optimiser
+
+
 def test_costs_scale_as_their_causes() -> None:
     device, model = DEVICES["H100-80GB"], MODELS["Qwen/Qwen2.5-7B"]
 

@@ -37,6 +37,11 @@ class Recorder:
         self.newest_token = 0
         self.kept: list[Any] = []
         self.broken_at = -1
+        self.shares_devices = False
+
+    async def make_room(self) -> None:
+        assert self.shares_devices
+        self.calls.append("make room")
 
     async def take(self, version: int, deadline_s: float) -> list[Any]:
         self.calls.append(f"take {version}")
@@ -122,6 +127,24 @@ def test_a_step_takes_trains_exports_delivers_and_only_then_releases() -> None:
         *("prove 0", "eval 0", "take 0", "step 0", "export 1"),
         *("take checkpoint 1", "deliver 1", "release", "eval 1", "write checkpoint 1"),
     ]
+
+
+def test_on_shared_devices_nothing_is_generated_while_the_learner_steps() -> None:
+    parts = Recorder()
+    parts.shares_devices = True
+    schedule = replace(SCHEDULE, last_step=2, eval_every=1, checkpoint_every=0, max_staleness=0)
+    asyncio.run(loop_over(parts, schedule).run())
+    asleep = False
+    for call in parts.calls:
+        asleep = asleep or call == "make room"
+        if call.startswith("step"):
+            assert asleep
+        if call.startswith("export"):
+            asleep = False  # the transport wakes them
+        if call.startswith(("eval", "prove", "deliver")):
+            assert not asleep, parts.calls
+    assert parts.calls.count("make room") == 2
+    assert parts.calls.index("eval 1") < parts.calls.index("step 1")
 
 
 def calls_while_the_first_delivery_hangs(newest_token: int) -> list[str]:

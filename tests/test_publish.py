@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from common.errors import WeightsError
-from learner.publish import Canary, Publisher, ThroughObjectStore, largest_gap
+from learner.publish import Canary, OnSharedDevices, Publisher, ThroughObjectStore, largest_gap
 
 CANARY = Canary.from_prompts([[1, 2, 3, 4], [5, 6]], scored_tokens=2)
 SCORES = [[-1.0, -2.0], [-3.0]]
@@ -65,6 +65,34 @@ def test_agreement_is_reported() -> None:
     metrics = publish({"generator-0": SCORES, "generator-1": [[-1.05, -2.05], [-3.0]]})
     assert metrics["canary/gap"] == pytest.approx(0.05)
     assert metrics["publish/stall"] == 0.25
+
+
+def test_on_shared_devices_the_weights_are_there_before_the_cache() -> None:
+    calls: list[str] = []
+
+    class Both:
+        async def sleep(self, deadline_s: float) -> None:
+            calls.append("sleep")
+
+        async def wake(self, part: str, deadline_s: float) -> None:
+            calls.append(f"wake {part}")
+
+        async def release_memory(self, deadline_s: float) -> None:
+            calls.append("release")
+
+        async def send_weights(self, version: int) -> tuple[float, int]:
+            calls.append(f"send {version}")
+            return 0.5, 8
+
+    async def main() -> tuple[float, int]:
+        transport = OnSharedDevices(Both(), Both(), 1.0)  # type: ignore[arg-type]
+        await transport.make_room()
+        return await transport.deliver(await transport.export(4), 4)
+
+    assert asyncio.run(main()) == (0.5, 8)
+    assert calls == [
+        *("sleep", "release", "wake weights", "send 4", "release", "wake cache"),
+    ]
 
 
 def test_one_generator_with_other_weights_stops_the_run_and_is_named() -> None:

@@ -42,6 +42,19 @@ def test_every_generator_has_a_place_of_its_own_and_the_learner_one_for_all_rank
     assert found["verifiers"].bundle == {"CPU": 0.5}
 
 
+def test_on_shared_devices_a_rank_and_a_generator_have_one_place() -> None:
+    keys = ("weights.transport=ipc", "generator.max_staleness=0")
+    found = asked(*keys, "generator.count=4", "learner.ranks=4", "learner.resources={H100: 1}")
+    assert set(found) == {"learner", "verifiers"}
+    assert found["learner"].count == 4
+    assert found["learner"].bundle["GPU"] == 1
+    assert found["learner"].bundle["H100"] == 1
+    with pytest.raises(UserError, match="generator.max_staleness=1 must be 0"):
+        config("weights.transport=ipc")
+    with pytest.raises(UserError, match="generator.count=1 must be learner.ranks=2"):
+        config(*keys, "learner.ranks=2")
+
+
 def test_what_is_missing_is_named() -> None:
     nodes = [
         {"Alive": True, "Resources": {"CPU": 8, "GPU": 4}, "Labels": {"gpu": "a100"}},
