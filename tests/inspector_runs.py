@@ -161,7 +161,7 @@ class SyntheticRun:
         )  # fmt: skip
 
     def _credit(self, step: int, group_ids: Sequence[int]) -> pa.RecordBatch:
-        """GRPO-λ's traces with decay 0.9 over the tokens in the loss, group-standardised rewards."""
+        """GRPO-λ's recent traces, decay 0.9, over the tokens in the loss."""
         rows = []
         for group_id in group_ids:
             batch = self.groups[group_id]

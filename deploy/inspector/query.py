@@ -77,12 +77,12 @@ def select(groups: pa.Table, query: GroupQuery) -> pa.Table:
 
 def rows(groups: pa.Table) -> list[dict[str, Any]]:
     """Rows of the page's table, prompts cut to an excerpt."""
-    shown = {name: groups[column] for name, column in COLUMNS.items()}
+    shown: dict[str, Any] = {name: groups[column] for name, column in COLUMNS.items()}
     prompts = shown["prompt"].cast(pa.string())
     shown["prompt"] = pc.utf8_slice_codeunits(prompts, 0, EXCERPT)
-    found: list[dict[str, Any]] = pa.table(
-        {**shown, "scored": groups["scored"], "logged": pc.is_valid(groups["segment"])}
-    ).to_pylist()
+    shown["scored"] = groups["scored"]
+    shown["logged"] = pc.is_valid(groups["segment"])
+    found: list[dict[str, Any]] = pa.table(shown).to_pylist()
     return found
 
 

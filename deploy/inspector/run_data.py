@@ -30,6 +30,7 @@ from deploy.inspector.tokens import TokenTexts, load_tokenizer
 from deploy.run_dir import LEDGER
 
 METRICS = "metrics.jsonl"
+NOT_LOGGED = "the trajectory log does not have this group: it was not, or not yet, verified"
 SEARCH_S = 2.0
 """How long one request may search texts; what is left is searched by the next."""
 _SEARCHES = 8
@@ -130,9 +131,7 @@ class RunData:
         fate = read_fate(self.run / LEDGER, group_id)
         segment = row["segment"][0].as_py()
         if segment is None:
-            return (
-                summary | fate | {"completions": [], "note": "the trajectory log does not have it"}
-            )
+            return summary | fate | {"completions": [], "note": NOT_LOGGED}
         with self._lock:
             batch = self._log.segments[segment].group(row["row"][0].as_py())
             texts = self._tokenizer()

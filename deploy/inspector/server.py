@@ -1,7 +1,7 @@
 """The inspector's page and its data, on loopback alone.
 
     GET /                    the page; its parts under /static/
-    GET /api/run             facts of the run; with its version as ETag, so that a poll costs nothing
+    GET /api/run             facts of the run, with its version as ETag: a poll costs nothing
     GET /api/metrics?key=    series of metrics
     GET /api/groups?...      a page of the table (`deploy.inspector.query.GroupQuery`)
     GET /api/groups/{id}     a group with all its tokens
