@@ -42,6 +42,7 @@ _HEADERS = {
     "Cache-Control": "no-cache",
 }
 _LARGEST_ID = 2**63 - 1
+_LARGEST_PORT = 65_535
 
 
 def build_app(data: RunData) -> FastAPI:
@@ -118,13 +119,16 @@ def serve(run: Path, port: int) -> None:
         port: of loopback; 0 takes a free one.
 
     Raises:
-        UserError: no run in `run`, or the port is taken.
+        UserError: no run in `run`, or the port cannot be had.
     """
+    if not 0 <= port <= _LARGEST_PORT:
+        raise UserError(f"--port {port}: a port is from 0 to {_LARGEST_PORT}")
     app = build_app(RunData(run))
     with socket.socket() as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             listener.bind((ADDRESS, port))
+            listener.listen()  # before the address is told: who asks at once waits, not fails
         except OSError as error:
             raise UserError(
                 f"port {port} cannot be had: {error.strerror}; --port 0 takes a free one"
