@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -88,6 +90,19 @@ def test_every_row_of_the_table_is_what_the_log_says(finished: Path) -> None:
         assert row.keys() == expected[row["group"]].keys() - {"texts"}
         for name, value in row.items():
             assert value == pytest.approx(expected[row["group"]][name]), (row["group"], name)
+
+
+def test_the_index_reads_no_tokens_and_a_search_only_texts(tmp_path: Path, finished: Path) -> None:
+    """Twins that have nothing but the scalar columns give the same table."""
+    path = tmp_path / "scalars"
+    shutil.copytree(finished, path)
+    for twin in (path / "trajectories").glob("*.parquet"):
+        table = pq.read_table(twin)
+        lists = [field.name for field in table.schema if pa.types.is_list(field.type)]
+        assert "token_ids" in lists
+        pq.write_table(table.drop_columns([*lists, "reference"]), twin)
+    for query in (GroupQuery(size=500), GroupQuery(text="word word", sort="length")):
+        assert RunData(path).page(query) == opened(finished).page(query)
 
 
 BOUNDS = st.none() | st.sampled_from([0.0, 0.25, 0.5, 1.0, 3.0, 5.0, 12.5, 30.0])

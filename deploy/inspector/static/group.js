@@ -68,7 +68,7 @@ function header(data) {
   return el("div", { class: "group-head" },
     el("nav", { class: "bar", "aria-label": "Groups" },
       el("a", { href: address({ group: null }), class: "back" }, "← All groups"),
-      el("h2", { id: "group-title" }, `Group ${data.group}`),
+      el("h2", { id: "group-title", tabindex: "-1" }, `Group ${data.group}`),
       step(before, "← Group"),
       step(after, "Group", " →")),
     el("dl", { class: "facts" },

@@ -46,10 +46,14 @@ async function drawOverview(isLate) {
   if (isLate()) {
     return;
   }
+  const left = shownGroup === null ? null : JSON.parse(shownGroup).group;
   shownGroup = null;
   show("overview");
   showCurves(keys, series);
   showRows(page);
+  if (left !== null) {
+    byId("rows").querySelector(`[data-group="${left}"]`)?.focus();
+  }
   if (page.searched < 1) {
     await draw(true); // goes on where the search stopped
   }
@@ -73,6 +77,7 @@ async function drawGroup(id, fresh, isLate) {
   }
   if (other) {
     window.scrollTo(0, 0);
+    byId("group-title").focus(); // what had the focus is not on the page any more
   }
 }
 
@@ -126,7 +131,7 @@ async function look() {
 }
 
 async function keepLooking() {
-  const took = paused ? 0 : await look();
+  const took = paused || document.hidden ? 0 : await look();
   if (source.live) {
     setTimeout(keepLooking, Math.max(POLL_MS, took * SHARE));
   }
