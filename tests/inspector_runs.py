@@ -53,11 +53,19 @@ class Sample:
 class SyntheticRun:
     """Writes a run directory as the parts of a run would, group by group and step by step."""
 
-    def __init__(self, path: Path, seed: int = 0, segment_bytes: int = SEGMENT_BYTES) -> None:
+    def __init__(
+        self,
+        path: Path,
+        seed: int = 0,
+        segment_bytes: int = SEGMENT_BYTES,
+        tokens: Sequence[str] = (),
+    ) -> None:
+        """`tokens`: texts that are a token each, beside the bytes."""
         self.path = path
         path.mkdir(parents=True)
         (path / "config.yaml").write_text(CONFIG.format(name=path.name))
         self.tokenizer = build_tokenizer()
+        self.tokenizer.add_tokens(list(tokens))
         self.tokenizer.save_pretrained(path / "checkpoints" / "step-0")
         self.log = TrajectoryLog(path / "trajectories", SCHEMA, segment_bytes)
         self.ledger = Ledger(path / LEDGER, "synthetic")
@@ -224,9 +232,11 @@ def worked_sample(
     return Sample(f"I think it is {guess}.", float(guess == total), versions=versions)
 
 
-def sums_run(path: Path, steps: int = 12, per_step: int = 4, size: int = 8) -> SyntheticRun:
+def sums_run(
+    path: Path, steps: int = 12, per_step: int = 4, size: int = 8, tokens: Sequence[str] = ()
+) -> SyntheticRun:
     """A whole small run; the last group of it is verified and not trained on."""
-    run = SyntheticRun(path)
+    run = SyntheticRun(path, tokens=tokens)
     run.metrics.write(0, {"eval/accuracy": 0.41})
     group_id = 0
     for step in range(1, steps + 1):

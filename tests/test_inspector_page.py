@@ -49,7 +49,7 @@ def browser() -> Iterator[Browser]:
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> SyntheticRun:
     """Fourteen steps of four groups, and a last group of texts that would like to be markup."""
-    made = sums_run(tmp_path_factory.mktemp("runs") / "shown", steps=14)
+    made = sums_run(tmp_path_factory.mktemp("runs") / "shown", steps=14, tokens=HOSTILE[1:])
     samples = [
         Sample(HOSTILE[0], 1.0, guidance=5),
         Sample(HOSTILE[1], 0.0),
@@ -290,6 +290,7 @@ def test_texts_of_the_model_are_never_markup(
 ) -> None:
     page = open_page(f"{url}#group={max(run.groups)}")
     expect(page.locator("article")).to_have_count(5)
+    assert page.locator("article[aria-label='Completion 1'] .token").count() == 2  # and the end
     for index, text in enumerate(HOSTILE):
         tokens = page.locator(
             f"article[aria-label='Completion {index}'] .token"
