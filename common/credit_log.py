@@ -32,6 +32,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.ipc
@@ -136,7 +137,7 @@ def _check(step: int, batch: pa.RecordBatch) -> None:
         raise ValueError(f"in step {step} the lists of a completion have unequal lengths")
 
 
-def _runs(group_ids: np.ndarray) -> Iterator[tuple[int, int]]:
+def _runs(group_ids: npt.NDArray[np.int64]) -> Iterator[tuple[int, int]]:
     """(start, end) of every stretch of equal group ids."""
     changes = np.flatnonzero(np.diff(group_ids)) + 1
     edges = [0, *changes.tolist(), len(group_ids)] if len(group_ids) else []

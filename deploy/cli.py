@@ -70,10 +70,29 @@ def _parser() -> argparse.ArgumentParser:
         if verb == "plan":
             sub.add_argument("--lengths", type=Path, help="a run whose lengths a prediction takes")
             sub.add_argument("--costs", type=Path, help="JSON of measured costs to predict with")
-    text = "what became of every completion of a run; fails when the account does not close"
+    _add_inspect(verbs)
+    _add_replay(verbs)
+    return parser
+
+
+def _add_inspect(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    text = "a page that shows a run down to the credit of every token; or its account"
     sub = verbs.add_parser("inspect", help=text, description=text)
     sub.add_argument("run", type=Path, help="run directory")
-    sub.add_argument("--ledger", action="store_true", required=True, help="print the account")
+    sub.add_argument(
+        "--ledger",
+        action="store_true",
+        help="print what became of every completion; fails when the account does not close",
+    )
+    sub.add_argument("--port", type=int, help="of the page, on loopback; 0 takes a free one")
+    sub.add_argument(
+        "--html", type=Path, metavar="FILE", help="write the page and a sample into one file"
+    )
+    sub.add_argument("--steps", type=int, help="with --html: of the newest N steps")
+    sub.add_argument("--groups", type=int, help="with --html: at most N groups")
+
+
+def _add_replay(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     text = "compute a step of a run again from its log, and what another credit rule would do"
     sub = verbs.add_parser("replay", help=text, description=text)
     sub.add_argument("run", type=Path, help="run directory")
@@ -81,7 +100,6 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "overrides", nargs="*", metavar="recipe=NAME", help="another rule; algorithm. keys too"
     )
-    return parser
 
 
 def _load(options: argparse.Namespace) -> Config:
@@ -120,9 +138,34 @@ def _plan(options: argparse.Namespace) -> int:
 
 
 def _inspect(options: argparse.Namespace) -> int:
-    from deploy.account import inspect_ledger
+    given = {name for name in ("port", "html", "steps", "groups") if _is_given(options, name)}
+    if options.ledger:
+        _refuse(given, "--ledger")
+        from deploy.account import inspect_ledger
 
-    return inspect_ledger(options.run)
+        return inspect_ledger(options.run)
+    if options.html is not None:
+        _refuse(given & {"port"}, "--html")
+        from deploy.inspector.single_file import GROUPS, STEPS, write_html
+
+        steps = STEPS if options.steps is None else options.steps
+        groups = GROUPS if options.groups is None else options.groups
+        write_html(options.run, options.html, steps, groups)
+        return 0
+    _refuse(given & {"steps", "groups"}, "the page; they go with --html")
+    from deploy.inspector.server import PORT, serve
+
+    serve(options.run, PORT if options.port is None else options.port)
+    return 0
+
+
+def _is_given(options: argparse.Namespace, name: str) -> bool:
+    return getattr(options, name) is not None
+
+
+def _refuse(options: set[str], of: str) -> None:
+    if options:
+        raise UserError(f"--{' --'.join(sorted(options))}: no option of {of}")
 
 
 def _replay(options: argparse.Namespace) -> int:

@@ -1,0 +1,132 @@
+"""One group with all its tokens, as JSON: the trajectory log's side and the credit log's, joined.
+
+Numbers are the logged ones: float32 values in the fewest digits that give the same float32, and
+null where they are not finite (a token outside the loss, one that guidance put there).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from common.credit_log import credit_path, read_group_credit
+from common.errors import UserError
+from common.schema import REWARD_PREFIX, VERDICT_PREFIX
+from deploy.inspector.tokens import TokenTexts
+
+_OF_GROUP = ("prompt_id", "epoch", "reference", "dispatched_s")
+_OF_COMPLETION = ("text", "finish_reason", "generator", "guidance_length", "reward", "accuracy")
+_OF_CREDIT = ("advantage", "token_weight", "trained", "trace_weights", "advantages", "logprobs")
+
+
+def details(
+    batch: pa.RecordBatch, credit: dict[int, dict[str, Any]], texts: TokenTexts | None
+) -> dict[str, Any]:
+    """The group's own facts and its completions, each with `tokens`: one list a quantity.
+
+    Args:
+        batch: the group, under the trajectory schema.
+        credit: by completion index, from `group_credit`.
+        texts: None where tokens are shown by their ids.
+    """
+    table = pa.Table.from_batches([batch]).sort_by("completion_index")
+    verifiers = [
+        name.removeprefix(REWARD_PREFIX)
+        for name in table.column_names
+        if name.startswith(REWARD_PREFIX)
+    ]
+    first = {name: table[name][0].as_py() for name in _OF_GROUP}
+    return first | {
+        "prompt_text": table["prompt_text"][0].as_py(),
+        "verifiers": verifiers,
+        "completions": [
+            _completion(table.slice(row, 1), verifiers, credit, texts)
+            for row in range(table.num_rows)
+        ],
+    }
+
+
+def group_credit(run: Path, group_id: int, step: int | None) -> tuple[dict[int, Any], str]:
+    """A group's credit by completion index, and why there is none where it is empty."""
+    if step is None:
+        return {}, "no learner step has trained on this group"
+    if not credit_path(run, step).is_file():
+        return {}, f"step {step} has no credit on record: the credit log was off, or was removed"
+    try:
+        rows = read_group_credit(run, step, group_id)
+    except UserError as error:
+        return {}, str(error)
+    found = {
+        rows["completion_index"][row].as_py(): {name: rows[name][row] for name in _OF_CREDIT}
+        for row in range(rows.num_rows)
+    }
+    return found, "" if found else f"the credit log of step {step} does not have this group"
+
+
+def _completion(
+    row: pa.Table, verifiers: list[str], credit: dict[int, Any], texts: TokenTexts | None
+) -> dict[str, Any]:
+    index = row["completion_index"][0].as_py()
+    value = {name: row[name][0].as_py() for name in _OF_COMPLETION}
+    ids: list[int] = row["token_ids"][0].as_py()
+    given = credit.get(index, {})
+    lists = {
+        quantity: _tokenwise(given.get(column), len(ids))
+        for quantity, column in (
+            ("advantage", "advantages"),
+            ("trace_weight", "trace_weights"),
+            ("logprob", "logprobs"),
+        )
+    }
+    return value | {
+        "index": index,
+        "verdicts": {
+            name: {
+                "reward": row[REWARD_PREFIX + name][0].as_py(),
+                "verdict": row[VERDICT_PREFIX + name][0].as_py(),
+            }
+            for name in verifiers
+        },
+        "seconds": row["finished_s"][0].as_py() - row["dispatched_s"][0].as_py(),
+        "advantage": given["advantage"].as_py() if given else None,
+        "token_weight": given["token_weight"].as_py() if given else None,
+        "trained": given["trained"].as_py() if given else None,
+        "tokens": {
+            "id": ids,
+            "text": None if texts is None else texts.texts(ids),
+            "version": row["weight_versions"][0].as_py(),
+            "in_loss": row["loss_mask"][0].as_py(),
+            "behaviour_logprob": _shortest(row["behaviour_logprobs"][0]),
+            **lists,
+        },
+    }
+
+
+def _tokenwise(values: pa.Scalar | None, length: int) -> list[float | None] | None:
+    """[T] values; None where the completion has none.
+
+    Raises:
+        UserError: their number is not that of the completion's tokens.
+    """
+    if values is None or not values.is_valid:
+        return None
+    found = _shortest(values)
+    if len(found) != length:
+        raise UserError(
+            f"the credit log has {len(found)} tokens for a completion of {length}: it is not that "
+            "of this trajectory log"
+        )
+    return found
+
+
+def _shortest(values: pa.ListScalar) -> list[float | None]:
+    """[T] float32 in the fewest digits that name it, null where not finite."""
+    array = values.values.to_numpy(zero_copy_only=False).astype(np.float32)
+    digits = array.astype("U16")  # NumPy prints the shortest decimal that reads back the same
+    return [
+        float(text) if finite else None
+        for text, finite in zip(digits.tolist(), np.isfinite(array).tolist(), strict=True)
+    ]

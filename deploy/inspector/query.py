@@ -1,0 +1,91 @@
+"""What the table of groups may be asked, and the answer by Arrow compute."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import pyarrow as pa
+import pyarrow.compute as pc
+from pydantic import BaseModel, ConfigDict, Field
+
+Column = Literal[
+    "group", "step", "prompt", "reward", "spread", "length", "staleness", "state", "completions"
+]
+COLUMNS: dict[Column, str] = {
+    "group": "group_id",
+    "step": "step",
+    "prompt": "prompt",
+    "reward": "reward_mean",
+    "spread": "reward_std",
+    "length": "length",
+    "staleness": "staleness",
+    "state": "state",
+    "completions": "completions",
+}
+"""A column of the page and the one of the table behind it."""
+RANGES: tuple[Column, ...] = ("reward", "length", "staleness", "step")
+PAGE_SIZE, LARGEST_PAGE = 50, 500
+EXCERPT = 160
+"""Characters of a prompt that a row shows."""
+
+Bound = Field(None, allow_inf_nan=False)
+
+
+class GroupQuery(BaseModel):
+    """Sort, filters and page, as in the page's address. Bounds are inclusive."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    sort: Column = "group"
+    descending: bool = False
+    page: int = Field(1, ge=1, le=10**9)
+    size: int = Field(PAGE_SIZE, ge=1, le=LARGEST_PAGE)
+    text: str = Field("", max_length=200)
+    reward_min: float | None = Bound
+    reward_max: float | None = Bound
+    length_min: float | None = Bound
+    length_max: float | None = Bound
+    staleness_min: float | None = Bound
+    staleness_max: float | None = Bound
+    step_min: float | None = Bound
+    step_max: float | None = Bound
+
+
+def select(groups: pa.Table, query: GroupQuery) -> pa.Table:
+    """The groups within every range, sorted; where the sorted value is missing, last.
+
+    A group without a value is in no range over it. Ties are in the order of the group.
+    """
+    for name in RANGES:
+        column = groups[COLUMNS[name]]
+        low, high = getattr(query, f"{name}_min"), getattr(query, f"{name}_max")
+        if low is not None:
+            groups = groups.filter(pc.greater_equal(column, low))
+            column = groups[COLUMNS[name]]
+        if high is not None:
+            groups = groups.filter(pc.less_equal(column, high))
+    order = "descending" if query.descending else "ascending"
+    keys = [(COLUMNS[query.sort], order)]
+    if query.sort != "group":
+        keys.append(("group_id", "ascending"))
+    if query.sort == "prompt":
+        groups = groups.set_column(
+            groups.schema.get_field_index("prompt"), "prompt", groups["prompt"].cast(pa.string())
+        )
+    return groups.take(pc.sort_indices(groups, sort_keys=keys))
+
+
+def rows(groups: pa.Table) -> list[dict[str, Any]]:
+    """Rows of the page's table, prompts cut to an excerpt."""
+    shown: dict[str, Any] = {name: groups[column] for name, column in COLUMNS.items()}
+    prompts = shown["prompt"].cast(pa.string())
+    shown["prompt"] = pc.utf8_slice_codeunits(prompts, 0, EXCERPT)
+    shown["scored"] = groups["scored"]
+    shown["logged"] = pc.is_valid(groups["segment"])
+    found: list[dict[str, Any]] = pa.table(shown).to_pylist()
+    return found
+
+
+def page_of(groups: pa.Table, query: GroupQuery) -> pa.Table:
+    """The rows of one page; none behind the last."""
+    return groups.slice((query.page - 1) * query.size, query.size)

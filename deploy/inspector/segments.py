@@ -1,0 +1,224 @@
+"""The trajectory log's groups without their tokens: scalar columns alone, by column.
+
+A closed segment is indexed from its Parquet twin; one that has none yet from its Arrow stream,
+from where the last look ended. Lengths are not read here: Parquet has the length of a list only in
+the levels of all its elements, and the ledger has each group's tokens. A single group is read from
+the Arrow stream, whose batches are the groups in the order of the index.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.ipc
+import pyarrow.parquet
+
+from common.errors import RunError, UserError
+from common.log_store import segments
+from common.schema import check_schema
+
+_SCALARS = [
+    "group_id",
+    "turn",
+    "prompt_id",
+    "epoch",
+    "prompt_text",
+    "dispatch_version",
+    "reward",
+    "accuracy",
+]
+_TEXTS = ["prompt_text", "text"]
+
+INDEX = pa.schema(
+    [
+        pa.field("group_id", pa.int64()),
+        pa.field("turn", pa.int64()),
+        pa.field("prompt_id", pa.string()),
+        pa.field("epoch", pa.int32()),
+        pa.field("dispatch_version", pa.int32()),
+        pa.field("completions", pa.int64()),
+        pa.field("scored", pa.int64()),  # completions with a reward
+        pa.field("reward_mean", pa.float64()),  # of those
+        pa.field("reward_std", pa.float64()),  # of those, over all of them (no n - 1)
+        pa.field("accuracy", pa.float64()),
+        pa.field("prompt", pa.dictionary(pa.int32(), pa.string())),
+    ]
+)
+
+
+class Segment:
+    """One segment: `groups` has a row per whole group, under `INDEX`, in the order of the log."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.groups = INDEX.empty_table()
+        self._places: list[int] = []  # where in the file each group's message begins
+        self._schema: pa.Schema | None = None
+        self._end = 0  # of the messages in `_places`
+        self._seen_bytes = -1
+        self._has_twin = False
+
+    def refresh(self) -> bool:
+        """Take in what was appended since; whether there was anything.
+
+        Raises:
+            UserError: another release wrote the segment.
+        """
+        if self._has_twin:
+            return False
+        twin = self.path.with_suffix(".parquet")
+        closed = twin.is_file()  # asked first: what is appended before a closing is seen below
+        if closed and not self.groups.num_rows:
+            self.groups = _index(self._read_twin(_SCALARS))
+            self._has_twin = True
+            return True
+        self._has_twin = closed
+        size = self.path.stat().st_size
+        if size == self._seen_bytes:
+            return False
+        self._seen_bytes = size
+        batches = [batch.select(_SCALARS) for batch in self._new_batches()]
+        if batches:
+            self.groups = pa.concat_tables([self.groups, _index(pa.Table.from_batches(batches))])
+        return bool(batches)
+
+    def group(self, row: int) -> pa.RecordBatch:
+        """The completions of the group in `row` of `groups`."""
+        (batch,) = self._batches(range(row, row + 1))
+        expected = self.groups["group_id"][row].as_py()
+        if batch.column("group_id")[0].as_py() != expected:
+            raise RunError(f"{self.path} and its Parquet twin differ at group {expected}")
+        return batch
+
+    def search(self, needle: str, first_row: int) -> npt.NDArray[np.int64]:
+        """Rows of `groups`, from `first_row` on, with `needle` in the prompt or a completion.
+
+        Upper and lower case are the same.
+        """
+        rows = range(first_row, self.groups.num_rows)
+        if not rows:
+            return np.arange(0)
+        if self._has_twin:
+            table, rows = self._read_twin(_TEXTS), range(self.groups.num_rows)
+        else:
+            table = pa.Table.from_batches(batch.select(_TEXTS) for batch in self._batches(rows))
+        found = pc.or_(
+            *(pc.match_substring(_plain(table[name]), needle, ignore_case=True) for name in _TEXTS)
+        )
+        sizes = self.groups["completions"].to_numpy()[rows.start :]
+        matching = np.unique(np.repeat(np.asarray(rows), sizes)[found.to_numpy()])
+        return matching[matching >= first_row]
+
+    def _batches(self, rows: range) -> Iterator[pa.RecordBatch]:
+        if rows.stop > len(self._places):
+            for _ in self._new_batches():
+                pass
+        if rows.stop > len(self._places):
+            raise RunError(
+                f"{self.path} is damaged: it has {len(self._places)} whole groups, and group "
+                f"{rows.stop - 1} of it was asked for"
+            )
+        with pa.memory_map(str(self.path)) as source:
+            for row in rows:
+                source.seek(self._places[row])
+                yield pa.ipc.read_record_batch(pa.ipc.read_message(source), self._schema)
+
+    def _read_twin(self, columns: list[str]) -> pa.Table:
+        twin = self.path.with_suffix(".parquet")
+        with pa.parquet.ParquetFile(twin, read_dictionary=["prompt_text"]) as file:
+            _check(file.schema_arrow, twin)
+            return file.read(columns)
+
+    def _new_batches(self) -> Iterator[pa.RecordBatch]:
+        """Whole batches behind those that were read; a torn tail ends them, for this time."""
+        with pa.memory_map(str(self.path)) as source:
+            source.seek(self._end)
+            try:
+                if self._schema is None:
+                    self._schema = pa.ipc.read_schema(source)
+                    _check(self._schema, self.path)
+                    self._end = source.tell()
+                while True:
+                    place = source.tell()
+                    message = pa.ipc.read_message(source)
+                    batch = pa.ipc.read_record_batch(message, self._schema)
+                    self._places.append(place)
+                    self._end = source.tell()
+                    yield batch
+            except (EOFError, pa.ArrowInvalid, OSError):
+                return
+
+
+class LogIndex:
+    """All segments of a trajectory log."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self.segments: list[Segment] = []
+
+    def refresh(self) -> None:
+        """Take in new segments and what was appended. Raises as `Segment.refresh`."""
+        known = {segment.path for segment in self.segments}
+        self.segments += [Segment(path) for path in segments(self._folder) if path not in known]
+        for segment in self.segments:
+            segment.refresh()
+
+    def table(self) -> pa.Table:
+        """Groups of all segments, with the columns `segment` and `row`, which name their place."""
+        parts = []
+        for number, segment in enumerate(self.segments):
+            rows = segment.groups.num_rows
+            table = segment.groups.append_column("segment", pa.array(np.full(rows, number)))
+            parts.append(table.append_column("row", pa.array(np.arange(rows))))
+        empty = INDEX.append(pa.field("segment", pa.int64())).append(pa.field("row", pa.int64()))
+        table = pa.concat_tables([empty.empty_table(), *parts])
+        return table.unify_dictionaries().combine_chunks()
+
+
+def _check(schema: pa.Schema, path: Path) -> None:
+    try:
+        check_schema(schema)
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from error
+
+
+def _index(rows: pa.Table) -> pa.Table:
+    """One row a group from one row a completion; a group's completions follow each other."""
+    ids = rows["group_id"].to_numpy()
+    starts = np.concatenate([[0], np.flatnonzero(np.diff(ids)) + 1]) if len(ids) else np.arange(0)
+    place = np.repeat(np.arange(len(starts)), np.diff([*starts, len(ids)]))
+    sums = (
+        rows.select(["reward", "accuracy"])
+        .append_column("place", pa.array(place))
+        .group_by("place", use_threads=False)
+        .aggregate(
+            [
+                ("reward", "mean"),
+                ("reward", "stddev"),
+                ("reward", "count"),
+                ("accuracy", "mean"),
+                ([], "count_all"),
+            ]
+        )
+        .sort_by("place")
+    )
+    first = rows.take(pa.array(starts))
+    columns = {name: first[name] for name in INDEX.names if name in first.column_names}
+    columns |= {
+        "completions": sums["count_all"],
+        "scored": sums["reward_count"],
+        "reward_mean": sums["reward_mean"],
+        "reward_std": sums["reward_stddev"],
+        "accuracy": sums["accuracy_mean"],
+        "prompt": _plain(first["prompt_text"]).dictionary_encode(),
+    }
+    return pa.table({name: columns[name] for name in INDEX.names}).cast(INDEX)
+
+
+def _plain(texts: pa.ChunkedArray) -> pa.ChunkedArray:
+    return texts.cast(pa.string()) if pa.types.is_dictionary(texts.type) else texts
