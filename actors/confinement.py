@@ -39,23 +39,23 @@ _REFUSED_EVERYWHERE = (424, 425, 434, 438, 452)
 """pidfd_send_signal, io_uring_setup, pidfd_open, pidfd_getfd, fchmodat2."""
 _REFUSED = {
     "x86_64": (
-        (57, 58)  # fork, vfork
-        + (62, 129, 200, 234, 297)  # kill, rt_sigqueueinfo, tkill, tgkill, rt_tgsigqueueinfo
-        + (101, 310, 311)  # ptrace, process_vm_readv, process_vm_writev
-        + (76, 82, 83, 84, 85, 86, 87, 88)  # truncate, rename, mkdir to symlink
-        + (90, 91, 92, 93, 94, 132, 133, 235)  # chmod, chown and kin, utime, mknod, utimes
-        + (258, 259, 260, 261, 263, 264, 265, 266, 268, 280, 316)  # the same by `...at`
-        + (188, 189, 190, 197, 198, 199)  # setxattr, removexattr and kin
-        + (41,)  # socket
-        + (29, 30, 31, 64, 68, 240)  # shared memory, semaphores and queues of System V and POSIX
+        *(57, 58),  # fork, vfork
+        *(62, 129, 200, 234, 297),  # kill, rt_sigqueueinfo, tkill, tgkill, rt_tgsigqueueinfo
+        *(101, 310, 311),  # ptrace, process_vm_readv, process_vm_writev
+        *(76, 82, 83, 84, 85, 86, 87, 88),  # truncate, rename, mkdir to symlink
+        *(90, 91, 92, 93, 94, 132, 133, 235),  # chmod, chown and kin, utime, mknod, utimes
+        *(258, 259, 260, 261, 263, 264, 265, 266, 268, 280, 316),  # the same by `...at`
+        *(188, 189, 190, 197, 198, 199),  # setxattr, removexattr and kin
+        *(41,),  # socket
+        *(29, 30, 31, 64, 68, 240),  # shared memory, semaphores and queues of System V and POSIX
     ),
     "aarch64": (
-        (129, 130, 131, 138, 240)  # kill, tkill, tgkill, rt_sigqueueinfo, rt_tgsigqueueinfo
-        + (117, 270, 271)  # ptrace, process_vm_readv, process_vm_writev
-        + (33, 34, 35, 36, 37, 38, 45, 52, 53, 54, 55, 88, 276)  # as above
-        + (5, 6, 7, 14, 15, 16)  # setxattr, removexattr and kin
-        + (198,)  # socket
-        + (180, 186, 190, 194, 195, 196)  # queues, semaphores and shared memory
+        *(129, 130, 131, 138, 240),  # kill, tkill, tgkill, rt_sigqueueinfo, rt_tgsigqueueinfo
+        *(117, 270, 271),  # ptrace, process_vm_readv, process_vm_writev
+        *(33, 34, 35, 36, 37, 38, 45, 52, 53, 54, 55, 88, 276),  # as above
+        *(5, 6, 7, 14, 15, 16),  # setxattr, removexattr and kin
+        *(198,),  # socket
+        *(180, 186, 190, 194, 195, 196),  # queues, semaphores and shared memory
     ),
 }
 _OPENS = {"x86_64": {2: 1, 257: 2}, "aarch64": {56: 2}}

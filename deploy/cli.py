@@ -10,6 +10,7 @@ import asyncio
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from common.config import Config
 from common.errors import RunError, UserError
@@ -19,9 +20,14 @@ CONFIGS = Path(__file__).resolve().parent / "configs"
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a verb; returns the exit status: 0 done, 1 the run failed, 2 wrong input, 130 stopped."""
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    if options.verb == "eval" and not any(word.startswith("-") for word in rest):
+        options.overrides = rest  # argparse takes positionals in one place only
+    elif rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
-        verb = {"train": _train, "plan": _plan, "inspect": _inspect}[options.verb]
+        verb = {"train": _train, "plan": _plan, "inspect": _inspect, "eval": _eval}[options.verb]
         return verb(options)
     except (UserError, RunError) as error:
         print(f"\nerror: {_message(error)}", file=sys.stderr)
@@ -61,7 +67,26 @@ def _parser() -> argparse.ArgumentParser:
     sub = verbs.add_parser("inspect", help=text, description=text)
     sub.add_argument("run", type=Path, help="run directory")
     sub.add_argument("--ledger", action="store_true", required=True, help="print the account")
+    _add_eval(verbs)
     return parser
+
+
+def _add_eval(verbs: Any) -> None:
+    text = "evaluate a model on suites; the same call again goes on where one was interrupted"
+    usage = "grpo-lambda eval MODEL --suite NAME [--suite NAME ...] [options] [key=value ...]"
+    sub = verbs.add_parser("eval", help=text, description=text, usage=usage)
+    sub.add_argument("model", metavar="MODEL", help="folder, hub name, or builtin:NAME")
+    sub.add_argument(
+        "--suite", action="append", required=True, help="of deploy/configs/suites, or a YAML file"
+    )
+    sub.add_argument("--samples", type=int, help="a problem (default: the suite's; 1 is greedy)")
+    sub.add_argument("--temperature", type=float, help="(default: the suite's)")
+    sub.add_argument("--max-tokens", type=int, help="of an answer (default: the suite's)")
+    sub.add_argument("--limit", type=int, help="only so many problems, the first ones")
+    sub.add_argument("--data", help="a .jsonl or .parquet file in place of the hub's data set")
+    sub.add_argument(
+        "--out", type=Path, help="folder (default: runs/eval-MODEL-SUITE; of several, their parent)"
+    )
 
 
 def _load(options: argparse.Namespace) -> Config:
@@ -103,6 +128,26 @@ def _inspect(options: argparse.Namespace) -> int:
     from deploy.account import inspect_ledger
 
     return inspect_ledger(options.run)
+
+
+def _eval(options: argparse.Namespace) -> int:
+    from deploy.eval.launch import evaluate
+    from deploy.eval.settings import Options
+
+    evaluate(
+        Options(
+            model=options.model,
+            suites=options.suite,
+            overrides=options.overrides,
+            samples=options.samples,
+            temperature=options.temperature,
+            max_tokens=options.max_tokens,
+            limit=options.limit,
+            data=options.data,
+            out=options.out,
+        )
+    )
+    return 0
 
 
 def entry_point() -> None:
