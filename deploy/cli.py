@@ -71,7 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_eval(verbs: Any) -> None:
+def _add_eval(verbs: Any) -> None:  # the type is private to argparse
     text = "evaluate a model on suites; the same call again goes on where one was interrupted"
     usage = "grpo-lambda eval MODEL --suite NAME [--suite NAME ...] [options] [key=value ...]"
     sub = verbs.add_parser("eval", help=text, description=text, usage=usage)

@@ -184,7 +184,7 @@ def test_folders_are_named_by_model_and_suite(tmp_path: Path) -> None:
     [
         (["m", "--suite", "math50"], "did you mean math500"),
         (["/nowhere", "--suite", "arithmetic-small"], "no such folder"),
-        (["m", "--suite", "algebra", "--suite", "algebra"], "none twice"),
+        (["m", "--suite", "algebra", "--suite", "algebra"], "no --suite twice"),
         (["m", "--suite", "algebra", "--suite", "logic", "--data", "x.jsonl"], "one --suite"),
         (["m", "--suite", "aime24", "--data", "no.jsonl"], "no.jsonl does not exist"),
         (["m", "--suite", "algebra", "learner.ranks=1"], "no meaning for eval"),

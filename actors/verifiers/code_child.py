@@ -1,14 +1,14 @@
 """The process that runs one program a model wrote, for `actors.verifiers.code_tests`.
 
-Run as `python -P -m actors.verifiers.code_child JOB REPORT`, two descriptors of files: the job is
-a JSON object, and the report says `ready` once this process is confined, then what the kind of job
-wants to know. No expected output ever comes here.
+Run as `python -P -m actors.verifiers.code_child JOB PROGRAM REPORT`, descriptors of files: the job
+is a JSON object, and the report says `ready` once this process is confined, then what the kind of
+job wants to know. No expected output of `stdin` and `call` ever comes here.
 
     stdin     the program is the main module; it reads standard input and prints
     call      the program defines a function, which is called for each list of arguments;
               reported is the JSON list of results
-    script    the program and the tests behind it run as one; reported is the job's token, by
-              which the end of the tests is told from any other end with exit status 0
+    script    the program has its tests at its end; reported is the job's token, by which the end
+              of the tests is told from any other end with exit status 0
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import runpy
 import sys
 from typing import Any
 
@@ -27,7 +28,7 @@ READY = b"ready\n"
 
 def main() -> None:
     """Read the job, give everything up, run."""
-    job_file, report = int(sys.argv[1]), int(sys.argv[2])
+    job_file, program, report = map(int, sys.argv[1:])
     with os.fdopen(job_file, "rb") as file:
         file.seek(0)
         job = json.load(file)
@@ -36,7 +37,7 @@ def main() -> None:
     _limit(resource.RLIMIT_CORE, 0)
     compute_only()
     os.write(report, READY)
-    _KINDS[job["kind"]](job, report)
+    _KINDS[job["kind"]](job, f"/proc/self/fd/{program}", report)
 
 
 def _limit(what: int, wanted: int) -> None:
@@ -45,24 +46,21 @@ def _limit(what: int, wanted: int) -> None:
     resource.setrlimit(what, (limit, limit))
 
 
-def _stdin(job: dict[str, Any], report: int) -> None:
+def _stdin(job: dict[str, Any], program: str, report: int) -> None:
     os.close(report)
-    exec(compile(job["program"], "program.py", "exec"), {"__name__": "__main__"})
+    runpy.run_path(program, run_name="__main__")
 
 
-def _call(job: dict[str, Any], report: int) -> None:
-    space: dict[str, Any] = {"__name__": "program"}
-    exec(compile(job["program"], "program.py", "exec"), space)
+def _call(job: dict[str, Any], program: str, report: int) -> None:
+    space = runpy.run_path(program, run_name="program")
     name = job["function"]
     function = getattr(space["Solution"](), name) if "Solution" in space else space[name]
     results = [function(*arguments) for arguments in job["arguments"]]
     os.write(report, json.dumps(results).encode())
 
 
-def _script(job: dict[str, Any], report: int) -> None:
-    space: dict[str, Any] = {"__name__": "program"}
-    exec(compile(job["program"], "program.py", "exec"), space)
-    exec(compile(job["script"], "tests.py", "exec"), space)
+def _script(job: dict[str, Any], program: str, report: int) -> None:
+    runpy.run_path(program, run_name="program")
     os.write(report, job["token"].encode())
 
 

@@ -118,7 +118,7 @@ def _judge_stdin(program: str, tests: dict[str, Any], seconds: float, total: flo
         left_s = min(seconds, ends - time.monotonic())
         if left_s <= 0:
             return f"time limit of all cases at case {number} of {len(cases)}"
-        ran = _run({"kind": "stdin", "program": program}, given, left_s)
+        ran = _run({"kind": "stdin"}, program, given, left_s)
         wrong = ran.failure or ("" if same_output(ran.output, expected) else "wrong output")
         if wrong:
             return f"{wrong} at case {number} of {len(cases)}"
@@ -128,13 +128,8 @@ def _judge_stdin(program: str, tests: dict[str, Any], seconds: float, total: flo
 def _judge_call(program: str, tests: dict[str, Any], seconds: float, total: float) -> str:
     cases = unpack(tests["cases"])
     arguments = [[json.loads(line) for line in given.splitlines() if line] for given, _ in cases]
-    job = {
-        "kind": "call",
-        "program": program,
-        "function": tests["function"],
-        "arguments": arguments,
-    }
-    ran = _run(job, "", total)
+    job = {"kind": "call", "function": tests["function"], "arguments": arguments}
+    ran = _run(job, program, "", total)
     if ran.failure:
         return ran.failure
     try:
@@ -151,8 +146,8 @@ def _judge_call(program: str, tests: dict[str, Any], seconds: float, total: floa
 
 def _judge_script(program: str, tests: dict[str, Any], seconds: float, total: float) -> str:
     token = secrets.token_hex(16)
-    job = {"kind": "script", "program": program, "script": tests["script"], "token": token}
-    ran = _run(job, "", seconds)
+    tested = f"{program}\n\n{tests['script']}\n"
+    ran = _run({"kind": "script", "token": token}, tested, "", seconds)
     if ran.failure:
         return ran.failure
     return "" if ran.report == token.encode() else "it ended before its tests had"
@@ -161,25 +156,28 @@ def _judge_script(program: str, tests: dict[str, Any], seconds: float, total: fl
 _JUDGES = {"stdin": _judge_stdin, "call": _judge_call, "script": _judge_script}
 
 
-def _run(job: dict[str, Any], given: str, seconds: float) -> _Run:
+def _run(job: dict[str, Any], program: str, given: str, seconds: float) -> _Run:
     """One process. Everything goes through files, so that nobody waits for a full pipe."""
     with (
         tempfile.TemporaryFile() as job_file,
+        tempfile.TemporaryFile() as source,
         tempfile.TemporaryFile() as stdin,
         tempfile.TemporaryFile() as stdout,
         tempfile.TemporaryFile() as report,
     ):
         job_file.write(json.dumps(job).encode())
-        job_file.flush()
-        stdin.write(given.encode("utf-8", "surrogatepass"))
+        source.write(program.encode("utf-8", "replace"))
+        stdin.write(given.encode("utf-8", "replace"))
+        for file in (job_file, source):
+            file.flush()
         stdin.seek(0)
-        words = [str(file.fileno()) for file in (job_file, report)]
+        handed_over = [file.fileno() for file in (job_file, source, report)]
         process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "actors.verifiers.code_child", *words],
+            [sys.executable, "-P", "-m", "actors.verifiers.code_child", *map(str, handed_over)],
             stdin=stdin,
             stdout=stdout,
             stderr=subprocess.DEVNULL,
-            pass_fds=(job_file.fileno(), report.fileno()),
+            pass_fds=handed_over,
         )
         try:
             status: int | None = process.wait(seconds)

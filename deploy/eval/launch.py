@@ -100,12 +100,12 @@ def _prepare(options: Options, say: Say) -> list[Job]:
     """Check all suites, then open their folders."""
     from transformers import AutoTokenizer
 
-    if not options.suites or len(set(options.suites)) != len(options.suites):
-        raise UserError("name at least one --suite, and none twice")
     if options.data is not None and len(options.suites) > 1:
         raise UserError("--data is one suite's file: name one --suite")
     base = base_config(options)
     suites = [load_suite(name) for name in options.suites]
+    if len({suite.name for suite in suites}) != len(suites):
+        raise UserError("each suite has a folder of its name: give no --suite twice")
     samplings = [sampling_of(options, suite, base.seed) for suite in suites]
     rows = [load_problems(suite, options.data, options.limit) for suite in suites]
     folder = resolve_model(options.model)

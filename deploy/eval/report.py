@@ -37,7 +37,7 @@ from deploy.eval.metrics import (
 
 RESULTS, COMPLETIONS = "results.json", "completions.parquet"
 _NAMED = 50
-_PER_SAMPLE = "samples without a verdict count as wrong"
+_COUNTED_AS = "samples without a verdict count as wrong"
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,7 @@ def results_of(
         "verdicts": dict(samples.verdicts),
         "unscored": {
             "count": len(unscored),
-            "counted_as": _PER_SAMPLE,
+            "counted_as": _COUNTED_AS,
             "completions": unscored[:_NAMED],
             "reasons": dict(reasons),
         },
