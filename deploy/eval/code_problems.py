@@ -71,7 +71,7 @@ def hidden_cases(stored: str) -> list[dict[str, Any]]:
     others = {name for name, _ in steps if not name.endswith("UNICODE")} - _TEXT_ALONE
     if len(texts) != 1 or others:
         raise ValueError("private tests cannot be read: they are no pickled text")
-    return list(json.loads(texts[0]))
+    return list(json.loads(str(texts[0])))
 
 
 _TEXT_ALONE = {"PROTO", "FRAME", "PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE", "STOP"}

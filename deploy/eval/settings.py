@@ -49,6 +49,8 @@ _VERSIONED = (
     "reasoning-gym",
 )
 _EDGE_BYTES = 2**20
+_PROSE = ("about", "license", "unverified")
+"""What a suite's file says for people."""
 
 
 @dataclass(frozen=True)
@@ -162,7 +164,7 @@ def settings_of(
     questions = hashlib.sha256("\0".join(r.question + "\0" + r.reference for r in rows).encode())
     data = config.data
     return {
-        "suite": asdict(suite),
+        "suite": {key: value for key, value in asdict(suite).items() if key not in _PROSE},
         "problems": len(rows),
         "problems_digest": questions.hexdigest()[:16],
         "model": options.model,
