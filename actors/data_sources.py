@@ -1,6 +1,7 @@
 """Questions and answers, from a reasoning-gym task, a file or a Hugging Face data set.
 
-`load_rows` is the one entry: training rows and held-out rows with no question in common.
+`load_rows`: training rows and held-out rows with no question in common. `file_records` and
+`hub_records`: the records of a data set as they are, for whoever makes rows of them.
 What is wrong with a row sends it into quarantine; what is wrong with the whole is a `UserError`.
 Both name the place and the remedy.
 """
@@ -180,16 +181,23 @@ def _task_row(config: ReasoningGymConfig, entry: dict[str, Any], index: int) -> 
 
 
 def _read_file(config: DataConfig, name: str, split: str, quarantine: Quarantine) -> Iterator[Row]:
+    yield from _to_rows(config, name, file_records(name), quarantine)
+
+
+def file_records(name: str) -> Iterator[tuple[str, Any]]:
+    """(place, record) of a .jsonl or .parquet file, or (place, `UserError`) of a line that is none.
+
+    Raises: `UserError` when there is no such file, or it is neither.
+    """
     path = Path(name).expanduser()
     if not path.is_file():
         raise UserError(f"data file {name} does not exist (looked in {Path.cwd()})")
     if path.suffix == ".jsonl":
-        records: Iterator[tuple[str, Any]] = _read_jsonl(path)
+        yield from _read_jsonl(path)
     elif path.suffix == ".parquet":
-        records = _read_parquet(path)
+        yield from _read_parquet(path)
     else:
         raise UserError(f"data file {name} is neither .jsonl nor .parquet")
-    yield from _to_rows(config, name, records, quarantine)
 
 
 def _read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
@@ -236,10 +244,22 @@ def _read_parquet(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _read_hub(config: DataConfig, name: str, split: str, quarantine: Quarantine) -> Iterator[Row]:
+    records = hub_records(name, config.subset, split)
+    yield from _to_rows(config, f"{name} {split}", records, quarantine)
+
+
+def hub_records(
+    name: str, subset: str | None, split: str, files: Sequence[str] = ()
+) -> Iterator[tuple[str, Any]]:
+    """(place, record) of a data set of the hub, or of a folder with a copy.
+
+    `files`: JSON lines in the data set's repository that are read alone, as one split.
+    Raises: `UserError` when it cannot be had.
+    """
     import datasets
 
     try:
-        data = _load_data_set(name, config.subset, split)
+        data = _load_data_set(name, subset, split, files)
     except ConnectionError as error:
         raise UserError(
             f"data set {name!r} cannot be reached: {error}. Without a network, give data.path the "
@@ -248,19 +268,22 @@ def _read_hub(config: DataConfig, name: str, split: str, quarantine: Quarantine)
         ) from error
     except (ValueError, OSError, KeyError, datasets.exceptions.DatasetsError) as error:
         raise UserError(
-            f"data set {name!r} (subset {config.subset}, split {split!r}) cannot be loaded: "
+            f"data set {name!r} (subset {subset}, split {split!r}) cannot be loaded: "
             f"{error}. Check data.path, data.subset, data.split and data.eval_path"
         ) from error
     if isinstance(data, datasets.DatasetDict):
         data = data[split]
-    records = ((f"{name} {split} row {number}", record) for number, record in enumerate(data))
-    yield from _to_rows(config, f"{name} {split}", records, quarantine)
+    for number, record in enumerate(data):
+        yield f"{name} {split} row {number}", record
 
 
-def _load_data_set(name: str, subset: str | None, split: str) -> Any:
+def _load_data_set(name: str, subset: str | None, split: str, files: Sequence[str]) -> Any:
     """A hub data set, a folder of data files, or a folder that `save_to_disk` wrote."""
     import datasets
 
+    if files:
+        urls = [f"hf://datasets/{name}/{file}" for file in files]
+        return datasets.load_dataset("json", data_files=urls, split="train")
     folder = Path(name).expanduser()
     if not (folder / "dataset_dict.json").is_file() and not (folder / "state.json").is_file():
         return datasets.load_dataset(name, subset, split=split)

@@ -21,9 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a verb; returns the exit status: 0 done, 1 the run failed, 2 wrong input, 130 stopped."""
     options = _parse(arguments)
     try:
-        verb = {"train": _train, "plan": _plan, "inspect": _inspect, "replay": _replay}[
-            options.verb
-        ]
+        verb = _VERBS[options.verb]
         return verb(options)
     except (UserError, RunError) as error:
         print(f"\nerror: {_message(error)}", file=sys.stderr)
@@ -72,6 +70,7 @@ def _parser() -> argparse.ArgumentParser:
             sub.add_argument("--costs", type=Path, help="JSON of measured costs to predict with")
     _add_inspect(verbs)
     _add_replay(verbs)
+    _add_eval(verbs)
     return parser
 
 
@@ -99,6 +98,25 @@ def _add_replay(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     sub.add_argument("--step", type=int, required=True, help="learner step, from 1")
     sub.add_argument(
         "overrides", nargs="*", metavar="recipe=NAME", help="another rule; algorithm. keys too"
+    )
+
+
+def _add_eval(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    text = "evaluate a model on suites; the same call again goes on where one was interrupted"
+    usage = "grpo-lambda eval MODEL --suite NAME [--suite NAME ...] [options] [key=value ...]"
+    sub = verbs.add_parser("eval", help=text, description=text, usage=usage)
+    sub.add_argument("model", metavar="MODEL", help="folder, hub name, or builtin:NAME")
+    sub.add_argument("overrides", nargs="*", metavar="key=value", help="configuration keys")
+    sub.add_argument(
+        "--suite", action="append", required=True, help="of deploy/configs/suites, or a YAML file"
+    )
+    sub.add_argument("--samples", type=int, help="a problem (default: the suite's; 1 is greedy)")
+    sub.add_argument("--temperature", type=float, help="(default: the suite's)")
+    sub.add_argument("--max-tokens", type=int, help="of an answer (default: the suite's)")
+    sub.add_argument("--limit", type=int, help="only so many problems, the first ones")
+    sub.add_argument("--data", help="a .jsonl or .parquet file in place of the hub's data set")
+    sub.add_argument(
+        "--out", type=Path, help="folder (default: runs/eval-MODEL-SUITE; of several, their parent)"
     )
 
 
@@ -177,6 +195,35 @@ def _replay(options: argparse.Namespace) -> int:
     found = replay(options.run, options.step, other)
     print(describe(found, name_of(options.run)))
     return int(bool(found.differences))
+
+
+def _eval(options: argparse.Namespace) -> int:
+    from deploy.eval.launch import evaluate
+    from deploy.eval.settings import Options
+
+    evaluate(
+        Options(
+            model=options.model,
+            suites=options.suite,
+            overrides=options.overrides,
+            samples=options.samples,
+            temperature=options.temperature,
+            max_tokens=options.max_tokens,
+            limit=options.limit,
+            data=options.data,
+            out=options.out,
+        )
+    )
+    return 0
+
+
+_VERBS = {
+    "train": _train,
+    "plan": _plan,
+    "inspect": _inspect,
+    "replay": _replay,
+    "eval": _eval,
+}
 
 
 def entry_point() -> None:

@@ -10,6 +10,7 @@
     every process        the libraries it imports
 
 Activations are not counted: they follow from `batch.tokens_per_microbatch` and are smaller.
+Without a learner (an evaluation, `learner.ranks` 0) there are generators alone.
 """
 
 from __future__ import annotations
@@ -64,15 +65,16 @@ def estimate(config: Config, parameters: int) -> MemoryEstimate:
     ranks, generators = config.learner.ranks, config.generator.count
     compute = parameters * width
     reference = compute if config.algorithm.objective.kl > 0 else 0
+    trained = parameters if ranks else 0
     return MemoryEstimate(
         parameters=parameters,
-        learner=parameters * _LEARNER_BYTES_A_PARAMETER
+        learner=trained * _LEARNER_BYTES_A_PARAMETER
         + reference
         + ranks * (compute + _PROCESS_BYTES["learner"]),
-        checkpoint=parameters * _CHECKPOINT_BYTES_A_PARAMETER + compute,
+        checkpoint=trained * (_CHECKPOINT_BYTES_A_PARAMETER + width),
         generators=generators
         * (compute + config.generator.kv_cache_gib * GIB + _PROCESS_BYTES["generator"]),
-        transfer=(2 + generators) * compute,
+        transfer=(2 + generators) * trained * width,
         others=_PROCESS_BYTES["others"],
     )
 

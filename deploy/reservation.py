@@ -46,7 +46,7 @@ class Wish:
 
 
 def wishes(config: Config, options: ActorOptions) -> list[Wish]:
-    """What a run asks of a cluster."""
+    """What a run asks of a cluster; an evaluation has no learner (`learner.ranks` 0)."""
     generator, learner, verifier = config.generator, config.learner, config.verifier
     verifiers = Wish(
         VERIFIERS,
@@ -64,14 +64,11 @@ def wishes(config: Config, options: ActorOptions) -> list[Wish]:
         Wish(name, _bundle(options.generator, generator.resources), 1, generator.labels, "PACK")
         for name in generator_names(config)
     ]
+    ranks = Wish(
+        LEARNER, _bundle(options.learner, learner.resources), learner.ranks, learner.labels, "PACK"
+    )
     return [
-        Wish(
-            LEARNER,
-            _bundle(options.learner, learner.resources),
-            learner.ranks,
-            learner.labels,
-            "PACK",
-        ),
+        *([ranks] if learner.ranks else []),
         verifiers,
         *generators,
     ]
@@ -116,11 +113,12 @@ class Reservation:
             UserError: something has none after `deadline_s`; it names what is missing.
         """
         generators = generator_names(config)
+        needed = [name for name in self._wishes if name not in generators]
         ends = asyncio.get_running_loop().time() + deadline_s
         said = False
         while True:
             ready = [name for name in generators if await asyncio.to_thread(self.is_ready, name)]
-            fixed = [await asyncio.to_thread(self.is_ready, n) for n in (LEARNER, VERIFIERS)]
+            fixed = [await asyncio.to_thread(self.is_ready, name) for name in needed]
             if all(fixed) and len(ready) >= fewest_generators(config):
                 return ready
             if asyncio.get_running_loop().time() > ends:

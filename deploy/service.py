@@ -3,7 +3,8 @@
 Starting vLLM takes most of a short run's time. A comparison of many recipes therefore keeps one
 `Service`: each run loads its own learner into the processes that the last run left behind, and
 sends its first weights to their generators. These keep the random state of the runs before:
-`seed` then decides the prompts and their order, not the samples.
+`seed` then decides the prompts and their order, not the samples. An evaluation has no learner
+(`learner.ranks` 0), and verifiers of its own for each suite.
 """
 
 from __future__ import annotations
@@ -80,6 +81,18 @@ class Service:
         self._actors, self._served = self._factory.all(generators), wanted
         return self._actors, False
 
+    async def change_verifiers(self, config: Config) -> dict[str, Any]:
+        """Verifiers of `config.verifier` in the place of those that are open; the rest stays."""
+        assert self._actors is not None
+        old = self._actors.verifiers
+        await self._all_answered([handle.close.remote() for handle in old.values()])
+        for handle in old.values():
+            ray.kill(handle)
+        changed = replace(self.factory.config, verifier=config.verifier)
+        self._factory, self._served = replace(self.factory, config=changed), _sections(changed)
+        self._actors.verifiers = {name: self.factory.verifier(name) for name in old}
+        return self._actors.verifiers
+
     async def end_run(self, stream: Any) -> None:
         """Close what belongs to one run; the learner lets go of its policy."""
         assert self._actors is not None
@@ -133,9 +146,13 @@ def _check(config: Config) -> bool:
 
 
 def _described(config: Config, cores: CorePlan) -> str:
+    learners = (
+        f"{config.learner.ranks} learner rank(s) of {cores.learner_threads} thread(s), "
+        if config.learner.ranks
+        else ""
+    )
     return (
         f"starting {config.generator.count} generator(s) of {cores.generator_threads} "
-        f"thread(s), {config.learner.ranks} learner rank(s) of {cores.learner_threads} "
-        f"thread(s), {config.verifier.workers} verifier(s), in {config.model.dtype} "
+        f"thread(s), {learners}{config.verifier.workers} verifier(s), in {config.model.dtype} "
         f"({cores.reason})"
     )

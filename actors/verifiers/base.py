@@ -22,6 +22,7 @@ NUMBER = re.compile(r"(?<![\w.])-?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?")
 """A decimal number. A minus behind a digit or letter is a subtraction, not a sign."""
 _ANSWER_TAG = re.compile(r"<answer>(.*?)</answer>", re.DOTALL | re.IGNORECASE)
 _BOXED = re.compile(r"\\boxed\s*\{")
+_LINK = re.compile(r"[\s$]*(?:,|;|and|or|,\s*and|,\s*or)[\s$]*")
 
 
 @dataclass(frozen=True)
@@ -96,10 +97,43 @@ def extract_answer(text: str, how: str) -> str | None:
 
 def last_boxed(text: str) -> str | None:
     """What the last complete `\\boxed{...}` of `text` holds, braces inside it balanced."""
-    for start in reversed([match.end() for match in _BOXED.finditer(text)]):
-        depth = 1
-        for end in range(start, len(text)):
-            depth += {"{": 1, "}": -1}.get(text[end], 0)
-            if depth == 0:
-                return text[start:end].strip()
+    for match in reversed(list(_BOXED.finditer(text))):
+        end = _closing(text, match.end())
+        if end is not None:
+            return text[match.end() : end].strip()
+    return None
+
+
+def last_boxes(text: str) -> list[str]:
+    """What the last `\\boxed{...}` holds, and those before it that are named with it.
+
+    `\\boxed{1} and \\boxed{2}` is one answer of two parts; between other boxes stand words, and a
+    later one replaces an earlier one.
+    """
+    found: list[tuple[int, int, str]] = []
+    for match in _BOXED.finditer(text):
+        end = _closing(text, match.end())
+        if end is None:
+            continue
+        while found and found[-1][1] > match.start():  # the inner box of two is the answer
+            found.pop()
+        found.append((match.start(), end + 1, text[match.end() : end].strip()))
+    first = len(found) - 1
+    while first > 0 and _LINK.fullmatch(text[found[first - 1][1] : found[first][0]]):
+        first -= 1
+    return [content for _, _, content in found[max(first, 0) :]]
+
+
+def after_thinking(text: str) -> str:
+    """What follows the last `</think>`: an answer inside the thoughts is none."""
+    return text.rpartition("</think>")[2]
+
+
+def _closing(text: str, start: int) -> int | None:
+    """Where the brace that was opened just before `start` is closed."""
+    depth = 1
+    for end in range(start, len(text)):
+        depth += {"{": 1, "}": -1}.get(text[end], 0)
+        if depth == 0:
+            return end
     return None

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from fractions import Fraction
 from functools import lru_cache
 from typing import Any
 
@@ -88,15 +89,35 @@ def score(
         raise ValueError("the prompt is no reasoning-gym task: use data.source=reasoning_gym")
     entry = decode_entry(reference["entry"])
     stored = entry["answer"]
-    if extract == "last_number" and not (isinstance(stored, str) and NUMBER.fullmatch(stored)):
-        extract = "last_line"
-    answer = extract_answer(text, extract)
+    answer = _given(text, stored, extract)
     if answer is None:
         return Verdict.scored(0.0, f"no answer ({extract})")
     grade = _grade(reference["task"], reference.get("params") or {}, answer, entry)
     if grade < 1.0 and not partial_credit:
         grade = 0.0
     return Verdict.scored(grade, f"answer {answer[:80]!r}, stored {str(stored)[:80]!r}")
+
+
+def vote(
+    text: str,
+    reference: dict[str, Any],
+    extract: Extract = "last_number",
+    partial_credit: bool = False,
+) -> str | None:
+    """The answer that `score` would grade, white space and case aside; a number as a number."""
+    answer = _given(text, reference.get("answer"), extract)
+    if answer is None:
+        return None
+    try:
+        return str(Fraction(answer))
+    except (ValueError, ZeroDivisionError):
+        return " ".join(answer.lower().split())
+
+
+def _given(text: str, stored: object, extract: Extract) -> str | None:
+    if extract == "last_number" and not (isinstance(stored, str) and NUMBER.fullmatch(stored)):
+        extract = "last_line"
+    return extract_answer(text, extract)
 
 
 def _grade(task: str, params: dict[str, Any], answer: str, entry: dict[str, Any]) -> float:

@@ -1,7 +1,8 @@
 """From a rule in the configuration to something that can be called.
 
 `verifier_names`: the column names of the rules. `resolve`: the callable, its arguments checked.
-`Rule.judge`: one verdict, whatever the callable does short of ending the process.
+`Rule.judge`: one verdict, whatever the callable does short of ending the process. `voter`: what a
+rule takes for the answer of a completion.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from common.schema import ERROR
 if TYPE_CHECKING:
     from common.config import VerifierConfig
 
-BUILTIN = ("reasoning_gym", "math_answer", "format_rules")
+BUILTIN = ("reasoning_gym", "math_answer", "format_rules", "choice", "code_tests")
+_VOTING = ("reasoning_gym", "math_answer", "choice")
 
 
 def verifier_names(config: VerifierConfig) -> list[str]:
@@ -66,6 +68,18 @@ def resolve(name: str, target: str, args: dict[str, Any]) -> Rule:
     score = _import_callable(target)
     _check_signature(target, score, ("", {}), args)
     return Rule(name, score, args)
+
+
+def voter(target: str) -> Callable[..., str | None] | None:
+    """`vote(text, reference, **args)` of a built-in rule: a key that equal answers share, or None
+    where a text gives none. It only looks at text, so any process may call it.
+
+    None for rules without a notion of an answer: programs, forms, your own.
+    """
+    if target not in _VOTING:
+        return None
+    vote: Callable[..., str | None] = importlib.import_module(f"actors.verifiers.{target}").vote
+    return vote
 
 
 def _import_callable(target: str) -> Callable[..., object]:

@@ -1,0 +1,308 @@
+"""`grpo-lambda eval`: suites one after the other through one set of generators.
+
+Everything that can be wrong with the input is found before a process starts. What is in a folder
+already is not sampled again, and a folder that is done starts nothing.
+
+FOLDER/config.yaml          configuration of the parts
+      /settings.json        what decides the results: a second call must have the same
+      /trajectories/        every sample as training logs it (`common.log_store`)
+      /completions.parquet  every sample for reading: prompt, completion, answer, verdict
+      /results.json         the numbers, written last
+      /failures.json        why the grader could not judge, and how often
+      /log/                 what every process printed
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from ray.exceptions import RayError
+
+from actors.chat import Template
+from actors.data_sources import Rows
+from actors.pools import GeneratorPool, VerifierPool
+from actors.prompts import Prompt, PromptSource
+from common.config import Config
+from common.errors import RunError, UserError
+from common.heartbeat import beat
+from common.stream import GroupLog
+from deploy.cluster import start_stream
+from deploy.display import PlainDisplay
+from deploy.eval import report
+from deploy.eval.runner import SuiteRunner, logged
+from deploy.eval.settings import (
+    Options,
+    Sampling,
+    base_config,
+    context_length,
+    differences,
+    sampling_of,
+    settings_of,
+    suite_config,
+)
+from deploy.eval.suite import Suite, load_problems, load_suite
+from deploy.models import Located, check_vocabulary, resolve_model
+from deploy.placement import with_compute_dtype
+from deploy.preemption import Preemption
+from deploy.restart import Restarts
+from deploy.revival import Reviver
+from deploy.run import first_cause, until_learner_ends
+from deploy.run_dir import RunDirectory, last_errors
+from deploy.service import Service
+
+SETTINGS, FAILURES = "settings.json", "failures.json"
+_SHOW_S = 10.0
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One suite, ready to be sampled. `missing`: numbers of samples, see `deploy.eval.runner`."""
+
+    suite: Suite
+    sampling: Sampling
+    prompts: list[Prompt]
+    config: Config
+    settings: dict[str, Any]
+    run: RunDirectory
+    missing: list[int]
+
+
+def evaluate(options: Options) -> list[dict[str, Any]]:
+    """Every suite to its end; what each results.json holds, in order.
+
+    Raises:
+        UserError: wrong input, or a folder of other settings. RunError: it cannot go on; call
+            again to go on with what is missing.
+    """
+    say = PlainDisplay(0).event
+    jobs: list[Job] = []
+    try:
+        jobs += _prepare(options, say)
+        if any(job.missing for job in jobs):
+            _sample_all([job for job in jobs if job.missing], say)
+        return [_finish(job) for job in jobs]
+    finally:
+        for job in jobs:
+            job.run.release()
+
+
+def _prepare(options: Options, say: Say) -> list[Job]:
+    """Check all suites, then open their folders."""
+    from transformers import AutoTokenizer
+
+    if options.data is not None and len(options.suites) > 1:
+        raise UserError("--data is one suite's file: name one --suite")
+    base = base_config(options)
+    suites = [load_suite(name) for name in options.suites]
+    if len({suite.name for suite in suites}) != len(suites):
+        raise UserError("each suite has a folder of its name: give no --suite twice")
+    samplings = [sampling_of(options, suite, base.seed) for suite in suites]
+    rows = [load_problems(suite, options.data, options.limit) for suite in suites]
+    folder = resolve_model(options.model)
+    tokenizer = AutoTokenizer.from_pretrained(
+        str(folder), trust_remote_code=base.model.trust_remote_code
+    )
+    check_vocabulary(tokenizer.get_vocab().values(), folder)
+    template = Template(base.data, tokenizer)
+    prompts = [
+        PromptSource(Rows([], each, 0), template, 0, "sequential").eval_prompts(len(each))
+        for each in rows
+    ]
+    needed = max(
+        max(len(prompt.token_ids) for prompt in some) + sampling.max_tokens
+        for some, sampling in zip(prompts, samplings, strict=True)
+    )
+    length = context_length(folder, needed)
+    base = replace(base, model=replace(base.model, path=str(folder), max_length=length))
+    base = with_compute_dtype(base)
+    jobs: list[Job] = []
+    try:
+        for suite, sampling, some, each in zip(suites, samplings, prompts, rows, strict=True):
+            config = suite_config(base, suite, sampling)
+            settings = settings_of(options, suite, sampling, each, config)
+            jobs.append(_open(options, suite, sampling, some, config, settings, say))
+    except BaseException:
+        for job in jobs:
+            job.run.release()
+        raise
+    return jobs
+
+
+def _open(
+    options: Options,
+    suite: Suite,
+    sampling: Sampling,
+    prompts: list[Prompt],
+    config: Config,
+    settings: dict[str, Any],
+    say: Say,
+) -> Job:
+    path = folder_of(options, suite.name)
+    run = open_folder(path, config, settings)
+    total = len(prompts) * sampling.samples
+    there = logged(path / "trajectories")
+    missing = [number for number in range(total) if number not in there]
+    done = total - len(missing)
+    say(f"{suite.name}: {total} samples, {done} of them in {path} already")
+    return Job(suite, sampling, prompts, config, settings, run, missing)
+
+
+def folder_of(options: Options, suite: str) -> Path:
+    """`--out`, with a folder for each of several suites in it; else runs/eval-MODEL-SUITE."""
+    if options.out is not None:
+        return options.out if len(options.suites) == 1 else options.out / suite
+    model = "".join(c if c.isalnum() or c in "._-" else "-" for c in options.model.rstrip("/"))
+    return Path("runs") / f"eval-{model.strip('-.')}-{suite}"
+
+
+def open_folder(path: Path, config: Config, settings: dict[str, Any]) -> RunDirectory:
+    """A new folder, or one of the same settings, locked for this process.
+
+    Raises: `UserError` when it holds something else, or another process is at work in it.
+    """
+    if not path.exists():
+        run = RunDirectory.create(replace(config, name=path.name, runs_dir=str(path.parent)))
+        (path / SETTINGS).write_text(json.dumps(settings, indent=1))
+        return run
+    if not (path / SETTINGS).is_file() or not (path / "config.yaml").is_file():
+        raise UserError(f"{path} exists and is no evaluation: choose another --out")
+    run = RunDirectory.reopen(str(path))
+    stored = json.loads((path / SETTINGS).read_text())
+    # As JSON, in which a tuple is a list.
+    found = differences(stored, json.loads(json.dumps(settings)))
+    if found:
+        run.release()
+        raise UserError(
+            f"{path} is an evaluation with other settings:\n  "
+            + "\n  ".join(found)
+            + "\nGive the same settings to go on with it, or choose another --out"
+        )
+    return run
+
+
+def _sample_all(jobs: list[Job], say: Say) -> None:
+    """What is missing of each suite, through one service. Raises as `evaluate`."""
+    log_folder = jobs[0].run.path / "log"
+    try:
+        asyncio.run(_sample(jobs, log_folder, say))
+    except ExceptionGroup as group:
+        raise _explained(first_cause(group), log_folder) from group
+    except (RayError, RunError) as error:
+        raise _explained(error, log_folder) from error
+
+
+async def _sample(jobs: list[Job], log_folder: Path, say: Say) -> None:
+    task = asyncio.current_task()
+    assert task is not None
+    preemption, service, first = Preemption(task, 0.0), Service(), jobs[0]
+    try:
+        origin = Located(first.settings["model"], first.config.model.path)
+        actors, _ = await service.open(first.config, 0, origin, say)
+        preemption.listen()
+        generators = GeneratorPool(actors.generators, service.waits, 0)
+        deadline_s = first.config.generator.start_timeout_s
+        await generators.call_all("start", owner="start-up", deadline_s=deadline_s)
+        restarts = Restarts(first.config.restart)
+        generators.revival = Reviver(service.factory, first.run, restarts, say).generators()
+        try:
+            for job in jobs:
+                if job is not first:
+                    await service.change_verifiers(job.config)
+                verifiers = VerifierPool(actors.verifiers, service.waits)
+                reviver = Reviver(service.factory, job.run, restarts, say)
+                await _sample_suite(job, service, generators, verifiers, reviver, say)
+        finally:
+            generators.end()
+    finally:
+        await service.end(log_folder)
+
+
+async def _sample_suite(
+    job: Job,
+    service: Service,
+    generators: GeneratorPool,
+    verifiers: VerifierPool,
+    reviver: Reviver,
+    say: Say,
+) -> None:
+    config = job.config
+    deadline_s = config.generator.start_timeout_s
+    await verifiers.call_all("warm_up", owner="start-up", deadline_s=deadline_s)
+    verifiers.revival = reviver.verifiers()
+    stream = start_stream(config, job.run.path)
+    log = GroupLog(stream, service.waits, config.verify_timeout_s, reviver.stream())
+    runner = SuiteRunner(
+        job.prompts,
+        job.sampling,
+        generators=generators,
+        verifiers=verifiers,
+        log=log,
+        config=config,
+        progress=_Progress(job, say),
+    )
+    asks = [partial(part.ping, config.restart.silence_s) for part in (generators, verifiers, log)]
+    try:
+        await until_learner_ends(runner.run(job.missing), beat(config.restart.heartbeat_s, asks))
+        _add_failures(job.run.path / FAILURES, await verifiers.failures(config.verify_timeout_s))
+    finally:
+        verifiers.end()
+        await service.end_run(log.stream)
+
+
+class _Progress:
+    """Says how far a suite is, not more often than every ten seconds."""
+
+    def __init__(self, job: Job, say: Say) -> None:
+        self._job, self._say = job, say
+        self._total = len(job.prompts) * job.sampling.samples
+        self._before = self._total - len(job.missing)
+        self._said_s = time.monotonic()
+
+    def __call__(self, done: int) -> None:
+        now, count = time.monotonic(), self._before + done
+        if count == self._total or now - self._said_s >= _SHOW_S:
+            self._said_s = now
+            self._say(f"{self._job.suite.name}: {count} of {self._total} samples")
+
+
+def _add_failures(path: Path, reasons: Counter[str]) -> None:
+    """To those of the calls before this one."""
+    if path.is_file():
+        reasons = reasons + Counter(json.loads(path.read_text()))
+    if reasons:
+        path.write_text(json.dumps(dict(reasons), indent=1))
+
+
+def _finish(job: Job) -> dict[str, Any]:
+    """The numbers of a suite whose samples are all there, printed; written where they are not."""
+    path = job.run.path
+    if job.missing or not (path / report.RESULTS).is_file():
+        failures = path / FAILURES
+        reasons = json.loads(failures.read_text()) if failures.is_file() else {}
+        samples = report.collect(
+            path / "trajectories", len(job.prompts), job.sampling.samples, job.suite.grader
+        )
+        report.write(path, samples, report.results_of(samples, job.settings, reasons))
+    results: dict[str, Any] = json.loads((path / report.RESULTS).read_text())
+    print(f"\n{report.table(results)}\n  {path / report.RESULTS}", flush=True)
+    return results
+
+
+def _explained(error: BaseException, log_folder: Path) -> BaseException:
+    """With what the processes said last, and how to go on, where the user cannot know."""
+    if not isinstance(error, (RunError, RayError)):
+        return error  # wrong input, or a defect of ours
+    cause = getattr(error, "cause", None) or error
+    said = last_errors(log_folder) if log_folder.is_dir() else []
+    lines = [str(cause), *(f"  {line}" for line in said)]
+    return RunError("\n".join([*lines, "Call again to go on; what is logged is not lost"]))

