@@ -152,6 +152,7 @@ _POSITIVE = (
     "model.max_length",
     "weights.bucket_mib",
     "restart.silence_s",
+    "metrics.timeout_s",
     "algorithm.objective.epochs",
     "algorithm.rollout.guidance.window",
     "algorithm.rollout.guidance.max_tokens",
