@@ -9,11 +9,12 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from common.algorithm_config import CreditKind
 from common.config import Config
 from common.errors import UserError
 
@@ -214,6 +215,12 @@ def check_config(config: Config) -> None:
         raise UserError("verifier.rules is empty: name at least one verifier")
     _check_data(config)
     _check_guidance(config)
+    kind, kinds = config.algorithm.credit.kind, get_args(CreditKind)
+    if kind not in kinds and ":" not in kind:
+        raise UserError(
+            f"algorithm.credit.kind={kind} is not known{_nearest(kind, kinds)}: use one of "
+            f"{', '.join(kinds)}, or a rule of your own as package.module:function"
+        )
 
 
 def _check_guidance(config: Config) -> None:

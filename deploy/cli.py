@@ -6,22 +6,28 @@ Heavy imports wait until a verb needs them, so that `--help` is instant.
 from __future__ import annotations
 
 import argparse
-import asyncio
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from common.config import Config
 from common.errors import RunError, UserError
 
-CONFIGS = Path(__file__).resolve().parent / "configs"
+if TYPE_CHECKING:
+    from common.config import Config
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a verb; returns the exit status: 0 done, 1 the run failed, 2 wrong input, 130 stopped."""
     options = _parser().parse_args(arguments)
     try:
-        verb = {"train": _train, "plan": _plan, "inspect": _inspect}[options.verb]
+        verb = {
+            "train": _train,
+            "plan": _plan,
+            "recipes": _recipes,
+            "inspect": _inspect,
+            "completion": _completion,
+        }[options.verb]
         return verb(options)
     except (UserError, RunError) as error:
         print(f"\nerror: {_message(error)}", file=sys.stderr)
@@ -29,7 +35,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\nstopped by Ctrl-C; the run directory can be resumed or read", file=sys.stderr)
         return 130
-    except asyncio.CancelledError:
+    except BaseException as error:
+        from asyncio import CancelledError  # slow to import, and only a run raises it
+
+        if not isinstance(error, CancelledError):
+            raise
         print("\nstopped by SIGTERM; the run directory can be resumed or read", file=sys.stderr)
         return 143
 
@@ -57,6 +67,11 @@ def _parser() -> argparse.ArgumentParser:
         if verb == "plan":
             sub.add_argument("--lengths", type=Path, help="a run whose lengths a prediction takes")
             sub.add_argument("--costs", type=Path, help="JSON of measured costs to predict with")
+    text = "list the recipes and presets, a line each"
+    verbs.add_parser("recipes", help=text, description=text)
+    text = "print a completion script; in bash: source <(grpo-lambda completion bash)"
+    sub = verbs.add_parser("completion", help=text, description=text)
+    sub.add_argument("shell", choices=("bash", "zsh", "fish"))
     text = "what became of every completion of a run; fails when the account does not close"
     sub = verbs.add_parser("inspect", help=text, description=text)
     sub.add_argument("run", type=Path, help="run directory")
@@ -65,26 +80,14 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _load(options: argparse.Namespace) -> Config:
-    from common.config_loader import load_config
+    from deploy.presets import load
 
-    path: Path | None = options.config
-    resumed = [o.partition("=")[2] for o in options.overrides if o.startswith("resume=")]
-    resumed = [run for run in resumed if run != "auto"]  # goes with --config
-    resolved = path is None and bool(resumed)
-    if path is None and resumed:
-        path = Path(resumed[-1]) / "config.yaml"
-        if not path.is_file():
-            raise UserError(f"resume={resumed[-1]}: there is no run in this folder")
-    elif path is None:
-        path = CONFIGS / "smollm2.yaml"
-    config = load_config([path], options.overrides, CONFIGS / "recipes", resolved=resolved)
-    from learner.recipe import check_recipe
-
-    check_recipe(config.algorithm, config.correction_kind, config.generator.max_completion_tokens)
-    return config
+    return load(options.config, options.overrides)
 
 
 def _train(options: argparse.Namespace) -> int:
+    if options.config is None and not options.overrides:
+        _pick_preset(options)
     config = _load(options)
     from deploy.launch import train
 
@@ -92,10 +95,34 @@ def _train(options: argparse.Namespace) -> int:
     return 0
 
 
+def _pick_preset(options: argparse.Namespace) -> None:
+    """A person is asked; a script gets the default, and is told so."""
+    from deploy.presets import DEFAULT, choose
+
+    if sys.stdin.isatty() and sys.stdout.isatty():
+        options.config = choose()
+    else:
+        print(f"no --config: training the preset {DEFAULT}", flush=True)
+
+
 def _plan(options: argparse.Namespace) -> int:
     from deploy.plan import describe
 
     print(describe(_load(options), options.lengths, options.costs))
+    return 0
+
+
+def _recipes(options: argparse.Namespace) -> int:
+    from deploy.presets import listing
+
+    print(listing())
+    return 0
+
+
+def _completion(options: argparse.Namespace) -> int:
+    from deploy.completion import script
+
+    print(script(options.shell, _parser()), end="")
     return 0
 
 
@@ -106,7 +133,8 @@ def _inspect(options: argparse.Namespace) -> int:
 
 
 def entry_point() -> None:
-    """The console script."""
+    """The console script. Rules of the user's own are found where it is started, as by `-m`."""
+    sys.path.append(str(Path.cwd()))
     sys.exit(main())
 
 

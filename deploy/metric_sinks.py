@@ -40,6 +40,7 @@ class RunInfo:
     folder: Path
     config: Mapping[str, Scalar]
     """Flat: `batch.group_size`."""
+    timeout_s: float
     last_step: int | None
     """On resume: that of the checkpoint, -1 where there is none. None: a new run."""
 
@@ -67,13 +68,18 @@ def check_sinks(config: MetricsConfig) -> None:
 
 
 def _check_login(wandb: Any) -> None:
-    """W&B would ask for its key on the terminal, from within the run."""
-    offline = wandb.setup().settings.mode not in ("online", "shared")
-    if not offline and not wandb.login(prompt=False):
+    """W&B would ask for its key on the terminal, from within the run. Asks no server."""
+    if wandb.setup().settings.mode not in ("online", "shared"):
+        return
+    remedy = "run `wandb login`, set WANDB_API_KEY, or WANDB_MODE=offline"
+    try:
+        logged_in = wandb.login(prompt=False, verify=False)
+    except wandb.Error as error:
         raise UserError(
-            "metrics.sinks names wandb, and nobody is logged in: run `wandb login`, set "
-            "WANDB_API_KEY, or WANDB_MODE=offline"
-        )
+            f"metrics.sinks names wandb, whose login is wrong ({error}): {remedy}"
+        ) from error
+    if not logged_in:
+        raise UserError(f"metrics.sinks names wandb, and nobody is logged in: {remedy}")
 
 
 def open_metrics(
@@ -81,7 +87,8 @@ def open_metrics(
 ) -> Metrics:
     """The sinks of a run in `folder`; with Ray's gauges where somebody else's cluster has them."""
     keys = config.metrics
-    info = RunInfo(folder.name, keys.project, folder, flatten(asdict(config)), last_step)
+    flat = flatten(asdict(config))
+    info = RunInfo(folder.name, keys.project, folder, flat, keys.timeout_s, last_step)
     makers: dict[str, Callable[[], MetricSink]] = {
         "tensorboard": lambda: TensorBoardSink(info),
         **{name: _once(name, make, info) for name, make in _REMOTE.items()},
@@ -168,7 +175,8 @@ class WandbSink:
             allow_val_change=True,  # a resumed run may have more steps=
             resume="allow",
             reinit="create_new",  # one process may train several runs
-            settings=wandb.Settings(console="off", silent=True),
+            # Its own deadline is 90 s, and the process would not end before that.
+            settings=wandb.Settings(console="off", silent=True, init_timeout=info.timeout_s),
         )
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:

@@ -71,7 +71,8 @@ def wandb_double(service: Service) -> ModuleType:
         init=init,
         Settings=SimpleNamespace,
         setup=lambda: SimpleNamespace(settings=settings),
-        login=lambda prompt: True,
+        login=lambda prompt, verify: True,
+        Error=ConnectionError,
         settings=settings,
     )
     return module
@@ -246,9 +247,10 @@ def test_a_login_that_is_missing_is_one_too(
     service: Service, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     check_sinks(config("wandb").metrics)
-    monkeypatch.setattr(sys.modules["wandb"], "login", lambda prompt: False)
-    with pytest.raises(UserError, match="wandb login.*WANDB_MODE=offline"):
-        check_sinks(config("wandb").metrics)
+    for answer in (lambda **_: False, lambda **_: fail(ConnectionError("bad key"))()):
+        monkeypatch.setattr(sys.modules["wandb"], "login", answer)
+        with pytest.raises(UserError, match="wandb login.*WANDB_MODE=offline"):
+            check_sinks(config("wandb").metrics)
     sys.modules["wandb"].settings.mode = "offline"  # type: ignore[attr-defined]
     check_sinks(config("wandb").metrics)
 
