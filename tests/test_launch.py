@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import signal
 import sys
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -60,7 +60,7 @@ def test_a_run_that_is_done_is_not_an_error(
     assert not (tmp_path / "job" / "log").exists()
 
 
-ENDED = threading.Event()
+BEGAN, ENDED = threading.Event(), threading.Event()
 
 
 class FakeRun:
@@ -72,6 +72,7 @@ class FakeRun:
     async def main(self) -> dict[str, float]:
         try:
             if self._config.name == "endless":
+                BEGAN.set()
                 await asyncio.sleep(60)
             if self._config.name == "wrong":
                 raise UserError("wrong input, say")
@@ -95,6 +96,7 @@ def preset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A YAML file, for a `train` whose runs start no process."""
     monkeypatch.setattr(launch, "Run", FakeRun)
     monkeypatch.setattr(launch, "Service", FakeService)
+    BEGAN.clear()
     ENDED.clear()
     path = tmp_path / "mine.yaml"
     path.write_text(f"model: {{path: none}}\nruns_dir: {tmp_path / 'runs'}\n")
@@ -106,12 +108,16 @@ def from_main(call: Callable[[], Any]) -> Any:
 
 
 def from_a_loop(call: Callable[[], Any]) -> Any:
-    """As a cell of a notebook."""
+    """As a cell of a notebook, whose loop leaves SIGINT to Python."""
 
     async def cell() -> Any:
         return call()
 
-    return asyncio.run(cell())
+    loop = asyncio.new_event_loop()
+    try:
+        return loop.run_until_complete(cell())
+    finally:
+        loop.close()
 
 
 def from_a_thread(call: Callable[[], Any]) -> Any:
@@ -161,15 +167,13 @@ def test_what_a_run_raises_reaches_the_caller(place: Callable[..., Any], preset:
 @pytest.mark.parametrize("place", [from_main, from_a_loop])
 def test_ctrl_c_ends_the_run_before_it_is_raised(place: Callable[..., Any], preset: Path) -> None:
     def interrupt() -> None:
-        time.sleep(0.5)
-        signal.raise_signal(signal.SIGINT)
+        BEGAN.wait(30)
+        os.kill(os.getpid(), signal.SIGINT)
 
     threading.Thread(target=interrupt).start()
-    started = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
         place(lambda: train(preset, name="endless"))
     assert ENDED.is_set()
-    assert time.monotonic() - started < 30
     assert not any(thread.name == "train" for thread in threading.enumerate())
 
 
