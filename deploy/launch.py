@@ -1,8 +1,8 @@
 """From configuration to result: the Python calls behind `grpo-lambda train`, comparisons, notebooks.
 
-    from deploy.launch import train
-    result = train("deploy/configs/tiny.yaml", steps=20, **{"batch.group_size": 4})
-    result.final["reward/mean"], result.metrics().to_pandas()
+from deploy.launch import train
+result = train("deploy/configs/tiny.yaml", steps=20, **{"batch.group_size": 4})
+result.final["reward/mean"], result.metrics().to_pandas()
 """
 
 from __future__ import annotations
@@ -100,15 +100,16 @@ def _run_to_end(main: Coroutine[Any, Any, T]) -> T:
 
 
 def _in_thread(main: Coroutine[Any, Any, T]) -> T:
-    started, outcome = threading.Event(), list[T]()
-    tasks: list[tuple[asyncio.AbstractEventLoop, asyncio.Task[Any]]] = []
-    errors: list[BaseException] = []
+    outcome, errors = list[T](), list[BaseException]()
+    tasks: list[asyncio.Task[Any]] = []
+    # Not `Thread.join`, which holds a thread for ended when Ctrl-C interrupts it.
+    began, ended = threading.Event(), threading.Event()
 
     async def watched() -> T:
         task = asyncio.current_task()
         assert task is not None
-        tasks.append((task.get_loop(), task))
-        started.set()
+        tasks.append(task)
+        began.set()
         return await main
 
     def run() -> None:
@@ -117,17 +118,18 @@ def _in_thread(main: Coroutine[Any, Any, T]) -> T:
         except BaseException as error:  # handed to the caller's thread, which raises it
             errors.append(error)
         finally:
-            started.set()
+            began.set()
+            ended.set()
 
-    thread = threading.Thread(target=run, name="train")
-    thread.start()
+    threading.Thread(target=run, name="train").start()
     try:
-        thread.join()
+        ended.wait()
     except KeyboardInterrupt:
-        started.wait()
-        for loop, task in tasks:
-            loop.call_soon_threadsafe(task.cancel)
-        thread.join()  # each wait of a run's end has its deadline
+        began.wait()
+        for task in tasks:
+            if not ended.is_set():
+                task.get_loop().call_soon_threadsafe(task.cancel)
+        ended.wait()  # whatever a run waits for at its end has a deadline
         raise
     if errors:
         raise errors[0]

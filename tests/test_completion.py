@@ -83,9 +83,7 @@ def test_bash_completes_verbs_options_and_keys(scripts: Path, line: str) -> None
 
 
 @pytest.mark.parametrize("word", VALUES)
-def test_bash_completes_values_whether_or_not_it_cuts_words_there(
-    scripts: Path, word: str
-) -> None:
+def test_bash_completes_values_whether_or_not_it_cuts_words_there(scripts: Path, word: str) -> None:
     line, key = f"grpo-lambda train {word}", word.partition("=")[0]
     assert in_bash(scripts, line) == VALUES[word]
     whole = [f"{key}={value}" for value in VALUES[word]]

@@ -110,9 +110,9 @@ def test_a_rule_of_ones_own_is_a_recipe_like_any_other() -> None:
         ratio = (batch.logprobs_N - batch.old_logprobs_N)[part][mask].exp()
         advantage, entropy = batch.advantages_B[i], batch.entropy_N[part][mask]
         surrogate = torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage)
-        expected = expected - batch.token_weights_B[i] * (
-            surrogate * entropy / entropy.mean()
-        ).sum()
+        expected = (
+            expected - batch.token_weights_B[i] * (surrogate * entropy / entropy.mean()).sum()
+        )
         start += length
     found = recipe.loss(batch).loss
     torch.testing.assert_close(found, expected)
@@ -169,7 +169,9 @@ def test_a_rule_that_cannot_work_is_refused_before_anything_starts(
     function: str, message: str
 ) -> None:
     config = algorithm(credit={"kind": f"test_examples:{function}"})
-    with pytest.raises(UserError, match=f"algorithm.credit.kind=test_examples:{function}.*{message}"):
+    with pytest.raises(
+        UserError, match=f"algorithm.credit.kind=test_examples:{function}.*{message}"
+    ):
         check_recipe(config, "none", 16)
 
 
@@ -179,5 +181,7 @@ def test_rules_are_found_by_name_or_path_and_nothing_else() -> None:
     for wrong in ("no_such_module:rule", ":rule", "test_examples:"):
         with pytest.raises(UserError, match="cannot be imported"):
             check_credit(CreditConfig(kind=wrong))
-    with pytest.raises(UserError, match=r"kind=lamda_trace is not known .did you mean lambda_trace"):
+    with pytest.raises(
+        UserError, match=r"kind=lamda_trace is not known .did you mean lambda_trace"
+    ):
         load_config([], ["model.path=x", "algorithm.credit.kind=lamda_trace"])

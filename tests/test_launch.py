@@ -76,7 +76,9 @@ class FakeRun:
                 await asyncio.sleep(60)
             if self._config.name == "wrong":
                 raise UserError("wrong input, say")
-            records = [{"step": step, "reward/mean": step / 4} for step in range(self._config.steps)]
+            records = [
+                {"step": step, "reward/mean": step / 4} for step in range(self._config.steps)
+            ]
             records.append({"step": self._config.steps, "eval/accuracy": 0.5})
             text = "".join(json.dumps(record) + "\n" for record in records)
             (self._run.path / "metrics.jsonl").write_text(text)

@@ -204,7 +204,9 @@ def test_a_full_disk_ends_the_run_and_says_what_to_do(tmp_path: Path) -> None:
     with small_disk(tmp_path / "disk", kib=64) as disk:
         bench, sink, written = Bench(disk, capacity=100_000), Memory(), 0
         metrics = bench.over(sink=sink)
-        with pytest.raises(RunError, match=r"metrics.jsonl cannot be written: No space left.*resume="):
+        with pytest.raises(
+            RunError, match=r"metrics.jsonl cannot be written: No space left.*resume="
+        ):
             with metrics:
                 for written in range(100_000):
                     metrics.write(written, {"reward/mean": 0.5, "grad_norm": 1.0})
