@@ -244,7 +244,7 @@ def _check_data(config: Config) -> None:
             )
         return
     if not data.path:
-        raise UserError(f"data.source={data.source} needs data.path")
+        raise UserError(f"data.source={data.source} needs data.path: a file, or a data set's name")
     if any(rule.name == "reasoning_gym" for rule in config.verifier.rules):
         raise UserError(
             "verifier.rules names reasoning_gym, which scores the answers of its own tasks only, "

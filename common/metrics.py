@@ -1,6 +1,6 @@
 """Where a run's numbers go.
 
-    metrics.jsonl    the contract: written first, by the caller; a run ends when it cannot be written
+    metrics.jsonl    the contract: written first; a run ends when it cannot be written
     other sinks      conveniences: each behind a `Contained`, and no run fails because of one
 
 `Metrics` fans a record out. Sinks that belong to other packages are in `deploy.metric_sinks`.

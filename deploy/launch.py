@@ -1,4 +1,4 @@
-"""From configuration to result: the Python calls behind `grpo-lambda train`, comparisons, notebooks.
+"""From configuration to result: the calls behind `grpo-lambda train`, comparisons and notebooks.
 
 from deploy.launch import train
 result = train("deploy/configs/tiny.yaml", steps=20, **{"batch.group_size": 4})

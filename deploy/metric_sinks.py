@@ -93,7 +93,7 @@ def open_metrics(
         "tensorboard": lambda: TensorBoardSink(info),
         **{name: _once(name, make, info) for name, make in _REMOTE.items()},
     }
-    wanted = {name: makers[name] for name in keys.sinks}
+    wanted: dict[str, Callable[[], MetricSink]] = {name: makers[name] for name in keys.sinks}
     if config.ray.address != "local":  # nobody scrapes a cluster of our own
         wanted["prometheus"] = lambda: _ray_sink(folder.name)
     sinks = [Contained(name, make, keys.timeout_s, warn) for name, make in wanted.items()]
@@ -116,7 +116,9 @@ class Once:
     """Hands each step to a remote sink at most once, through kills and resumes."""
 
     def __init__(self, path: Path, make: Callable[[str | None], RemoteSink]) -> None:
-        known = json.loads(path.read_text()) if path.is_file() else {"id": None, "step": -1}
+        known: dict[str, Any] = {"id": None, "step": -1}
+        if path.is_file():
+            known = json.loads(path.read_text())
         self._path = path
         self._last = int(known["step"])
         self._sink = make(known["id"])

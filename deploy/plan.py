@@ -97,8 +97,8 @@ def _batches(config: Config) -> list[str]:
     epochs = config.algorithm.objective.epochs
     return [
         *lines,
-        f"completions a step     {groups} prompts x {batch.group_size} completions = {completions}: "
-        "batch.prompts_per_step x batch.group_size; an advantage is relative to its group",
+        f"completions a step     {groups} prompts x {batch.group_size} completions = "
+        f"{completions}: batch.prompts_per_step x batch.group_size; an advantage is relative to its group",
         f"completion tokens      {completions} completions x generator.max_completion_tokens "
         f"{generator.max_completion_tokens} = {most_tokens} a step at most",
         f"micro-batches          {most_tokens} tokens / batch.tokens_per_microbatch "

@@ -321,7 +321,7 @@ async def until_learner_ends(learner: Any, *endless: Any) -> dict[str, float]:
         for task in tasks[1:]:
             if task.done():
                 await task
-                raise RunError("a loop returned, which only the learner's should")
+                raise RunError("a loop returned, which only the learner's should: please report it")
         result: dict[str, float] = await tasks[0]
         return result
     finally:

@@ -1,7 +1,7 @@
 """The generated parts of deploy/configs/recipes/README.md: `python tests/recipe_pages.py`.
 
 Between the marks of a recipe stand its constants, as its YAML resolves to them, and its rows of the
-tables in tests/bench/results/. A test holds that the page is up to date. The rest is written by hand.
+tables in tests/bench/results/. A test holds that the page is up to date. The rest is by hand.
 """
 
 from __future__ import annotations

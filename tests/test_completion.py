@@ -137,7 +137,11 @@ ZSH = r"""
 compdef() { : }
 compadd() { local words=("${(@)@[$@[(i)--]+1,-1]}"); print -l -- ${(M)words:#$PREFIX*} }
 compset() { PREFIX="${PREFIX#*=}" }
-_describe() { local found=("${(@P)2}"); found=("${(@)found%%:*}"); print -l -- ${(M)found:#$PREFIX*} }
+_describe() {
+    local found=("${(@P)2}")
+    found=("${(@)found%%:*}")
+    print -l -- ${(M)found:#$PREFIX*}
+}
 _files() { print FILES }
 source $1; shift
 words=(${=*}) CURRENT=${#words}; PREFIX=$words[CURRENT]
@@ -155,7 +159,7 @@ def test_zsh_offers_the_same(scripts: Path, line: str) -> None:
         timeout=30,
         check=False,
     )
-    expected = CASES.get(line, VALUES.get(line.split()[-1]))
+    expected = CASES.get(line, VALUES.get(line.rsplit(maxsplit=1)[-1]))
     assert (done.stdout.split(), done.stderr) == (expected, "")
 
 
@@ -173,7 +177,7 @@ def test_fish_offers_the_same(scripts: Path, line: str, tmp_path: Path) -> None:
     found = [row.partition("\t")[0] for row in done.stdout.splitlines()]
     expected = CASES.get(line)
     if expected is None:
-        word = line.split()[-1]
+        word = line.rsplit(maxsplit=1)[-1]
         expected = [f"{word.partition('=')[0]}={value}" for value in VALUES[word]]
     assert sorted(found) == sorted(expected)
 

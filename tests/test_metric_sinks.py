@@ -207,7 +207,7 @@ def test_all_of_them_at_once_and_one_broken(service: Service, tmp_path: Path) ->
 
 
 class Remembering(Memory):
-    def __init__(self, known: str | None, at: Mapping[int, Callable[[], object]] = {}) -> None:  # noqa: B006
+    def __init__(self, known: str | None, at: Mapping[int, Callable[[], object]] | None) -> None:
         super().__init__(at)
         self.id = known or "first"
 
@@ -217,7 +217,7 @@ def test_a_step_is_noted_before_it_is_sent(tmp_path: Path) -> None:
     path, made = tmp_path / "sinks" / "x.json", list[Remembering]()
 
     def make(known: str | None) -> Remembering:
-        made.append(Remembering(known, {2: fail(OSError("killed here"))} if not made else {}))
+        made.append(Remembering(known, None if made else {2: fail(OSError("killed here"))}))
         return made[-1]
 
     first = Once(path, make)

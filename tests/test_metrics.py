@@ -187,7 +187,8 @@ def test_a_slow_sink_drops_what_does_not_fit_and_says_so_at_the_end(tmp_path: Pa
     assert slow.steps == [0, 1, 2, 3, 4, 10]
     assert read_metrics(bench.path)[-1][DROPPED] == 5
     assert bench.said == [
-        "warning: metrics sink slow was too slow for 5 of 11 records; they are in metrics.jsonl alone"
+        "warning: metrics sink slow was too slow for 5 of 11 records; "
+        "they are in metrics.jsonl alone"
     ]
 
 
@@ -204,12 +205,14 @@ def test_a_full_disk_ends_the_run_and_says_what_to_do(tmp_path: Path) -> None:
     with small_disk(tmp_path / "disk", kib=64) as disk:
         bench, sink, written = Bench(disk, capacity=100_000), Memory(), 0
         metrics = bench.over(sink=sink)
-        with pytest.raises(
-            RunError, match=r"metrics.jsonl cannot be written: No space left.*resume="
+        with (
+            pytest.raises(
+                RunError, match=r"metrics.jsonl cannot be written: No space left.*resume="
+            ),
+            metrics,
         ):
-            with metrics:
-                for written in range(100_000):
-                    metrics.write(written, {"reward/mean": 0.5, "grad_norm": 1.0})
+            for written in range(100_000):
+                metrics.write(written, {"reward/mean": 0.5, "grad_norm": 1.0})
         assert sink.steps == list(range(written))  # not the one that is in no record
         assert [record["step"] for record in read_metrics(bench.path)] == sink.steps
         remount(disk, "size=4096k")
