@@ -98,7 +98,7 @@ def _batches(config: Config) -> list[str]:
     return [
         *lines,
         f"completions a step     {groups} prompts x {batch.group_size} completions = "
-        f"{completions}: batch.prompts_per_step x batch.group_size; an advantage is relative to its group",
+        f"{completions}: batch.prompts_per_step x batch.group_size, each compared with its group",
         f"completion tokens      {completions} completions x generator.max_completion_tokens "
         f"{generator.max_completion_tokens} = {most_tokens} a step at most",
         f"micro-batches          {most_tokens} tokens / batch.tokens_per_microbatch "
