@@ -56,7 +56,9 @@ def load_rows(config: DataConfig, held_out: int, seed: int, quarantine: Quaranti
         quarantine.seen += len(drawn.train)
         return drawn
     if config.path is None:
-        raise UserError(f"data.source={config.source} needs data.path")
+        raise UserError(
+            f"data.source={config.source} needs data.path: a file, or a data set's name"
+        )
     read = _read_file if config.source == "file" else _read_hub
     rows = list(read(config, config.path, config.split, quarantine))
     others: list[Row] = []
@@ -96,7 +98,10 @@ def _without(rows: list[Row], others: list[Row], held_out: int, name: str) -> Ro
     secret = {question_key(row.question) for row in others}
     train = [row for row in rows if question_key(row.question) not in secret]
     if not train:
-        raise UserError(f"no training question is left: all of them are in {name} too")
+        raise UserError(
+            f"no training question is left: all of them are in {name} too; give data.eval_path "
+            "other rows"
+        )
     return Rows(train, others, len(rows) - len(train))
 
 
@@ -168,7 +173,10 @@ def _task_row(config: ReasoningGymConfig, entry: dict[str, Any], index: int) -> 
     try:
         encoded = encode_entry(entry)
     except TypeError as error:
-        raise UserError(f"reasoning-gym task {config.task!r} cannot be used: {error}") from error
+        raise UserError(
+            f"reasoning-gym task {config.task!r} cannot be used: {error}; choose another "
+            "data.reasoning_gym.task"
+        ) from error
     reference = {
         "prompt": entry["question"],
         "answer": entry["answer"],
@@ -191,13 +199,18 @@ def file_records(name: str) -> Iterator[tuple[str, Any]]:
     """
     path = Path(name).expanduser()
     if not path.is_file():
-        raise UserError(f"data file {name} does not exist (looked in {Path.cwd()})")
+        raise UserError(
+            f"data file {name} does not exist (looked in {Path.cwd()}): check data.path and "
+            "data.eval_path"
+        )
     if path.suffix == ".jsonl":
         yield from _read_jsonl(path)
     elif path.suffix == ".parquet":
         yield from _read_parquet(path)
     else:
-        raise UserError(f"data file {name} is neither .jsonl nor .parquet")
+        raise UserError(
+            f"data file {name} is neither .jsonl nor .parquet: convert it to one of them"
+        )
 
 
 def _read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
@@ -240,7 +253,9 @@ def _read_parquet(path: Path) -> Iterator[tuple[str, Any]]:
                     yield f"{path}, row {number}", record
                     number += 1
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read as Parquet: {error}") from error
+        raise UserError(
+            f"{path} cannot be read as Parquet: {error}; write it again, or give a .jsonl file"
+        ) from error
 
 
 def _read_hub(config: DataConfig, name: str, split: str, quarantine: Quarantine) -> Iterator[Row]:
@@ -309,7 +324,7 @@ def _to_rows(
         except UserError as error:
             quarantine.add(place, error, record)
     if quarantine.seen == seen:
-        raise UserError(f"{name} has no rows")
+        raise UserError(f"{name} has no rows: check data.path and data.split")
 
 
 def _row(config: DataConfig, place: str, record: Mapping[str, Any]) -> Row:

@@ -102,7 +102,7 @@ class Engine:
         async for output in self._llm.generate(prompt, parameters, request_id):
             final = output
         if final is None or len(final.outputs) != 1:
-            raise RunError(f"vLLM returned no final output for request {request_id}")
+            raise RunError(f"vLLM returned no final output for {request_id}: please report it")
         return _completion(final.outputs[0])
 
     async def score(self, request_id: str, token_ids: list[int], prompt_length: int) -> list[float]:
@@ -123,7 +123,7 @@ class Engine:
         ):
             final = output
         if final is None or final.prompt_logprobs is None:
-            raise RunError(f"vLLM scored nothing for request {request_id}")
+            raise RunError(f"vLLM scored nothing for request {request_id}: please report it")
         positions = list(final.prompt_logprobs)[prompt_length:]
         scored = zip(token_ids[prompt_length:], positions, strict=True)
         return [position[token].logprob for token, position in scored]
@@ -277,6 +277,6 @@ def _completion(output: Any) -> Completion:
     if not len(token_ids) == len(logprobs) == len(versions):
         raise RunError(
             f"vLLM gave {len(token_ids)} tokens, {len(logprobs)} log-probabilities and "
-            f"{len(versions)} versions for one completion"
+            f"{len(versions)} versions for one completion: please report it"
         )
     return Completion(token_ids, logprobs, versions, output.finish_reason or "stop")

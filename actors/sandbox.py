@@ -121,10 +121,13 @@ class Sandbox:
         except TimeoutError as error:
             raise VerifierError(
                 f"the verifier process was not ready within {self._start_timeout_s:.0f} s: "
-                "a rule's module takes too long to import"
+                "a rule's module takes too long to import; let it load less, or later"
             ) from error
         except _ChildDiedError as error:
-            raise VerifierError(f"the verifier process ended at its start: {error}") from error
+            raise VerifierError(
+                f"the verifier process ended at its start: {error}; see what it printed in log/ of "
+                "the run directory"
+            ) from error
         if answer.get("failure"):
             raise UserError(answer["failure"])
         self._ready = True
@@ -174,7 +177,8 @@ class Sandbox:
                 cause = error
                 self._restart()
         raise VerifierError(
-            f"the verifier process failed {_HAND_OVERS} times before it judged anything: {cause}"
+            f"the verifier process failed {_HAND_OVERS} times before it judged anything: {cause}; "
+            "see what it printed in log/ of the run directory"
         )
 
     def _collect(self, verdicts: list[Verdict], total: int) -> None:

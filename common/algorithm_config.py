@@ -16,11 +16,15 @@ class BaselineConfig:
     """Advantages are clamped from below (GRPO-lambda: -0.1)."""
 
 
+CreditKind = Literal["broadcast", "lambda_trace", "prefix_sets"]
+
+
 @dataclass
 class CreditConfig:
     """Advantage of a completion -> weight of every token."""
 
-    kind: Literal["broadcast", "lambda_trace", "prefix_sets"] = "broadcast"
+    kind: str = "broadcast"
+    """A `CreditKind`, or a rule of one's own as `package.module:function` (`learner.credit`)."""
     trace: Literal["recent", "both", "terminal"] = "recent"
     application: Literal["trace", "weight"] = "trace"
     """`trace`: inside the ratio, before the clip; `weight`: on the advantage."""

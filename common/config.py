@@ -211,6 +211,21 @@ class CheckpointConfig:
     timeout_s: float = 900.0
 
 
+SinkName = Literal["tensorboard", "wandb", "mlflow", "trackio"]
+
+
+@dataclass
+class MetricsConfig:
+    """Where the numbers go besides metrics.jsonl; no run fails because of one of these."""
+
+    sinks: list[SinkName] = field(default_factory=lambda: ["tensorboard"])
+    """`wandb`, `mlflow` and `trackio` are extras: `pip install 'grpo-lambda[wandb]'`."""
+    project: str = "grpo-lambda"
+    """W&B's and Trackio's project, MLflow's experiment."""
+    timeout_s: float = 30.0
+    """For a sink to take a record, and for all to close: one that takes longer is switched off."""
+
+
 @dataclass
 class RestartConfig:
     """What happens when a process of the run dies or hangs."""
@@ -273,6 +288,7 @@ class Config:
     weights: WeightsConfig = field(default_factory=WeightsConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    metrics: MetricsConfig = field(default_factory=MetricsConfig)
     restart: RestartConfig = field(default_factory=RestartConfig)
     placement: PlacementConfig = field(default_factory=PlacementConfig)
     ray: RayConfig = field(default_factory=RayConfig)

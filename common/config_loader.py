@@ -9,11 +9,12 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from common.algorithm_config import CreditKind
 from common.config import Config
 from common.errors import UserError
 
@@ -154,6 +155,7 @@ _POSITIVE = (
     "model.max_length",
     "weights.bucket_mib",
     "restart.silence_s",
+    "metrics.timeout_s",
     "algorithm.objective.epochs",
     "algorithm.rollout.guidance.window",
     "algorithm.rollout.guidance.max_tokens",
@@ -219,6 +221,12 @@ def check_config(config: Config) -> None:
     _check_colocated(config)
     _check_data(config)
     _check_guidance(config)
+    kind, kinds = config.algorithm.credit.kind, get_args(CreditKind)
+    if kind not in kinds and ":" not in kind:
+        raise UserError(
+            f"algorithm.credit.kind={kind} is not known{_nearest(kind, kinds)}: use one of "
+            f"{', '.join(kinds)}, or a rule of your own as package.module:function"
+        )
 
 
 def _check_colocated(config: Config) -> None:
@@ -259,7 +267,7 @@ def _check_data(config: Config) -> None:
             )
         return
     if not data.path:
-        raise UserError(f"data.source={data.source} needs data.path")
+        raise UserError(f"data.source={data.source} needs data.path: a file, or a data set's name")
     if any(rule.name == "reasoning_gym" for rule in config.verifier.rules):
         raise UserError(
             "verifier.rules names reasoning_gym, which scores the answers of its own tasks only, "

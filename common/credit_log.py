@@ -6,9 +6,7 @@
 
 Steps are the numbers of finished learner steps, from 1: the `step` of `metrics.jsonl` and of the
 ledger (`common.ledger.Ledger.trained`); step n starts from weight version n - 1 and makes version
-n. Not every step needs a file. A step that was trained again after a resume replaces its file;
-files of steps behind the checkpoint stay until then, and count only as far as the ledger has the
-group in that step.
+n. Not every step needs a file. A resume removes the files of steps behind its checkpoint.
 
 A row, with T completion tokens (guidance included; the lengths of the trajectory log's lists):
 
@@ -119,6 +117,13 @@ def read_group_credit(run: Path, step: int, group_id: int) -> pa.Table:
         table = pa.Table.from_batches(found, schema=reader.schema)
     table = table.filter(pc.equal(table["group_id"], group_id))
     return table.sort_by("completion_index")
+
+
+def forget_credit_after(run: Path, step: int) -> None:
+    """Remove the credit of later steps: a resume from `step` takes them back."""
+    for path in (run / FOLDER).glob("step-*.arrow"):
+        if int(path.name.partition("-")[2].partition(".")[0]) > step:
+            path.unlink()
 
 
 def credit_steps(run: Path) -> list[int]:

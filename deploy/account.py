@@ -50,7 +50,7 @@ def inspect_ledger(run: Path) -> int:
         UserError: no run, or no ledger, in `run`.
     """
     if not (run / "config.yaml").is_file():
-        raise UserError(f"there is no run in {run} (no config.yaml)")
+        raise UserError(f"there is no run in {run} (no config.yaml): give a folder as runs/NAME")
     account = account_of(run / LEDGER)
     problems = [*account.problems, *log_problems(run)]
     live = is_live(run)
@@ -140,7 +140,7 @@ def logged_tokens(path: Path) -> dict[int, int]:
 @contextmanager
 def _reading(path: Path) -> Iterator[sqlite3.Connection]:
     if not path.is_file():
-        raise UserError(f"{path} does not exist: the run has no ledger")
+        raise UserError(f"{path} does not exist: the run has no ledger; give one that has trained")
     try:
         db = sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True, timeout=BUSY_S)
         with closing(db):

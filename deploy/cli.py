@@ -6,20 +6,21 @@ Heavy imports wait until a verb needs them, so that `--help` is instant.
 from __future__ import annotations
 
 import argparse
-import asyncio
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from common.config import Config
 from common.errors import RunError, UserError
+from deploy.arguments import parse, parser
 
-CONFIGS = Path(__file__).resolve().parent / "configs"
+if TYPE_CHECKING:
+    from common.config import Config
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a verb; returns the exit status: 0 done, 1 the run failed, 2 wrong input, 130 stopped."""
-    options = _parse(arguments)
+    options = parse(arguments)
     try:
         verb = _VERBS[options.verb]
         return verb(options)
@@ -29,20 +30,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\nstopped by Ctrl-C; the run directory can be resumed or read", file=sys.stderr)
         return 130
-    except asyncio.CancelledError:
+    except BaseException as error:
+        from asyncio import CancelledError  # slow to import, and only a run raises it
+
+        if not isinstance(error, CancelledError):
+            raise
         print("\nstopped by SIGTERM; the run directory can be resumed or read", file=sys.stderr)
         return 143
-
-
-def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Options and `key=value` in any order, which argparse alone does not take."""
-    parser = _parser()
-    options, rest = parser.parse_known_args(arguments)
-    if wrong := [word for word in rest if word.startswith("-") or "overrides" not in options]:
-        parser.error(f"unrecognized arguments: {' '.join(wrong)}")
-    if rest:
-        options.overrides = [*options.overrides, *rest]
-    return options
 
 
 def _message(error: Exception) -> str:
@@ -50,97 +44,15 @@ def _message(error: Exception) -> str:
     return str(getattr(error, "cause", None) or error)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="grpo-lambda",
-        description="Reinforcement learning of language models with verifiable rewards.",
-    )
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
-    for verb, text in (
-        ("train", "train a model; resume=runs/NAME goes on with a run"),
-        ("plan", "resolve and check a configuration, print what would run, start nothing"),
-    ):
-        sub = verbs.add_parser(verb, help=text, description=text)
-        sub.add_argument(
-            "--config", type=Path, default=None, help="YAML file (default: the smollm2 preset)"
-        )
-        sub.add_argument("overrides", nargs="*", metavar="key=value", help="configuration keys")
-        if verb == "plan":
-            sub.add_argument("--lengths", type=Path, help="a run whose lengths a prediction takes")
-            sub.add_argument("--costs", type=Path, help="JSON of measured costs to predict with")
-    _add_inspect(verbs)
-    _add_replay(verbs)
-    _add_eval(verbs)
-    return parser
-
-
-def _add_inspect(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    text = "a page that shows a run down to the credit of every token; or its account"
-    sub = verbs.add_parser("inspect", help=text, description=text)
-    sub.add_argument("run", type=Path, help="run directory")
-    sub.add_argument(
-        "--ledger",
-        action="store_true",
-        help="print what became of every completion; fails when the account does not close",
-    )
-    sub.add_argument("--port", type=int, help="of the page, on loopback; 0 takes a free one")
-    sub.add_argument(
-        "--html", type=Path, metavar="FILE", help="write the page and a sample into one file"
-    )
-    sub.add_argument("--steps", type=int, help="with --html: of the newest N steps")
-    sub.add_argument("--groups", type=int, help="with --html: at most N groups")
-
-
-def _add_replay(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    text = "compute a step of a run again from its log, and what another credit rule would do"
-    sub = verbs.add_parser("replay", help=text, description=text)
-    sub.add_argument("run", type=Path, help="run directory")
-    sub.add_argument("--step", type=int, required=True, help="learner step, from 1")
-    sub.add_argument(
-        "overrides", nargs="*", metavar="recipe=NAME", help="another rule; algorithm. keys too"
-    )
-
-
-def _add_eval(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    text = "evaluate a model on suites; the same call again goes on where one was interrupted"
-    usage = "grpo-lambda eval MODEL --suite NAME [--suite NAME ...] [options] [key=value ...]"
-    sub = verbs.add_parser("eval", help=text, description=text, usage=usage)
-    sub.add_argument("model", metavar="MODEL", help="folder, hub name, or builtin:NAME")
-    sub.add_argument("overrides", nargs="*", metavar="key=value", help="configuration keys")
-    sub.add_argument(
-        "--suite", action="append", required=True, help="of deploy/configs/suites, or a YAML file"
-    )
-    sub.add_argument("--samples", type=int, help="a problem (default: the suite's; 1 is greedy)")
-    sub.add_argument("--temperature", type=float, help="(default: the suite's)")
-    sub.add_argument("--max-tokens", type=int, help="of an answer (default: the suite's)")
-    sub.add_argument("--limit", type=int, help="only so many problems, the first ones")
-    sub.add_argument("--data", help="a .jsonl or .parquet file in place of the hub's data set")
-    sub.add_argument(
-        "--out", type=Path, help="folder (default: runs/eval-MODEL-SUITE; of several, their parent)"
-    )
-
-
 def _load(options: argparse.Namespace) -> Config:
-    from common.config_loader import load_config
+    from deploy.presets import load
 
-    path: Path | None = options.config
-    resumed = [o.partition("=")[2] for o in options.overrides if o.startswith("resume=")]
-    resumed = [run for run in resumed if run != "auto"]  # goes with --config
-    resolved = path is None and bool(resumed)
-    if path is None and resumed:
-        path = Path(resumed[-1]) / "config.yaml"
-        if not path.is_file():
-            raise UserError(f"resume={resumed[-1]}: there is no run in this folder")
-    elif path is None:
-        path = CONFIGS / "smollm2.yaml"
-    config = load_config([path], options.overrides, CONFIGS / "recipes", resolved=resolved)
-    from learner.recipe import check_recipe
-
-    check_recipe(config.algorithm, config.correction_kind, config.generator.max_completion_tokens)
-    return config
+    return load(options.config, options.overrides)
 
 
 def _train(options: argparse.Namespace) -> int:
+    if options.config is None and not options.overrides:
+        _pick_preset(options)
     config = _load(options)
     from deploy.launch import train
 
@@ -148,10 +60,34 @@ def _train(options: argparse.Namespace) -> int:
     return 0
 
 
+def _pick_preset(options: argparse.Namespace) -> None:
+    """A person is asked; a script gets the default, and is told so."""
+    from deploy.presets import DEFAULT, choose
+
+    if sys.stdin.isatty() and sys.stdout.isatty():
+        options.config = choose()
+    else:
+        print(f"no --config: training the preset {DEFAULT}", flush=True)
+
+
 def _plan(options: argparse.Namespace) -> int:
     from deploy.plan import describe
 
     print(describe(_load(options), options.lengths, options.costs))
+    return 0
+
+
+def _recipes(options: argparse.Namespace) -> int:
+    from deploy.presets import listing
+
+    print(listing())
+    return 0
+
+
+def _completion(options: argparse.Namespace) -> int:
+    from deploy.completion import script
+
+    print(script(options.shell, parser()), end="")
     return 0
 
 
@@ -187,11 +123,12 @@ def _refuse(options: set[str], of: str) -> None:
 
 
 def _replay(options: argparse.Namespace) -> int:
+    from deploy.presets import RECIPES
     from deploy.replay import other_rule, replay
     from deploy.replay_report import describe, name_of
 
     rule = options.overrides
-    other = other_rule(options.run, rule, CONFIGS / "recipes") if rule else None
+    other = other_rule(options.run, rule, RECIPES) if rule else None
     found = replay(options.run, options.step, other)
     print(describe(found, name_of(options.run)))
     return int(bool(found.differences))
@@ -220,6 +157,8 @@ def _eval(options: argparse.Namespace) -> int:
 _VERBS = {
     "train": _train,
     "plan": _plan,
+    "recipes": _recipes,
+    "completion": _completion,
     "inspect": _inspect,
     "replay": _replay,
     "eval": _eval,
@@ -227,7 +166,8 @@ _VERBS = {
 
 
 def entry_point() -> None:
-    """The console script."""
+    """The console script. Rules of the user's own are found where it is started, as by `-m`."""
+    sys.path.append(str(Path.cwd()))
     sys.exit(main())
 
 

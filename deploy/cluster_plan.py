@@ -219,7 +219,7 @@ def logged_lengths(run: Path) -> Lengths:
 
     pool = [int(n) for batch in read_log(run / "trajectories") for n in sampled_lengths(batch)]
     if not pool:
-        raise UserError(f"{run} has no completions in its trajectory log")
+        raise UserError(f"{run} has no completions in its trajectory log: give one that trained")
     return measured_lengths(pool)
 
 

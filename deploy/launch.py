@@ -1,45 +1,142 @@
-"""From configuration to result: the Python calls behind `grpo-lambda train` and comparisons."""
+"""From configuration to result: the calls behind `grpo-lambda train`, comparisons and notebooks.
+
+from deploy.launch import train
+result = train("deploy/configs/tiny.yaml", steps=20, **{"batch.group_size": 4})
+result.final["reward/mean"], result.metrics().to_pandas()
+"""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
-from dataclasses import replace
+import json
+import threading
+from collections.abc import Coroutine, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, TypeVar
 
+import pyarrow as pa
 from ray.exceptions import RayError
 
 from common.config import Config
 from common.errors import RunError, StallError, UserError
 from common.metrics import read_metrics
 from common.stacks import stall_report
+from deploy.metric_sinks import check_sinks
 from deploy.preemption import Preemption
+from deploy.presets import load
 from deploy.restart import Restarts, is_recoverable
 from deploy.run import Run
 from deploy.run_dir import RunDirectory, last_errors
 from deploy.service import Service
 
+T = TypeVar("T")
 
-def train(config: Config) -> dict[str, float]:
-    """Run to the end; returns the last step's metrics.
+
+@dataclass(frozen=True)
+class Result:
+    """What a run left behind."""
+
+    path: Path
+    """The run directory."""
+    final: dict[str, float]
+    """The last step's metrics."""
+
+    def metrics(self) -> pa.Table:
+        """metrics.jsonl: a row a step, a column a metric, null where a step has none."""
+        records = read_metrics(self.path / "metrics.jsonl")
+        columns = dict.fromkeys(key for record in records for key in record)
+        return pa.table({key: [record.get(key) for record in records] for key in columns})
+
+
+def train(config: Config | str | Path, **overrides: object) -> Result:
+    """Run to the end. From a notebook too: where an event loop runs, a thread has one of its own.
+
+    Args:
+        config: a checked configuration, or the YAML file of one.
+        overrides: of a file: `steps=20, **{"batch.group_size": 4}`.
 
     Raises:
         UserError: wrong input. RunError: the run cannot go on; its cause is the message.
         KeyboardInterrupt: after everything was ended and the run directory closed.
     """
+    if not isinstance(config, Config):
+        words = [f"{key}={_as_yaml(value)}" for key, value in overrides.items()]
+        config = load(Path(config), words)
+    elif overrides:
+        raise UserError(
+            f"train() got a Config and the overrides {', '.join(overrides)}: give the path of a "
+            "YAML file with overrides, or a Config that has them"
+        )
     return train_each([config])[0]
 
 
-def train_each(configs: Sequence[Config]) -> list[dict[str, float]]:
+def _as_yaml(value: object) -> str:
+    """JSON is YAML; a text that is none stays as it is, as on a command line."""
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def train_each(configs: Sequence[Config]) -> list[Result]:
     """One run after the other in the same processes; the results in order.
 
     Raises as `train` does, at the first run that fails; `UserError` too when a run needs other
     actors than the first (see `Service.open`).
     """
-    return asyncio.run(_train_each(configs))
+    for config in configs:
+        check_sinks(config.metrics)
+    return _run_to_end(_train_each(configs))
 
 
-async def _train_each(configs: Sequence[Config]) -> list[dict[str, float]]:
+def _run_to_end(main: Coroutine[Any, Any, T]) -> T:
+    """The result of `main` in an event loop of its own; in a thread where one runs already.
+
+    Ctrl-C cancels `main` and is raised when that has ended, as by `asyncio.run`.
+    """
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(main)
+    return _in_thread(main)
+
+
+def _in_thread(main: Coroutine[Any, Any, T]) -> T:
+    outcome, errors = list[T](), list[BaseException]()
+    tasks: list[asyncio.Task[Any]] = []
+    # Not `Thread.join`, which holds a thread for ended when Ctrl-C interrupts it.
+    began, ended = threading.Event(), threading.Event()
+
+    async def watched() -> T:
+        task = asyncio.current_task()
+        assert task is not None
+        tasks.append(task)
+        began.set()
+        return await main
+
+    def run() -> None:
+        try:
+            outcome.append(asyncio.run(watched()))
+        except BaseException as error:  # handed to the caller's thread, which raises it
+            errors.append(error)
+        finally:
+            began.set()
+            ended.set()
+
+    threading.Thread(target=run, name="train").start()
+    try:
+        ended.wait()
+    except KeyboardInterrupt:
+        began.wait()
+        for task in tasks:
+            if not ended.is_set():
+                task.get_loop().call_soon_threadsafe(task.cancel)
+        ended.wait()  # whatever a run waits for at its end has a deadline
+        raise
+    if errors:
+        raise errors[0]
+    return outcome[0]
+
+
+async def _train_each(configs: Sequence[Config]) -> list[Result]:
     task = asyncio.current_task()
     assert task is not None
     preemption = Preemption(task, configs[0].checkpoint.stop_grace_s)
@@ -54,7 +151,7 @@ async def _train_each(configs: Sequence[Config]) -> list[dict[str, float]]:
 
 async def _train_one(
     config: Config, service: Service, preemption: Preemption, *, last: bool
-) -> dict[str, float]:
+) -> Result:
     """A run in its directory, through the deaths of its processes."""
     automatic, config = config.resume == "auto", found(config)
     run = RunDirectory.reopen(config.resume) if config.resume else RunDirectory.create(config)
@@ -64,10 +161,11 @@ async def _train_one(
             print(f"{run.path} is done, {config.steps} steps", flush=True)
             if last:
                 await service.end(run.path / "log")
-            return read_metrics(run.path / "metrics.jsonl")[-1]
+            return Result(run.path, read_metrics(run.path / "metrics.jsonl")[-1])
         while True:
             try:
-                return await _attempt(config, run, service, preemption, restarts, last=last)
+                final = await _attempt(config, run, service, preemption, restarts, last=last)
+                return Result(run.path, final)
             except Exception as error:
                 if not is_recoverable(error):
                     raise

@@ -50,7 +50,10 @@ def resolve_model(path: str) -> Path:
         _check_folder(folder)
         return folder.resolve()
     if path.startswith(("/", ".", "~")) or path.count("/") != 1:
-        raise UserError(f"model.path={path}: there is no such folder")
+        raise UserError(
+            f"model.path={path}: there is no such folder; give one, owner/name of the hub, or "
+            f"{BUILTIN}NAME"
+        )
     return _from_hub(path)
 
 

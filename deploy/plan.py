@@ -80,21 +80,44 @@ def _shown(cores: list[int] | None) -> str:
 
 
 def _batches(config: Config) -> list[str]:
+    """Each line says what follows from what."""
     batch, generator = config.batch, config.generator
-    completions = config.completions_per_step
+    groups, completions = config.groups_per_step, config.completions_per_step
     most_tokens = completions * generator.max_completion_tokens
-    in_flight = config.max_groups_in_flight
+    rows = -(-most_tokens // batch.tokens_per_microbatch)
+    staleness, in_flight = generator.max_staleness, config.max_groups_in_flight
+    lines = []
+    if groups != batch.prompts_per_step:
+        rate = config.algorithm.rollout.prune_rate
+        lines.append(
+            f"prompts a step         batch.prompts_per_step {batch.prompts_per_step} / (1 - "
+            f"algorithm.rollout.prune_rate {rate:g}) = {groups}: more, for the places that pruning "
+            "frees"
+        )
+    epochs = config.algorithm.objective.epochs
     return [
-        f"completions a step     {config.groups_per_step} prompts x {batch.group_size} completions "
-        f"= {completions}",
-        f"completion tokens      at most {completions} x {generator.max_completion_tokens} "
-        f"= {most_tokens} a step",
-        f"micro-batches          at least {-(-most_tokens // batch.tokens_per_microbatch)} of "
-        f"{batch.tokens_per_microbatch} tokens if every completion is full; prompts come on top",
-        f"groups in flight       (max_staleness {generator.max_staleness} + 1) x "
-        f"{config.groups_per_step} = {in_flight}, i.e. {in_flight * batch.group_size} completions "
-        f"over {generator.count} generator(s)",
-        f"optimiser steps        {config.steps} x {config.algorithm.objective.epochs} epoch(s)",
-        f"off-policy correction  {config.correction_kind}",
-        f"completions in all     {config.steps * completions}",
+        *lines,
+        f"completions a step     {groups} prompts x {batch.group_size} completions = "
+        f"{completions}: batch.prompts_per_step x batch.group_size, each compared with its group",
+        f"completion tokens      {completions} completions x generator.max_completion_tokens "
+        f"{generator.max_completion_tokens} = {most_tokens} a step at most",
+        f"micro-batches          {most_tokens} tokens / batch.tokens_per_microbatch "
+        f"{batch.tokens_per_microbatch} = {rows} forward and backward passes at most for the "
+        "completions; their prompts come on top. It bounds memory and changes no gradient",
+        f"optimiser steps        steps {config.steps} x algorithm.objective.epochs {epochs} = "
+        f"{config.steps * epochs}, each on all {completions} completions",
+        f"staleness budget       (generator.max_staleness {staleness} + 1) x {groups} prompts = "
+        f"{in_flight} groups in flight at most, so no token is trained on that is more than "
+        f"{staleness} version(s) old",
+        f"in flight              {in_flight} groups x {batch.group_size} = "
+        f"{in_flight * batch.group_size} completions over {generator.count} generator(s) of "
+        f"generator.max_concurrent_sequences {generator.max_concurrent_sequences}",
+        f"off-policy correction  {config.correction_kind}"
+        + (
+            f", because generator.max_staleness is {staleness}"
+            if config.algorithm.correction.kind == "auto"
+            else ", as algorithm.correction.kind says"
+        ),
+        f"completions in all     steps {config.steps} x {completions} = "
+        f"{config.steps * completions}, and what is filtered or abandoned",
     ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -22,7 +23,13 @@ class Preemption:
         self.listen()
 
     def listen(self) -> None:
-        """Take the signal. `ray.init` replaces the handler by one that aborts: call this after."""
+        """Take the signal. `ray.init` replaces the handler by one that aborts: call this after.
+
+        Only a main thread may. Elsewhere, as in a notebook, SIGTERM stays with the program that
+        the run is part of, and ends both.
+        """
+        if threading.current_thread() is not threading.main_thread():
+            return
         self._loop.add_signal_handler(signal.SIGTERM, self._on_signal)
 
     @contextmanager

@@ -21,7 +21,7 @@ class RaySink:
             if math.isfinite(value):
                 self._gauge(key).set(value, tags={"run": self._run})
 
-    def close(self) -> None:
+    def close(self, summary: Mapping[str, float], *, failed: bool) -> None:
         """Ray drops the gauges with the process."""
 
     def _gauge(self, key: str) -> Gauge:

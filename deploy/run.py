@@ -23,19 +23,20 @@ from actors.pools import GeneratorPool, VerifierPool
 from actors.prompts import PromptSource, build_prompt_source
 from actors.rollout import RolloutLoop
 from common.config import Config
+from common.credit_log import forget_credit_after
 from common.errors import RunError, UserError
 from common.heartbeat import beat
 from common.ledger import Ledger
-from common.metrics import JsonlSink, Metrics, MetricSink, TensorBoardSink
+from common.metrics import Metrics
 from common.stream import GroupLog
 from common.trajectory import GroupReceipt
 from deploy.checkpoints import Checkpoints
 from deploy.cluster import Actors, start_stream
 from deploy.display import Display, make_display
+from deploy.metric_sinks import open_metrics
 from deploy.models import Located, check_vocabulary, resolve_model
 from deploy.placement import with_compute_dtype
 from deploy.preemption import Preemption
-from deploy.ray_metrics import RaySink
 from deploy.reservation import fewest_generators, generator_names
 from deploy.restart import Restarts
 from deploy.revival import Reviver
@@ -228,15 +229,12 @@ class Run:
             keep_batch=self._keep_batch,
             stop=self._preemption.requested,
         )
-        try:
-            with self._preemption.between_steps():
-                return await until_learner_ends(
-                    loop.run(),
-                    self._rollout.run(),
-                    self._heartbeat(generators, verifiers, learner, log),
-                )
-        finally:
-            metrics.close()
+        with metrics, self._preemption.between_steps():
+            return await until_learner_ends(
+                loop.run(),
+                self._rollout.run(),
+                self._heartbeat(generators, verifiers, learner, log),
+            )
 
     async def _start(
         self, generators: GeneratorPool, verifiers: VerifierPool, learner: LearnerGroup, used: bool
@@ -263,6 +261,7 @@ class Run:
         if self._first_step:
             folder = str(self._run.checkpoint(self._first_step))
             state = await learner.load_checkpoint(folder, self._config.checkpoint.timeout_s)
+        forget_credit_after(self._run.path, self._first_step)
         kept, again = await rollout.resume(self._first_step, state)
         self._display.event(
             f"{kept} verified group(s) taken from the trajectory log, {again} to be sampled again"
@@ -313,13 +312,7 @@ class Run:
         last_step = None
         if self._config.resume:
             last_step = self._first_step or -1  # step 0 is evaluated again
-        sinks: list[MetricSink] = [
-            JsonlSink(self._run.path / "metrics.jsonl", last_step),
-            TensorBoardSink(self._run.path / "tensorboard", last_step),
-        ]
-        if self._config.ray.address != "local":  # nobody scrapes a cluster of our own
-            sinks.append(RaySink(self._run.path.name))
-        return Metrics(sinks)
+        return open_metrics(self._config, self._run.path, last_step, self._display.event)
 
     def _recorder(self, metrics: Metrics) -> Callable[[int, dict[str, float]], None]:
         def record(step: int, values: dict[str, float]) -> None:
@@ -354,7 +347,7 @@ async def until_learner_ends(learner: Any, *endless: Any) -> dict[str, float]:
         for task in tasks[1:]:
             if task.done():
                 await task
-                raise RunError("a loop returned, which only the learner's should")
+                raise RunError("a loop returned, which only the learner's should: please report it")
         result: dict[str, float] = await tasks[0]
         return result
     finally:

@@ -81,7 +81,9 @@ class RunDirectory:
         """An existing run. Raises `UserError` when there is none or it is being trained now."""
         run = cls(Path(path))
         if not (run.path / "config.yaml").is_file():
-            raise UserError(f"resume={path}: there is no run (no config.yaml in {run.path})")
+            raise UserError(
+                f"resume={path}: there is no run (no config.yaml in {run.path}); give runs/NAME"
+            )
         run._acquire()
         return run
 
@@ -89,11 +91,16 @@ class RunDirectory:
         try:
             self._lock = (self.path / ".lock").open("w")
         except OSError as error:
-            raise UserError(f"cannot write to {self.path}: {error.strerror}") from error
+            raise UserError(
+                f"cannot write to {self.path}: {error.strerror}; mend the disk or its permissions"
+            ) from error
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise UserError(f"{self.path} is being trained by another process") from error
+            raise UserError(
+                f"{self.path} is being trained by another process: wait for it to end, or start "
+                "a run of another name="
+            ) from error
         self._lock.write(str(os.getpid()))
         self._lock.flush()
 

@@ -115,7 +115,10 @@ def load_checkpoint(folder: Path, policy: Policy, optimizer: torch.optim.Optimiz
     """
     path = folder / TRAINING_STATE / _TRAINER_STATE
     if not path.is_file():
-        raise UserError(f"{folder} holds no training state ({path} is missing): resume needs one")
+        raise UserError(
+            f"{folder} holds no training state ({path} is missing): move the folder away to go on "
+            "from an older one"
+        )
     document = json.loads(path.read_text())
     model_state, optimizer_state = get_state_dict(policy.model, optimizer)
     tensors: dict[str, Any] = {"model": model_state, "optimizer": optimizer_state}

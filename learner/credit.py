@@ -1,6 +1,8 @@
 """The credit axis: how the advantage of a completion reaches its tokens.
 
 A credit is a transform of the log-ratios, before the clip, and a weight on every token's surrogate.
+`algorithm.credit.kind` names one of those here, or `package.module:function`: a function of
+(`CreditInputs`, `CreditConfig`) that returns a `Credit`. See deploy/examples/credit.py.
 
     broadcast     x, 1: every token the same (GRPO)
     lambda_trace  K x, 1 (`trace`) or x, K^T 1 (`weight`): GRPO-lambda, arXiv 2510.00194
@@ -12,6 +14,8 @@ Legend: N trained tokens. Evidence tags: [P] paper, [R] reviewer, [3P] third par
 
 from __future__ import annotations
 
+import functools
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -19,12 +23,14 @@ import torch
 from torch import Tensor
 
 from common.algorithm_config import CreditConfig
+from common.errors import UserError
 from learner.traces import LambdaTrace, PackedAxis, above_entropy_quantile
 
 
 @dataclass(frozen=True)
 class CreditInputs:
-    """Per trained token; the optional ones only where the configuration needs them."""
+    """Per trained token; the optional ones where the configuration needs them, and for a rule of
+    one's own."""
 
     log_ratio_N: Tensor  # x = log pi - log pi_old, carries the gradient
     behaviour_gap_N: Tensor  # log pi_old - log mu, 0 where the token was not sampled
@@ -109,8 +115,74 @@ _APPLICATIONS: dict[str, Callable[[LambdaTrace, Tensor, Tensor, Tensor, Tensor],
     "weight": _on_advantage,
 }
 
-CREDITS: dict[str, Callable[[CreditInputs, CreditConfig], Credit]] = {
+CreditRule = Callable[[CreditInputs, CreditConfig], Credit]
+
+CREDITS: dict[str, CreditRule] = {
     "broadcast": _broadcast,
     "lambda_trace": _lambda_trace,
     "prefix_sets": _prefix_sets,
 }
+
+
+@functools.cache
+def credit_rule(kind: str) -> CreditRule:
+    """The rule called `kind`: one of `CREDITS`, or imported by its path.
+
+    Raises:
+        UserError: it cannot be imported from here. The learner's ranks look for it where the run
+            was started, and on PYTHONPATH.
+    """
+    if kind in CREDITS:
+        return CREDITS[kind]
+    module, _, name = kind.partition(":")
+    try:
+        rule: CreditRule = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, SyntaxError, ValueError) as error:
+        raise UserError(
+            f"algorithm.credit.kind={kind} cannot be imported: {error}. Use one of "
+            f"{', '.join(CREDITS)}, or package.module:function, importable from the directory the "
+            "run was started in or from PYTHONPATH"
+        ) from error
+    return rule
+
+
+def check_credit(config: CreditConfig) -> None:
+    """Try a rule of one's own on a few tokens, and on none, as the learner will.
+
+    Raises:
+        UserError: it cannot be imported, raises, or does not return finite tensors of one value a
+            token with a gradient to the policy.
+    """
+    if config.kind in CREDITS:
+        return
+    rule = credit_rule(config.kind)
+    for lengths in ([3, 1], [0]):
+        size = sum(lengths)
+        ones_N, axis = torch.ones(size), PackedAxis(torch.tensor(lengths))
+        x_N = torch.linspace(-0.2, 0.3, size).requires_grad_()
+        wrong = _what_is_wrong(rule, CreditInputs(x_N, 0 * ones_N, axis, ones_N, ones_N), config)
+        if wrong is not None:
+            raise UserError(
+                f"algorithm.credit.kind={config.kind}, tried on completions of {lengths} tokens, "
+                f"{wrong}"
+            )
+
+
+def _what_is_wrong(rule: CreditRule, inputs: CreditInputs, config: CreditConfig) -> str | None:
+    """Of the rule's answer; None where nothing is."""
+    try:
+        credit = rule(inputs, config)
+    except Exception as error:  # a rule is a program of the user's; it may raise anything
+        return (
+            f"raised {type(error).__name__}: {error}. It is called as "
+            "function(CreditInputs, CreditConfig)"
+        )
+    if not isinstance(credit, Credit):
+        return f"returned a {type(credit).__name__}: return a learner.credit.Credit"
+    for name, value_N in vars(credit).items():
+        right = isinstance(value_N, Tensor) and value_N.shape == inputs.log_ratio_N.shape
+        if not right or not value_N.isfinite().all():
+            return f"returned a {name} that is not one finite value a token, of shape [N]"
+    if not credit.log_ratio_N.requires_grad:
+        return "returned a log_ratio_N without the gradient of inputs.log_ratio_N: keep it"
+    return None

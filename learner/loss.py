@@ -20,7 +20,7 @@ from torch import Tensor
 
 from common.algorithm_config import AlgorithmConfig
 from learner.corrections import behaviour_gap, correction_weights
-from learner.credit import CREDITS, Credit, CreditInputs
+from learner.credit import Credit, CreditInputs, credit_rule
 from learner.objectives import OBJECTIVES, Surrogate, Terms, bounded_exp, k3
 from learner.traces import PackedAxis
 
@@ -71,7 +71,7 @@ def policy_loss(
         entropy_N=tokens.entropy_N,
         prefix_counts_N=tokens.prefix_counts_N,
     )
-    credit = CREDITS[config.credit.kind](inputs, config.credit)
+    credit = credit_rule(config.credit.kind)(inputs, config.credit)
     terms = Terms(
         log_ratio_N=credit.log_ratio_N,
         logprobs_N=tokens.logprobs_N.detach(),

@@ -74,7 +74,10 @@ class Policy:
         """The decoder blocks: the largest module list of the model."""
         lists = [m for m in self.model.modules() if isinstance(m, nn.ModuleList)]
         if not lists:
-            raise UserError(f"{type(self.model).__name__} has no list of decoder layers to shard")
+            raise UserError(
+                f"{type(self.model).__name__} has no list of decoder layers to shard; choose a "
+                "causal language model"
+            )
         return max(lists, key=lambda m: sum(p.numel() for p in m.parameters()))
 
     @property

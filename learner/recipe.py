@@ -23,6 +23,7 @@ from common.errors import UserError
 from learner.advantages import check_rewards, group_advantages
 from learner.aggregation import build_aggregation
 from learner.corrections import CORRECTIONS
+from learner.credit import CREDITS, check_credit
 from learner.loss import CompletionBatch, LossOutput, policy_loss
 from learner.objectives import batch_scale
 from learner.selection import keep_after, keep_before, overlong_penalty
@@ -63,12 +64,18 @@ class Recipe:
 
     @property
     def needs_prefix_counts(self) -> bool:
-        return self._config.credit.kind == "prefix_sets"
+        return self._own_credit or self._config.credit.kind == "prefix_sets"
 
     @property
     def needs_entropy(self) -> bool:
         credit = self._config.credit
-        return credit.kind == "lambda_trace" and credit.entropy_quantile > 0
+        traced = credit.kind == "lambda_trace" and credit.entropy_quantile > 0
+        return self._own_credit or traced
+
+    @property
+    def _own_credit(self) -> bool:
+        """A rule of the user's, which is given all that there is."""
+        return self._config.credit.kind not in CREDITS
 
     @property
     def needs_reference(self) -> bool:
@@ -201,6 +208,7 @@ def check_recipe(config: AlgorithmConfig, correction_kind: str, max_completion_t
     for message, holds in rules.items():
         if not holds:
             raise UserError(f"algorithm.{message}")
+    check_credit(credit)
     if correction_kind not in CORRECTIONS:
         raise ValueError(f"correction {correction_kind!r} is not one of {sorted(CORRECTIONS)}")
     if max_completion_tokens < 1:

@@ -221,7 +221,10 @@ class Trainer:
             kl_B[microbatch.indices_B.numpy()] = sums_B.cpu().numpy()
         kl_B = np.sum(fsdp.gather_objects(kl_B), axis=0)
         if not np.isfinite(kl_B).all():
-            raise RunError("the reference policy gives log-probabilities that are not finite")
+            raise RunError(
+                "the reference policy gives log-probabilities that are not finite: check the "
+                "weights at model.path, or set algorithm.objective.kl=0"
+            )
         rewards_B = kl_penalised_rewards(
             torch.from_numpy(batch.rewards_B), torch.from_numpy(kl_B), self.recipe.kl
         )

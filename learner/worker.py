@@ -131,7 +131,7 @@ class LearnerWorker:
     def rendezvous_address(self) -> tuple[str, int]:
         """Rank 0 only: open the rendezvous and say where it is."""
         if self._rank != 0:
-            raise RunError(f"rank {self._rank} was asked for the rendezvous, which rank 0 opens")
+            raise RunError(f"rank {self._rank} was asked for rank 0's rendezvous: please report it")
         self._store, host, port = fsdp.serve_rendezvous(
             self._config.ranks, self._config.start_timeout_s
         )
@@ -228,7 +228,7 @@ class LearnerWorker:
     @property
     def trainer(self) -> Trainer:
         if self._trainer is None:
-            raise RunError(f"learner rank {self._rank} was used before `setup`")
+            raise RunError(f"learner rank {self._rank} was used before `setup`: please report it")
         return self._trainer
 
     def step(
@@ -301,7 +301,7 @@ class LearnerWorker:
     def send_weights(self, version: int) -> tuple[float, int]:
         """Bring the generators to `version`: (seconds of stall, bytes). Collective."""
         if self._transport is None:
-            raise RunError("send_weights before open_transport")
+            raise RunError("send_weights before open_transport: please report it")
         return self._transport.send(version)
 
     def release_memory(self) -> None:
@@ -344,7 +344,7 @@ class LearnerWorker:
         """
         snapshot, self._snapshot = self._snapshot, None
         if snapshot is None or self._writing_group is None:
-            raise RunError("write_checkpoint before take_checkpoint")
+            raise RunError("write_checkpoint before take_checkpoint: please report it")
         policy = self.trainer.policy
         write_snapshot(snapshot, Path(folder), policy, self._dtype, self._writing_group)
 

@@ -11,9 +11,10 @@ from common.config import Config
 from common.config_loader import load_config
 from common.errors import UserError
 from deploy import costs
-from deploy.cli import CONFIGS, main
+from deploy.cli import main
 from deploy.cluster_plan import ClusterPlan
 from deploy.costs import DEVICES, MODELS, Pools, costs_on, model_shape
+from deploy.presets import CONFIGS
 
 PRESETS = sorted(path.name for path in CONFIGS.glob("*x8.yaml"))
 

@@ -15,8 +15,8 @@ from test_layering import ROOT, sources
 
 from common.config import Config
 from common.config_loader import load_config
-from deploy.cli import CONFIGS
 from deploy.cluster_plan import ClusterPlan
+from deploy.presets import CONFIGS
 from deploy.ray_metrics import gauge_name
 
 DEPLOY = ROOT / "deploy"

@@ -101,7 +101,7 @@ def _import_callable(target: str) -> Callable[..., object]:
             "The module must be importable from the directory the run was started in"
         ) from error
     if not callable(found):
-        raise UserError(f"verifier {target!r} is a {type(found).__name__}, not a callable")
+        raise UserError(f"verifier {target!r} is a {type(found).__name__}: name a function")
     score: Callable[..., object] = found
     return score
 

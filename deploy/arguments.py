@@ -1,0 +1,97 @@
+"""The words of the command line: verbs, options and `key=value`."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TypeAlias
+
+Verbs: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Options and `key=value` in any order, which argparse alone does not take."""
+    every = parser()
+    options, rest = every.parse_known_args(arguments)
+    if wrong := [word for word in rest if word.startswith("-") or "overrides" not in options]:
+        every.error(f"unrecognized arguments: {' '.join(wrong)}")
+    if rest:
+        options.overrides = [*options.overrides, *rest]
+    return options
+
+
+def parser() -> argparse.ArgumentParser:
+    """Of every verb."""
+    made = argparse.ArgumentParser(
+        prog="grpo-lambda",
+        description="Reinforcement learning of language models with verifiable rewards.",
+    )
+    verbs = made.add_subparsers(dest="verb", required=True, metavar="VERB")
+    for verb, text in (
+        ("train", "train a model; resume=runs/NAME goes on with a run"),
+        ("plan", "resolve and check a configuration, print what would run, start nothing"),
+    ):
+        sub = verbs.add_parser(verb, help=text, description=text)
+        sub.add_argument(
+            "--config", type=Path, default=None, help="YAML file (default: the smollm2 preset)"
+        )
+        sub.add_argument("overrides", nargs="*", metavar="key=value", help="configuration keys")
+        if verb == "plan":
+            sub.add_argument("--lengths", type=Path, help="a run whose lengths a prediction takes")
+            sub.add_argument("--costs", type=Path, help="JSON of measured costs to predict with")
+    _add_inspect(verbs)
+    _add_replay(verbs)
+    _add_eval(verbs)
+    text = "list the recipes and presets, a line each"
+    verbs.add_parser("recipes", help=text, description=text)
+    text = "print a completion script; in bash: source <(grpo-lambda completion bash)"
+    sub = verbs.add_parser("completion", help=text, description=text)
+    sub.add_argument("shell", choices=("bash", "zsh", "fish"))
+    return made
+
+
+def _add_inspect(verbs: Verbs) -> None:
+    text = "a page that shows a run down to the credit of every token; or its account"
+    sub = verbs.add_parser("inspect", help=text, description=text)
+    sub.add_argument("run", type=Path, help="run directory")
+    sub.add_argument(
+        "--ledger",
+        action="store_true",
+        help="print what became of every completion; fails when the account does not close",
+    )
+    sub.add_argument("--port", type=int, help="of the page, on loopback; 0 takes a free one")
+    sub.add_argument(
+        "--html", type=Path, metavar="FILE", help="write the page and a sample into one file"
+    )
+    sub.add_argument("--steps", type=int, help="with --html: of the newest N steps")
+    sub.add_argument("--groups", type=int, help="with --html: at most N groups")
+
+
+def _add_replay(verbs: Verbs) -> None:
+    text = "compute a step of a run again from its log, and what another credit rule would do"
+    sub = verbs.add_parser("replay", help=text, description=text)
+    sub.add_argument("run", type=Path, help="run directory")
+    sub.add_argument("--step", type=int, required=True, help="learner step, from 1")
+    sub.add_argument(
+        "overrides", nargs="*", metavar="recipe=NAME", help="another rule; algorithm. keys too"
+    )
+
+
+def _add_eval(verbs: Verbs) -> None:
+    text = "evaluate a model on suites; the same call again goes on where one was interrupted"
+    usage = "grpo-lambda eval MODEL --suite NAME [--suite NAME ...] [options] [key=value ...]"
+    sub = verbs.add_parser("eval", help=text, description=text, usage=usage)
+    sub.add_argument("model", metavar="MODEL", help="folder, hub name, or builtin:NAME")
+    sub.add_argument("overrides", nargs="*", metavar="key=value", help="configuration keys")
+    sub.add_argument(
+        "--suite", action="append", required=True, help="of deploy/configs/suites, or a YAML file"
+    )
+    sub.add_argument("--samples", type=int, help="a problem (default: the suite's; 1 is greedy)")
+    sub.add_argument("--temperature", type=float, help="(default: the suite's)")
+    sub.add_argument("--max-tokens", type=int, help="of an answer (default: the suite's)")
+    sub.add_argument("--limit", type=int, help="only so many problems, the first ones")
+    sub.add_argument("--data", help="a .jsonl or .parquet file in place of the hub's data set")
+    sub.add_argument(
+        "--out", type=Path, help="folder (default: runs/eval-MODEL-SUITE; of several, their parent)"
+    )
