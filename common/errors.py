@@ -22,6 +22,10 @@ class StallError(RunError):
     """A wait passed its deadline: who waited for whom, for what, and for how long."""
 
 
+class StartError(RunError):
+    """Ray did not come up, as happens on a machine with too much to do; it may the next time."""
+
+
 class WeightsError(RunError):
     """The generators do not hold the learner's weights (canary, checksum or coverage)."""
 

@@ -19,7 +19,7 @@ from actors.generator import GeneratorActor
 from actors.verifier_pool import VerifierActor
 from actors.verifiers.registry import verifier_names
 from common.config import Config
-from common.errors import RunError, UserError
+from common.errors import StartError, UserError
 from common.heartbeat import HEALTH
 from common.stacks import descendants
 from common.stream import TrajectoryStreamActor
@@ -74,7 +74,8 @@ def connect(config: Config, cores: CorePlan) -> None:
                 runtime_env=environment,
             )
         except Exception as error:  # Ray raises just that when its node is not up in 30 s
-            raise RunError(
+            _kill_servers()  # else they live until this process ends
+            raise StartError(
                 f"Ray did not start on this machine: {error} If the machine is busy, try again; "
                 "else see Ray's logs under /tmp/ray/session_latest/logs"
             ) from error
@@ -216,12 +217,7 @@ _SERVERS = ("raylet", "gcs_server")
 
 def _tear_away() -> None:
     """Kill the servers of a cluster of our own that hang; leave one of others by ending."""
-    servers = [
-        process.pid for process in descendants(os.getpid()) if process.name.startswith(_SERVERS)
-    ]
-    for pid in servers:
-        os.kill(pid, signal.SIGKILL)
-    if not servers:
+    if not _kill_servers():
         print(
             f"error: Ray did not let go of this process within {_LET_GO_S:.0f} s, so it ends; go "
             "on by resume=",
@@ -229,6 +225,16 @@ def _tear_away() -> None:
             flush=True,
         )
         os._exit(1)
+
+
+def _kill_servers() -> int:
+    """Those that this process has started; how many."""
+    servers = [
+        process.pid for process in descendants(os.getpid()) if process.name.startswith(_SERVERS)
+    ]
+    for pid in servers:
+        os.kill(pid, signal.SIGKILL)
+    return len(servers)
 
 
 def disconnect(log_folder: Path) -> None:

@@ -13,15 +13,16 @@ from collections.abc import Callable
 from ray.exceptions import NodeDiedError, ObjectLostError, RayActorError, WorkerCrashedError
 
 from common.config import RestartConfig
-from common.errors import RunError, StallError, WeightsError, first_line
+from common.errors import RunError, StallError, StartError, WeightsError, first_line
 
 _LOST = (RayActorError, ObjectLostError, NodeDiedError, WorkerCrashedError)
 """Ray's words for a process that is gone."""
 
 
 def is_recoverable(error: BaseException) -> bool:
-    """A process died or hangs, or weights did not arrive; not wrong input, not bad numbers."""
-    return isinstance(error, (*_LOST, StallError, WeightsError))
+    """A process died, hangs or did not start, or weights did not arrive; not wrong input, not bad
+    numbers."""
+    return isinstance(error, (*_LOST, StallError, StartError, WeightsError))
 
 
 class Restarts:

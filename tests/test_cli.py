@@ -17,9 +17,10 @@ from deploy import cluster, launch
 from deploy.cli import main
 from deploy.placement import plan_cores
 from deploy.plan import _batches
-from deploy.presets import choose
+from deploy.presets import CONFIGS, RECIPES, choose
 
 ROOT = Path(__file__).resolve().parent.parent
+DESCRIBED = sorted([*CONFIGS.glob("*.yaml"), *RECIPES.glob("*.yaml")])
 RULE = "verifier.rules=[{name: math_answer}]"
 IN_RATIO = "algorithm.credit.application=trace"
 GUIDED = ("data.source=file", "data.path=x.jsonl", "algorithm.rollout.guidance.ratio=0.5")
@@ -96,12 +97,12 @@ print("LOADED", [name for name in {HEAVY!r} if name in sys.modules])
 def test_recipes_are_listed_with_what_they_are(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["recipes"]) == 0
     printed = capsys.readouterr().out
-    for path in (ROOT / "deploy/configs").rglob("*.yaml"):
+    for path in DESCRIBED:
         (line,) = [row for row in printed.splitlines() if row.split()[:1] == [path.stem]]
         assert line.endswith(path.read_text().splitlines()[0].lstrip("# "))
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "deploy/configs").rglob("*.yaml")), ids=str)
+@pytest.mark.parametrize("path", DESCRIBED, ids=lambda path: path.stem)
 def test_a_preset_or_recipe_says_in_its_first_line_what_it_is(path: Path) -> None:
     first = path.read_text().splitlines()[0]
     assert first.startswith("# ")

@@ -6,7 +6,14 @@ import pytest
 from ray.exceptions import ActorDiedError, OwnerDiedError, RayTaskError
 
 from common.config import RestartConfig
-from common.errors import RunError, StallError, UserError, VerifierError, WeightsError
+from common.errors import (
+    RunError,
+    StallError,
+    StartError,
+    UserError,
+    VerifierError,
+    WeightsError,
+)
 from deploy.restart import Restarts, is_recoverable
 
 
@@ -53,6 +60,7 @@ def test_none_allowed_means_the_first_ends_the_run() -> None:
         (OwnerDiedError("00" * 28, None, ""), True),
         (StallError(""), True),
         (WeightsError(""), True),
+        (StartError(""), True),
         (VerifierError(""), False),
         (UserError(""), False),
         (RunError("the gradient norm is nan"), False),

@@ -11,7 +11,9 @@ from test_layering import PACKAGES, ROOT, sources
 from common.config import Config
 
 SOURCES = [path for package in PACKAGES for path in sources(package)]
-MODULES = {"pickle", "cloudpickle", "dill", "shelve", "marshal"}
+MODULES = {"pickle", "cloudpickle", "dill", "shelve", "marshal", "runpy"}
+RUNS_PROGRAMS = "actors/verifiers/code_child.py"
+"""Its one purpose: the programs of models, in a process of their own below the sandbox."""
 CALLS = {"eval", "exec", "torch.load", "yaml.load", "os.system", "os.popen"}
 
 
@@ -20,7 +22,9 @@ def test_nothing_is_unpickled_evaluated_or_given_to_a_shell(path: Path) -> None:
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import | ast.ImportFrom):
             names = {alias.name for alias in node.names} | {getattr(node, "module", None) or ""}
-            assert not MODULES & {name.partition(".")[0] for name in names}, node.lineno
+            allowed = {"runpy"} if path == ROOT / RUNS_PROGRAMS else set()
+            found = MODULES & {name.partition(".")[0] for name in names}
+            assert found <= allowed, node.lineno
         if isinstance(node, ast.Call):
             assert ast.unparse(node.func) not in CALLS, node.lineno
             keywords = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}

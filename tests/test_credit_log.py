@@ -17,6 +17,7 @@ from common.credit_log import (
     credit_path,
     credit_schema,
     credit_steps,
+    forget_credit_after,
     read_credit,
     read_group_credit,
     write_credit,
@@ -85,24 +86,40 @@ def test_rows_come_back_in_their_order_and_group_by_group(
         assert all(same(a["logprobs"], b["logprobs"]) for a, b in zip(mine, got, strict=True))
 
 
+_ROW = {
+    "step": 3,
+    "group_id": 1,
+    "turn": 1,
+    "completion_index": 0,
+    "reward": 1.0,
+    "advantage": 0.5,
+    "token_weight": 0.1,
+    "trained": False,
+}
+
+
 def test_a_step_is_replaced_and_half_written_files_are_no_steps(tmp_path: Path) -> None:
     assert credit_steps(tmp_path) == []
-    row = {
-        "step": 3,
-        "group_id": 1,
-        "turn": 1,
-        "completion_index": 0,
-        "reward": 1.0,
-        "advantage": 0.5,
-        "token_weight": 0.1,
-        "trained": False,
-    }
+    row = dict(_ROW)
     write_credit(tmp_path, 3, batch_of([row]))
     write_credit(tmp_path, 3, batch_of([row | {"advantage": -0.5}]))
     write_credit(tmp_path, 1_000_000, batch_of([row | {"step": 1_000_000}]))
     (tmp_path / "credit" / "step-000004.arrow.partial").write_bytes(b"half")
     assert credit_steps(tmp_path) == [3, 1_000_000]
     assert read_credit(tmp_path, 3)["advantage"].to_pylist() == [-0.5]
+
+
+def test_another_rule_has_a_file_of_its_own_and_a_resume_takes_both_back(tmp_path: Path) -> None:
+    row = dict(_ROW)
+    for step in (3, 12):
+        write_credit(tmp_path, step, batch_of([row | {"step": step}]))
+        write_credit(tmp_path, step, batch_of([row | {"step": step, "advantage": 2.0}]), "dapo")
+    assert credit_steps(tmp_path) == [3, 12]
+    assert read_credit(tmp_path, 3)["advantage"].to_pylist() == [0.5]
+    assert read_credit(tmp_path, 3, "dapo")["advantage"].to_pylist() == [2.0]
+    forget_credit_after(tmp_path, 3)
+    names = sorted(path.name for path in (tmp_path / "credit").iterdir())
+    assert names == ["step-000003.arrow", "step-000003.dapo.arrow"]
 
 
 def test_what_cannot_be_true_is_refused(tmp_path: Path) -> None:
