@@ -3,7 +3,7 @@ VENV ?= .venv
 export VENV PYTHON ENGINE
 RUN = $(VENV)/bin/python
 
-.PHONY: train test test-oracle test-recipes test-cluster faults soak lint compare bench bench-long simulation setup clean
+.PHONY: train test test-oracle test-recipes test-cluster faults soak lint compare bench bench-long simulation demo-report setup clean
 
 train: setup
 	$(RUN) -m deploy.cli train --config deploy/configs/smollm2.yaml $(ARGS)
@@ -50,6 +50,11 @@ bench-long: setup
 simulation: setup
 	$(RUN) tests/bench/simulation.py
 	$(RUN) tests/bench/scale_study.py
+
+# A run of the tiny preset, two minutes, and its page in one file, demo-report.html.
+demo-report: setup
+	$(RUN) -m deploy.cli train --config deploy/configs/tiny.yaml name=demo resume=auto steps=40 $(ARGS)
+	$(RUN) -m deploy.cli inspect runs/demo --html demo-report.html
 
 lint: setup
 	$(VENV)/bin/ruff check .

@@ -41,7 +41,7 @@ CREDIT_VERSION = 1
 VERSION_KEY = b"grpo_lambda.credit_version"
 FOLDER = "credit"
 
-_NAME = re.compile(r"step-(\d{6,})\.arrow")
+_NAME = re.compile(r"step-(\d{6,})(?:\.(.+))?\.arrow")
 _LISTS = ("trace_weights", "advantages", "logprobs")
 
 
@@ -100,12 +100,12 @@ def read_credit(run: Path, step: int, rule: str | None = None) -> pa.Table:
         return reader.read_all()
 
 
-def read_group_credit(run: Path, step: int, group_id: int) -> pa.Table:
+def read_group_credit(run: Path, step: int, group_id: int, rule: str | None = None) -> pa.Table:
     """The rows of one group in `step`, by completion; no row when the step did not have it.
 
     Raises as `read_credit`.
     """
-    path = credit_path(run, step)
+    path = credit_path(run, step, rule)
     with _opened(path, ["group_id"]) as reader:
         places = [
             index
@@ -128,8 +128,18 @@ def forget_credit_after(run: Path, step: int) -> None:
 
 def credit_steps(run: Path) -> list[int]:
     """Steps that have a credit file, ascending."""
+    return sorted(step for step, rule in _files(run) if rule is None)
+
+
+def credit_rules(run: Path, step: int) -> list[str]:
+    """Other rules that were asked about `step`."""
+    return sorted(rule for other, rule in _files(run) if other == step and rule is not None)
+
+
+def _files(run: Path) -> Iterator[tuple[int, str | None]]:
+    """(step, other rule) of every credit file."""
     names = (_NAME.fullmatch(path.name) for path in (run / FOLDER).glob("step-*.arrow"))
-    return sorted(int(name.group(1)) for name in names if name)
+    return ((int(name.group(1)), name.group(2)) for name in names if name)
 
 
 def _check(step: int, batch: pa.RecordBatch) -> None:

@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import uvicorn
 from inspector_runs import Sample, SyntheticRun, sums_run
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
-from common.credit_log import read_group_credit
+from common.credit_log import credit_schema, read_credit, read_group_credit, write_credit
 from common.log_store import read_log
 from deploy.inspector.run_data import RunData
 from deploy.inspector.server import build_app
@@ -60,7 +61,18 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> SyntheticRun:
     group_id = max(made.groups) + 1
     made.group(group_id, '<b>Prompt</b> & "more"', samples, 13)
     made.step(15, [group_id])
+    judge_evenly(made.path, 3)
     return made
+
+
+def judge_evenly(run: Path, step: int) -> None:
+    """The credit of `step` under a rule that gives every token the same."""
+    rows = read_credit(run, step).to_pylist()
+    for row in rows:
+        if row["trained"]:
+            row["trace_weights"] = [1.0] * len(row["logprobs"])
+            row["advantages"] = [row["advantage"]] * len(row["logprobs"])
+    write_credit(run, step, pa.RecordBatch.from_pylist(rows, schema=credit_schema()), "grpo")
 
 
 @pytest.fixture(scope="module")
@@ -242,6 +254,40 @@ def test_hovering_tells_the_credit_logs_own_numbers(
             ratio = row["logprobs"][place] - sampler
             assert float(shown["log ratio"]) == pytest.approx(ratio, abs=1e-6)
             assert float(shown["ratio"]) == pytest.approx(np.exp(ratio), abs=1e-6)
+
+
+def test_another_rule_stands_beside_the_runs(
+    url: str, run: SyntheticRun, open_page: Callable[..., Page]
+) -> None:
+    page = open_page(f"{url}#group=9")
+    fields = page.locator("article[aria-label='Completion 0'] .tokens")
+    expect(fields).to_have_count(1)
+    page.get_by_label("grpo").check()
+    expect(fields).to_have_count(2)
+    assert "rule=grpo" in page.url
+    mine = read_group_credit(run.path, 3, 9).to_pylist()[0]
+    theirs = read_group_credit(run.path, 3, 9, "grpo").to_pylist()[0]
+    for place, (field, row) in enumerate([(fields.nth(0), mine), (fields.nth(1), theirs)]):
+        last = len(row["advantages"]) - 1
+        field.locator(".token").nth(0).hover()
+        shown = details(page)
+        assert shown["credit of"] == ("the run", "grpo")[place]
+        assert np.float32(shown["λ-advantage"]) == np.float32(row["advantages"][0])
+        assert np.float32(shown["trace weight"]) == np.float32(row["trace_weights"][0])
+        colours = [background(field, index) for index in (0, last)]
+        assert (colours[0] == colours[1]) == (place == 1)  # one scale for both
+    page.reload()
+    expect(fields).to_have_count(2)
+    page.get_by_label("none").check()
+    expect(fields).to_have_count(1)
+    page.goto(f"{url}#group=1")
+    expect(page.get_by_text("Beside the run")).to_have_count(0)  # nobody asked about its step
+
+
+def background(field: Any, index: int) -> str:
+    shown = field.locator(".token").nth(index)
+    found: str = shown.evaluate("element => getComputedStyle(element).backgroundColor")
+    return found
 
 
 def test_colours_follow_the_chosen_quantity(url: str, open_page: Callable[..., Page]) -> None:

@@ -12,10 +12,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from common.credit_log import credit_path, read_group_credit
+from common.credit_log import credit_path, credit_rules, read_group_credit
 from common.errors import UserError
 from common.schema import REWARD_PREFIX, VERDICT_PREFIX
 from deploy.inspector.tokens import TokenTexts
+
+Credit = dict[int, dict[str, Any]]
+"""Rows of the credit log by completion index, as Arrow scalars."""
 
 _OF_GROUP = ("prompt_id", "epoch", "reference", "dispatched_s")
 _OF_COMPLETION = ("text", "finish_reason", "generator", "guidance_length", "reward", "accuracy")
@@ -23,7 +26,10 @@ _OF_CREDIT = ("advantage", "token_weight", "trained", "trace_weights", "advantag
 
 
 def details(
-    batch: pa.RecordBatch, credit: dict[int, dict[str, Any]], texts: TokenTexts | None
+    batch: pa.RecordBatch,
+    credit: Credit,
+    texts: TokenTexts | None,
+    others: dict[str, Credit] | None = None,
 ) -> dict[str, Any]:
     """The group's own facts and its completions, each with `tokens`: one list a quantity.
 
@@ -31,7 +37,9 @@ def details(
         batch: the group, under the trajectory schema.
         credit: by completion index, from `group_credit`.
         texts: None where tokens are shown by their ids.
+        others: as `credit`, under other rules by name.
     """
+    others = others or {}
     table = pa.Table.from_batches([batch]).sort_by("completion_index")
     verifiers = [
         name.removeprefix(REWARD_PREFIX)
@@ -42,14 +50,23 @@ def details(
     return first | {
         "prompt_text": table["prompt_text"][0].as_py(),
         "verifiers": verifiers,
+        "rules": list(others),
         "completions": [
-            _completion(table.slice(row, 1), verifiers, credit, texts)
+            _completion(table.slice(row, 1), verifiers, credit, texts, others)
             for row in range(table.num_rows)
         ],
     }
 
 
-def group_credit(run: Path, group_id: int, step: int | None) -> tuple[dict[int, Any], str]:
+def other_credit(run: Path, group_id: int, step: int | None) -> dict[str, Credit]:
+    """A group's credit under every other rule that was asked about its step (`deploy.replay`)."""
+    if step is None:
+        return {}
+    rules = credit_rules(run, step)
+    return {rule: _rows(read_group_credit(run, step, group_id, rule)) for rule in rules}
+
+
+def group_credit(run: Path, group_id: int, step: int | None) -> tuple[Credit, str]:
     """A group's credit by completion index, and why there is none where it is empty."""
     if step is None:
         return {}, "no learner step has trained on this group"
@@ -59,15 +76,23 @@ def group_credit(run: Path, group_id: int, step: int | None) -> tuple[dict[int, 
         rows = read_group_credit(run, step, group_id)
     except UserError as error:
         return {}, str(error)
-    found = {
-        rows["completion_index"][row].as_py(): {name: rows[name][row] for name in _OF_CREDIT}
-        for row in range(rows.num_rows)
-    }
+    found = _rows(rows)
     return found, "" if found else f"the credit log of step {step} does not have this group"
 
 
+def _rows(rows: pa.Table) -> Credit:
+    return {
+        rows["completion_index"][row].as_py(): {name: rows[name][row] for name in _OF_CREDIT}
+        for row in range(rows.num_rows)
+    }
+
+
 def _completion(
-    row: pa.Table, verifiers: list[str], credit: dict[int, Any], texts: TokenTexts | None
+    row: pa.Table,
+    verifiers: list[str],
+    credit: Credit,
+    texts: TokenTexts | None,
+    others: dict[str, Credit],
 ) -> dict[str, Any]:
     index = row["completion_index"][0].as_py()
     value = {name: row[name][0].as_py() for name in _OF_COMPLETION}
@@ -94,6 +119,9 @@ def _completion(
         "advantage": given["advantage"].as_py() if given else None,
         "token_weight": given["token_weight"].as_py() if given else None,
         "trained": given["trained"].as_py() if given else None,
+        "rules": {
+            rule: _under(found[index], len(ids)) for rule, found in others.items() if index in found
+        },
         "tokens": {
             "id": ids,
             "text": None if texts is None else texts.texts(ids),
@@ -101,6 +129,18 @@ def _completion(
             "in_loss": row["loss_mask"][0].as_py(),
             "behaviour_logprob": _shortest(row["behaviour_logprobs"][0]),
             **lists,
+        },
+    }
+
+
+def _under(given: dict[str, pa.Scalar], length: int) -> dict[str, Any]:
+    """What a rule would have given a completion."""
+    return {
+        "advantage": given["advantage"].as_py(),
+        "trained": given["trained"].as_py(),
+        "tokens": {
+            "advantage": _tokenwise(given["advantages"], length),
+            "trace_weight": _tokenwise(given["trace_weights"], length),
         },
     }
 

@@ -22,7 +22,7 @@ from common.credit_log import credit_steps
 from common.errors import UserError
 from common.metrics import read_metrics
 from deploy.account import is_live
-from deploy.inspector.details import details, group_credit
+from deploy.inspector.details import details, group_credit, other_credit
 from deploy.inspector.ledger_view import read_fate, read_groups
 from deploy.inspector.query import GroupQuery, page_of, rows, select
 from deploy.inspector.segments import LogIndex
@@ -136,7 +136,8 @@ class RunData:
             batch = self._log.segments[segment].group(row["row"][0].as_py())
             texts = self._tokenizer()
         credit, note = group_credit(self.run, group_id, summary["step"])
-        return summary | fate | {"note": note} | details(batch, credit, texts)
+        others = other_credit(self.run, group_id, summary["step"])
+        return summary | fate | {"note": note} | details(batch, credit, texts, others)
 
     def _tokenizer(self) -> TokenTexts | None:
         """Asked for again while there is none: the first checkpoint brings one."""

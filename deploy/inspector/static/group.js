@@ -8,19 +8,22 @@ import { neighbours } from "./table.js";
 import { hideDetails, paint, tokenField } from "./tokens.js";
 
 let group = null;
-let cards = [];
+let rule = null; // whose credit stands beside the run's
+let cards = []; // every field of tokens with what it shows
 
 /** Draw `data`; the focus stays where it is when the same group is drawn anew. */
 export function showGroup(data) {
   const focus = data.group === group?.group ? focusedToken() : null;
   group = data;
+  rule = chosenRule();
   hideDetails();
-  cards = data.completions.map((completion) => card(completion, data.step));
+  const articles = data.completions.map((completion) => article(completion, data.step));
+  cards = articles.flatMap(({ fields }) => fields);
   byId("group").replaceChildren(
     header(data),
     ...(data.completions.length ? [toolbar()] : []),
     ...(data.note ? [el("p", { class: "note" }, sentence(data.note))] : []),
-    el("div", { class: "completions" }, ...cards.map(({ element }) => element)),
+    el("div", { class: "completions" }, ...articles.map(({ element }) => element)),
   );
   colourGroup();
   if (focus) {
@@ -39,8 +42,12 @@ export function colourGroup() {
   if (!group?.completions.length) {
     return;
   }
+  if (rule !== chosenRule()) {
+    showGroup(group);
+    return;
+  }
   const name = current().colour in QUANTITIES ? current().colour : "advantage";
-  const scale = scaleOf(name, group.completions);
+  const scale = scaleOf(name, cards.map(({ completion }) => completion));
   for (const { completion, field } of cards) {
     paint(field, completion, scale);
   }
@@ -48,6 +55,10 @@ export function colourGroup() {
     input.checked = input.value === name;
   }
   byId("legend").replaceChildren(...legend(scale));
+}
+
+function chosenRule() {
+  return group.rules?.find((name) => name === current().rule) ?? null;
 }
 
 function header(data) {
@@ -93,7 +104,19 @@ function toolbar() {
       label));
   return el("div", { class: "toolbar" },
     el("fieldset", { class: "choices" }, el("legend", {}, "Colour"), ...choices),
+    ...(group.rules?.length ? [rules()] : []),
     el("div", { id: "legend", class: "legend" }));
+}
+
+function rules() {
+  const choices = [["", "none"], ...group.rules.map((name) => [name, name])].map(([value, label]) =>
+    el("label", {},
+      el("input", {
+        type: "radio", name: "rule", value, checked: value === (rule ?? ""),
+        onchange: () => change({ rule: value }),
+      }),
+      label));
+  return el("fieldset", { class: "choices" }, el("legend", {}, "Beside the run's credit that of"), ...choices);
 }
 
 function legend({ quantity, largest, signed, found, colour }) {
@@ -118,15 +141,31 @@ function legend({ quantity, largest, signed, found, colour }) {
     el("span", { class: "muted" }, `square-root scale${unit}`)];
 }
 
-function card(completion, stepOfGroup) {
-  const parts = tokenField(completion, stepOfGroup);
-  const [field] = parts;
+/** A completion's card: its tokens under the run's rule, then under the one beside it. */
+function article(completion, stepOfGroup) {
+  const shown = rule === null ? [completion] : [{ ...completion, rule: "the run" }, under(completion, rule)];
+  const drawn = shown.map((each) => ({ completion: each, parts: tokenField(each, stepOfGroup) }));
   const element = el("article", { class: "completion", "aria-label": `Completion ${completion.index}` },
-    cardHead(completion), ...parts);
-  field.addEventListener("drawn", colourGroup);
+    cardHead(completion),
+    ...drawn.flatMap(({ completion: each, parts }) => [...(each.rule ? [ruleHead(each)] : []), ...parts]));
+  const fields = drawn.map(({ completion: each, parts: [field] }) => ({ completion: each, field }));
+  for (const { field } of fields) {
+    field.addEventListener("drawn", colourGroup);
+  }
   const strongest = Math.max(...group.completions.map(({ advantage }) => Math.abs(advantage ?? 0))) || 1;
   element.style.borderTopColor = completion.advantage ? shade(completion.advantage / strongest).background : "";
-  return { completion, field, element };
+  return { fields, element };
+}
+
+/** `completion` with the credit of another rule. */
+function under(completion, name) {
+  const other = completion.rules[name] ?? { advantage: null, trained: null, tokens: { advantage: null, trace_weight: null } };
+  const { advantage, trained } = other;
+  return { ...completion, rule: name, advantage, trained, tokens: { ...completion.tokens, ...other.tokens } };
+}
+
+function ruleHead({ rule: name, advantage }) {
+  return el("h3", { class: "rule" }, `${name}: A ${withSign(advantage)}`);
 }
 
 function cardHead(completion) {

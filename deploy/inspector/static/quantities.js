@@ -56,6 +56,7 @@ export function valuesOf(completion, i, step) {
   const staleness = step === null ? "" : ` (staleness ${step - 1 - version})`;
   return [
     ["token", `${i + 1} of ${tokens.id.length}`, `completion ${completion.index}`],
+    ...(completion.rule ? [["credit of", completion.rule]] : []),
     ["id", String(tokens.id[i])],
     ["text", tokens.text === null ? "–" : quoted(tokens.text[i])],
     ["λ-advantage", exact(at(tokens.advantage, i)), "A times the trace weight"],
