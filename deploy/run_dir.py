@@ -17,6 +17,7 @@ import fcntl
 import os
 import re
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TextIO
@@ -29,6 +30,8 @@ from common.manifest import damage
 LEDGER = "ledger.sqlite"
 QUARANTINE = "quarantine.jsonl"
 FAILED_BATCH = "failed-batch.arrow"
+_LOOK_S = 0.5
+"""Longer than who looks whether a run is going on (`deploy.account.is_live`) holds its lock."""
 _STEP = re.compile(r"^step-(\d+)$")
 
 
@@ -45,6 +48,14 @@ def last_errors(log_folder: Path, count: int = 3) -> list[str]:
                 found.pop(match.group(1), None)
                 found[match.group(1)] = None
     return list(found)[-count:]
+
+
+def _locked(file: TextIO) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 class RunDirectory:
@@ -94,13 +105,14 @@ class RunDirectory:
             raise UserError(
                 f"cannot write to {self.path}: {error.strerror}; mend the disk or its permissions"
             ) from error
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(
-                f"{self.path} is being trained by another process: wait for it to end, or start "
-                "a run of another name="
-            ) from error
+        deadline = time.monotonic() + _LOOK_S
+        while not _locked(self._lock):
+            if time.monotonic() > deadline:
+                raise UserError(
+                    f"{self.path} is being trained by another process: wait for it to end, or "
+                    "start a run of another name="
+                )
+            time.sleep(0.02)
         self._lock.write(str(os.getpid()))
         self._lock.flush()
 

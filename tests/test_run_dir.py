@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -39,6 +41,18 @@ def test_two_processes_never_train_in_one_directory(tmp_path: Path) -> None:
     RunDirectory.reopen(str(run.path)).release()
     with pytest.raises(UserError, match=r"no config\.yaml"):
         RunDirectory.reopen(str(tmp_path))
+
+
+def test_a_look_at_the_lock_is_no_process_that_trains(tmp_path: Path) -> None:
+    run = create(tmp_path)
+    (run.path / "metrics.jsonl").touch()
+    run.release()
+    looking = (run.path / ".lock").open()
+    fcntl.flock(looking, fcntl.LOCK_SH)
+    gone = threading.Timer(0.2, looking.close)
+    gone.start()
+    RunDirectory.reopen(str(run.path)).release()
+    gone.join()
 
 
 def test_only_whole_checkpoints_count_and_old_ones_go(tmp_path: Path) -> None:
