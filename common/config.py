@@ -209,6 +209,9 @@ class CheckpointConfig:
     stop_grace_s: float = 60.0
     """After SIGTERM: time to finish the step under way and save it."""
     timeout_s: float = 900.0
+    mirror: str | None = None
+    """A folder for copies of the run, one after every checkpoint: `s3://bucket/folder`, `gs://`,
+    `hdfs://` or a path. `resume=auto` on a machine without the run begins from the copy."""
 
 
 SinkName = Literal["tensorboard", "wandb", "mlflow", "trackio"]

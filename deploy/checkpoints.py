@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from common.config import CheckpointConfig
 from common.faults import reached
+from common.waits import Waits
+from deploy.mirror import Mirror
 from deploy.run_dir import RunDirectory
 from learner.group import LearnerGroup
 
@@ -22,6 +25,8 @@ class Checkpoints:
     cut: Callable[[int], dict[str, Any]]
     """Cuts the ledger at a step and returns what else a resume needs, as JSON."""
     say: Callable[[str], None]
+    waits: Waits
+    mirror: Mirror | None = None
 
     async def take(self, step: int) -> None:
         """Into the learner's memory, which is at `step` and stays there until this returns."""
@@ -38,3 +43,10 @@ class Checkpoints:
         reached("checkpoint in place")
         self.run.prune_checkpoints(self.config.keep_last, self.config.keep_every)
         self.say(f"checkpoint {folder}")
+        if self.mirror is not None:
+            copying = asyncio.to_thread(self.mirror.push, self.run.path)
+            timeout_s = self.config.timeout_s
+            copied = await self.waits.on(
+                copying, owner="checkpoint", cause="its copy in the mirror", deadline_s=timeout_s
+            )
+            self.say(f"copied {copied / 1e6:.1f} MB to {self.config.mirror}")

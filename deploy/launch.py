@@ -23,6 +23,7 @@ from common.errors import RunError, StallError, UserError
 from common.metrics import read_metrics
 from common.stacks import stall_report
 from deploy.metric_sinks import check_sinks
+from deploy.mirror import Mirror
 from deploy.preemption import Preemption
 from deploy.presets import load
 from deploy.restart import Restarts, is_recoverable
@@ -190,13 +191,15 @@ def is_done(run: RunDirectory, steps: int) -> bool:
 
 
 def found(config: Config) -> Config:
-    """`config` with `resume=auto` answered: the run of that name, or none."""
+    """`config` with `resume=auto` answered: the run of that name, its copy, or none."""
     if config.resume != "auto":
         return config
     if config.name is None:
         raise UserError("resume=auto needs name=, by which the run is found again")
     path = Path(config.runs_dir) / config.name
     there = (path / "config.yaml").is_file()
+    if not there and config.checkpoint.mirror is not None:
+        there = Mirror(config.checkpoint.mirror).pull(path, print)
     return replace(config, resume=str(path) if there else None)
 
 

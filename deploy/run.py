@@ -34,6 +34,7 @@ from deploy.checkpoints import Checkpoints
 from deploy.cluster import Actors, start_stream
 from deploy.display import Display, make_display
 from deploy.metric_sinks import open_metrics
+from deploy.mirror import Mirror
 from deploy.models import Located, check_vocabulary, resolve_model
 from deploy.placement import with_compute_dtype
 from deploy.preemption import Preemption
@@ -74,6 +75,8 @@ class Run:
         self._run = run
         self._service = service
         self._waits = service.waits
+        place = config.checkpoint.mirror
+        self._mirror = Mirror(place) if place is not None else None
         self._rollout: RolloutLoop | None = None
         self._display: Display = make_display(config.steps, self._waits, self._status)
         self._first_step = 0
@@ -222,7 +225,13 @@ class Run:
                 max_tokens=config.generator.max_completion_tokens,
             ),
             checkpoints=Checkpoints(
-                config.checkpoint, self._run, learner, self._rollout.save, self._display.event
+                config.checkpoint,
+                self._run,
+                learner,
+                self._rollout.save,
+                self._display.event,
+                self._waits,
+                self._mirror,
             ),
             record=self._recorder(metrics),
             schedule=self._schedule(),
