@@ -16,7 +16,8 @@ test-oracle: setup
 	@bash tests/bench/peer_setup.sh
 	PYTHONPATH=. $${TRL_PYTHON:-.venv-trl/bin/python} -m pytest tests/test_trl_oracle.py $(ARGS)
 
-# Every recipe, ten steps on real parts: some eight minutes on two cores.
+# Every recipe, ten steps on real parts; the examples, a notebook and an evaluation: a quarter of an
+# hour on two cores.
 test-recipes: setup
 	$(RUN) -m pytest -m long $(ARGS)
 

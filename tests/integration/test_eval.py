@@ -19,6 +19,7 @@ from actors.verifiers import reasoning_gym
 from common.log_store import read_log
 from deploy.eval.runner import logged, sample_seed
 
+pytestmark = pytest.mark.long
 PROBLEMS, SAMPLES = 8, 2
 SUITE = """\
 about: Sums of three one-digit numbers, as the tiny preset's.

@@ -13,6 +13,7 @@ from run_process import ROOT, TINY, finish, start
 
 from common.metrics import read_metrics
 
+pytestmark = pytest.mark.long
 SHORT = ("steps=3", "eval.every=0", "eval.prompts=16", "checkpoint.every=0")
 
 
