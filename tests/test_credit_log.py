@@ -148,7 +148,7 @@ def test_what_cannot_be_true_is_refused(tmp_path: Path) -> None:
 
 
 def test_other_files_are_named_in_the_error(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="step-000005.arrow does not exist: this step has no credit"):
+    with pytest.raises(UserError, match="000005.arrow does not exist: this step"):
         read_credit(tmp_path, 5)
     path = credit_path(tmp_path, 5)
     path.parent.mkdir()
