@@ -185,7 +185,8 @@ class _HybridWork(_SaveWork):
 
 
 def _hybrid_target(rank: int, ranks: int, folder: Path, target: Path) -> tuple:
-    return make_worker(folder, rank, ranks, shard_ranks=2), _HybridWork(target)
+    made = make_worker(folder, rank, ranks, shard_ranks=2, schedule="linear")
+    return made, _HybridWork(target)
 
 
 def test_two_copies_of_two_shards_train_as_one_rank_does(
