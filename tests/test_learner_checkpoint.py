@@ -248,7 +248,7 @@ def test_interrupted_save_leaves_the_old_checkpoint(folder, tmp_path, monkeypatc
 
 
 def test_folder_without_training_state_is_a_user_error(folder: Path) -> None:
-    with worker(folder) as made, pytest.raises(UserError, match="resume"):
+    with worker(folder) as made, pytest.raises(UserError, match="holds no training state"):
         made.load_checkpoint(str(folder))
 
 
