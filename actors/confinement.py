@@ -88,9 +88,14 @@ def limit_files() -> None:
         (resource.RLIMIT_FSIZE, MAX_FILE_BYTES),
         (resource.RLIMIT_NOFILE, MAX_OPEN_FILES),
     ):
-        hard = resource.getrlimit(what)[1]
-        limit = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-        resource.setrlimit(what, (limit, limit))
+        lower_limit(what, wanted)
+
+
+def lower_limit(what: int, wanted: int) -> None:
+    """Bound a resource for good by `wanted`, or by what it is bound to already."""
+    hard = resource.getrlimit(what)[1]
+    limit = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    resource.setrlimit(what, (limit, limit))
 
 
 def close_network() -> None:

@@ -12,7 +12,6 @@ prompt goes out.
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -26,7 +25,7 @@ from common.errors import StallError, UserError, VerifierError
 from common.faults import reached
 from common.ledger import Ledger, OpenGroup, Outcome, Outcomes, outcomes_of
 from common.stream import GroupLog
-from common.trajectory import GroupReceipt, GroupRequest
+from common.trajectory import GroupReceipt, GroupRequest, turn_seed
 from common.waits import Waits, until
 
 _UNJUDGED_LIMIT = 16
@@ -118,8 +117,7 @@ class RolloutLoop:
 
     def _seed_of(self, turn: int) -> int:
         """A synchronous run samples the same for a turn in whatever process it is served."""
-        digest = hashlib.sha256(f"{self._seed}/{turn}".encode()).digest()
-        return int.from_bytes(digest[:6])
+        return turn_seed(self._seed, turn)
 
     def _guidance_ids(self, prompt: Prompt) -> tuple[int, ...]:
         """The solution's first tokens; all of a shorter one."""

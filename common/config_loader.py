@@ -86,7 +86,7 @@ def _recipe_path(recipe: str, folder: Path | None) -> Path:
     if not path.exists():
         known = sorted(file.stem for file in folder.glob("*.yaml"))
         raise UserError(
-            f"recipe={recipe} is not known{_nearest(recipe, known)}; there are: " + ", ".join(known)
+            f"recipe={recipe} is not known{nearest(recipe, known)}; there are: " + ", ".join(known)
         )
     return path
 
@@ -113,7 +113,7 @@ def _check_keys(layer: DictConfig, schema: DictConfig, prefix: str = "") -> None
         full_key = f"{prefix}{key!s}"
         if key not in list(schema):  # `in` is False for a mandatory key without a value
             raise UserError(
-                f"unknown key {full_key}{_nearest(str(key), [str(k) for k in schema])}"
+                f"unknown key {full_key}{nearest(str(key), [str(k) for k in schema])}"
                 + (f" (keys of {prefix[:-1]}: {', '.join(map(str, schema))})" if prefix else "")
             )
         if OmegaConf.is_missing(schema, key) or OmegaConf.is_missing(layer, key):
@@ -132,7 +132,8 @@ _FREE_FORM = ("params", "resources", "labels")
 """Mappings whose keys are not ours."""
 
 
-def _nearest(word: str, known: Sequence[str]) -> str:
+def nearest(word: str, known: Sequence[str]) -> str:
+    """A hint for an error, with a space before it; empty where nothing is near."""
     match = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
     return f" (did you mean {match[0]}?)" if match else ""
 
@@ -224,7 +225,7 @@ def check_config(config: Config) -> None:
     kind, kinds = config.algorithm.credit.kind, get_args(CreditKind)
     if kind not in kinds and ":" not in kind:
         raise UserError(
-            f"algorithm.credit.kind={kind} is not known{_nearest(kind, kinds)}: use one of "
+            f"algorithm.credit.kind={kind} is not known{nearest(kind, kinds)}: use one of "
             f"{', '.join(kinds)}, or a rule of your own as package.module:function"
         )
 

@@ -121,9 +121,9 @@ def read_group_credit(run: Path, step: int, group_id: int, rule: str | None = No
 
 def forget_credit_after(run: Path, step: int) -> None:
     """Remove the credit of later steps: a resume from `step` takes them back."""
-    for path in (run / FOLDER).glob("step-*.arrow"):
-        if int(path.name.partition("-")[2].partition(".")[0]) > step:
-            path.unlink()
+    for later, rule in [*_files(run)]:
+        if later > step:
+            credit_path(run, later, rule).unlink()
 
 
 def credit_steps(run: Path) -> list[int]:

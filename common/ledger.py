@@ -27,7 +27,7 @@ from __future__ import annotations
 import sqlite3
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -266,3 +266,21 @@ class Ledger:
                 f"the ledger {self._path} cannot be written: {error}. Make room or mend the "
                 "disk, then go on with resume="
             ) from error
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[sqlite3.Connection]:
+    """A ledger as it is at one moment, for anybody; it may be written meanwhile.
+
+    Raises:
+        UserError: there is no ledger, or the file is not one.
+    """
+    if not path.is_file():
+        raise UserError(f"{path} does not exist: the run has no ledger; give one that has trained")
+    try:
+        db = sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True, timeout=BUSY_S)
+        with closing(db):
+            db.execute("BEGIN")  # one state for every query
+            yield db
+    except sqlite3.Error as error:
+        raise UserError(f"{path} cannot be read: {error}") from error

@@ -5,8 +5,15 @@ The tokens travel as Arrow record batches (`common.schema`) behind object refere
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from typing import Any
+
+
+def turn_seed(seed: int, turn: int) -> int:
+    """Of the samples of a turn, or of an evaluation's problem; sample i adds i."""
+    digest = hashlib.sha256(f"{seed}/{turn}".encode()).digest()
+    return int.from_bytes(digest[:6])
 
 
 @dataclass(frozen=True)

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import fcntl
 import sqlite3
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from common.errors import UserError
-from common.ledger import BUSY_S, OUTCOMES, Outcome
+from common.ledger import OUTCOMES, Outcome, reading
 from common.log_store import read_log
 from common.schema import sampled_lengths
 from deploy.run_dir import LEDGER
@@ -127,27 +125,14 @@ def account_of(path: Path) -> Account:
     Raises:
         UserError: there is no ledger, or the file is not one.
     """
-    with _reading(path) as db:
+    with reading(path) as db:
         return _account(db)
 
 
 def logged_tokens(path: Path) -> dict[int, int]:
     """Tokens by group, of the groups that are in the trajectory log. Raises as `account_of`."""
-    with _reading(path) as db:
+    with reading(path) as db:
         return dict(db.execute("SELECT group_id, tokens FROM groups WHERE tokens > 0"))
-
-
-@contextmanager
-def _reading(path: Path) -> Iterator[sqlite3.Connection]:
-    if not path.is_file():
-        raise UserError(f"{path} does not exist: the run has no ledger; give one that has trained")
-    try:
-        db = sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True, timeout=BUSY_S)
-        with closing(db):
-            db.execute("BEGIN")  # one state for every query
-            yield db
-    except sqlite3.Error as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
 
 
 def _account(db: sqlite3.Connection) -> Account:

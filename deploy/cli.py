@@ -92,7 +92,9 @@ def _completion(options: argparse.Namespace) -> int:
 
 
 def _inspect(options: argparse.Namespace) -> int:
-    given = {name for name in ("port", "html", "steps", "groups") if _is_given(options, name)}
+    given = {
+        name for name in ("port", "html", "steps", "groups") if vars(options)[name] is not None
+    }
     if options.ledger:
         _refuse(given, "--ledger")
         from deploy.account import inspect_ledger
@@ -111,10 +113,6 @@ def _inspect(options: argparse.Namespace) -> int:
 
     serve(options.run, PORT if options.port is None else options.port)
     return 0
-
-
-def _is_given(options: argparse.Namespace, name: str) -> bool:
-    return getattr(options, name) is not None
 
 
 def _refuse(options: set[str], of: str) -> None:

@@ -28,7 +28,7 @@ from deploy.preemption import Preemption
 from deploy.presets import load
 from deploy.restart import Restarts, is_recoverable
 from deploy.run import Run
-from deploy.run_dir import RunDirectory, last_errors
+from deploy.run_dir import RunDirectory, explained
 from deploy.service import Service
 
 T = TypeVar("T")
@@ -230,7 +230,5 @@ async def _attempt(
 
 def _explained(error: Exception, run: RunDirectory) -> str:
     """The error, and what the processes themselves said last."""
-    cause = getattr(error, "cause", None) or error
-    said = last_errors(run.path / "log")
-    lines = [f"{cause}", *(f"  {line}" for line in said), f"Logs of all processes: {run.path}/log"]
-    return "\n".join(lines)
+    logs = run.path / "log"
+    return explained(error, logs, f"Logs of all processes: {logs}")

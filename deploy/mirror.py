@@ -19,6 +19,7 @@ from pathlib import Path
 from pyarrow import fs
 
 from common.errors import RunError, UserError
+from common.ledger import reading
 from common.manifest import MANIFEST
 from deploy.run_dir import LEDGER
 
@@ -124,10 +125,7 @@ class Mirror:
 @contextmanager
 def _ledger_snapshot(run: Path) -> Iterator[Path]:
     with tempfile.NamedTemporaryFile(suffix=".sqlite") as file:
-        with (
-            closing(sqlite3.connect(f"file:{run / LEDGER}?mode=ro", uri=True)) as source,
-            closing(sqlite3.connect(file.name)) as target,
-        ):
+        with reading(run / LEDGER) as source, closing(sqlite3.connect(file.name)) as target:
             source.backup(target)
         yield Path(file.name)
 

@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from common.errors import UserError
 
@@ -82,10 +83,15 @@ class Located:
         )
 
 
+def text_config(folder: Path, key: str) -> Any:
+    """What config.json says of the language model, which a multimodal one keeps apart; or None."""
+    config = json.loads((folder / "config.json").read_text())
+    return config.get(key) or config.get("text_config", {}).get(key)
+
+
 def check_vocabulary(tokenizer_ids: Iterable[int], folder: Path) -> None:
     """Raise `UserError` when the tokenizer knows tokens that the model has no embedding for."""
-    config = json.loads((folder / "config.json").read_text())
-    size = config.get("vocab_size") or config.get("text_config", {}).get("vocab_size")
+    size = text_config(folder, "vocab_size")
     largest = max(tokenizer_ids, default=-1)
     if size is not None and largest >= size:
         raise UserError(

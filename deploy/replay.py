@@ -10,10 +10,9 @@ from __future__ import annotations
 
 import math
 import re
-import sqlite3
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -24,8 +23,9 @@ import torch
 from common.algorithm_config import AlgorithmConfig
 from common.config import Config
 from common.config_loader import dump_config, load_config
-from common.credit_log import credit_path, credit_steps, read_credit, write_credit
+from common.credit_log import credit_path, read_credit, write_credit
 from common.errors import UserError
+from common.ledger import reading
 from common.log_store import read_log
 from common.metrics import read_metrics
 from deploy.cluster import learner_job
@@ -113,7 +113,7 @@ def replay(run: Path, step: int, other: tuple[str, Config] | None = None) -> Rep
         credit = _table(sheet, step, batches[step])
     found = {name: value for name, value in found.items() if not name.startswith("time/")}
     pairs = _pairs(record, found)
-    if step in credit_steps(run):
+    if credit_path(run, step).is_file():
         pairs |= _credit_pairs(read_credit(run, step), credit)
     wrong = [Difference(name, *pair) for name, pair in pairs.items() if not _same(*pair)]
     return Replay(step, first, config.learner.ranks, found, len(pairs), wrong, credit, judged)
@@ -151,7 +151,7 @@ def step_batches(run: Path, steps: Sequence[int]) -> dict[int, Batches]:
     Raises:
         UserError: a step was not trained, or a group of it is not in the trajectory log.
     """
-    with closing(sqlite3.connect(f"file:{run / LEDGER}?mode=ro", uri=True)) as db:
+    with reading(run / LEDGER) as db:
         rows = db.execute(
             "SELECT group_id, step FROM groups WHERE step BETWEEN ? AND ?", (steps[0], steps[-1])
         )

@@ -58,6 +58,13 @@ def _locked(file: TextIO) -> bool:
     return True
 
 
+def explained(error: BaseException, log_folder: Path, advice: str) -> str:
+    """The error, what the processes themselves said last, and `advice`."""
+    cause = getattr(error, "cause", None) or error
+    said = last_errors(log_folder)
+    return "\n".join([str(cause), *(f"  {line}" for line in said), advice])
+
+
 class RunDirectory:
     """One run's folder, locked for as long as this process trains in it."""
 

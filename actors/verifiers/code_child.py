@@ -20,7 +20,7 @@ import runpy
 import sys
 from typing import Any
 
-from actors.confinement import compute_only
+from actors.confinement import compute_only, lower_limit
 
 MAX_OUTPUT_BYTES = 16 * 2**20
 READY = b"ready\n"
@@ -33,17 +33,11 @@ def main() -> None:
         file.seek(0)
         job = json.load(file)
     sys.argv = ["program.py"]
-    _limit(resource.RLIMIT_FSIZE, MAX_OUTPUT_BYTES)
-    _limit(resource.RLIMIT_CORE, 0)
+    lower_limit(resource.RLIMIT_FSIZE, MAX_OUTPUT_BYTES)
+    lower_limit(resource.RLIMIT_CORE, 0)
     compute_only()
     os.write(report, READY)
     _KINDS[job["kind"]](job, f"/proc/self/fd/{program}", report)
-
-
-def _limit(what: int, wanted: int) -> None:
-    hard = resource.getrlimit(what)[1]
-    limit = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-    resource.setrlimit(what, (limit, limit))
 
 
 def _stdin(job: dict[str, Any], program: str, report: int) -> None:

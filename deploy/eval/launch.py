@@ -55,7 +55,7 @@ from deploy.preemption import Preemption
 from deploy.restart import Restarts
 from deploy.revival import Reviver
 from deploy.run import first_cause, until_learner_ends
-from deploy.run_dir import RunDirectory, last_errors
+from deploy.run_dir import RunDirectory, explained
 from deploy.service import Service
 
 SETTINGS, FAILURES = "settings.json", "failures.json"
@@ -302,7 +302,5 @@ def _explained(error: BaseException, log_folder: Path) -> BaseException:
     """With what the processes said last, and how to go on, where the user cannot know."""
     if not isinstance(error, (RunError, RayError)):
         return error  # wrong input, or a defect of ours
-    cause = getattr(error, "cause", None) or error
-    said = last_errors(log_folder) if log_folder.is_dir() else []
-    lines = [str(cause), *(f"  {line}" for line in said)]
-    return RunError("\n".join([*lines, "Call again to go on; what is logged is not lost"]))
+    advice = "Call again to go on; what is logged is not lost"
+    return RunError(explained(error, log_folder, advice))

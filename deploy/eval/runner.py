@@ -8,7 +8,6 @@ missing. Sample s of problem p has the number p * k + s, which is its group's id
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -18,7 +17,7 @@ from actors.prompts import Prompt
 from common.config import Config
 from common.log_store import read_log
 from common.stream import GroupLog
-from common.trajectory import GroupRequest
+from common.trajectory import GroupRequest, turn_seed
 from deploy.eval.settings import Sampling, in_flight
 
 
@@ -30,8 +29,7 @@ def logged(folder: Path) -> set[int]:
 def sample_seed(seed: int, problem: int, sample: int) -> int:
     """As synchronous training seeds completion `sample` of turn `problem`: the same in every call,
     whatever else is asked and in whatever order."""
-    digest = hashlib.sha256(f"{seed}/{problem}".encode()).digest()
-    return int.from_bytes(digest[:6]) + sample
+    return turn_seed(seed, problem) + sample
 
 
 class SuiteRunner:

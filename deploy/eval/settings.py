@@ -1,7 +1,7 @@
 """What an evaluation is: the options of the command line, the configuration of its parts, and the
 settings that decide its results.
 
-`Options`: as given. `eval_config`: a `Config` without a learner. `settings_of`: what must be the
+`Options`: as given. `base_config`: a `Config` without a learner. `settings_of`: what must be the
 same for a second call to go on where a first one stopped.
 """
 
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-import json
 import platform
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -23,6 +22,7 @@ from common.config import BatchConfig, Config
 from common.config_loader import load_config
 from common.errors import UserError
 from deploy.eval.suite import Suite
+from deploy.models import text_config
 
 _OURS = {
     "generator.temperature": "--temperature",
@@ -141,10 +141,7 @@ def suite_config(base: Config, suite: Suite, sampling: Sampling) -> Config:
 
 def context_length(folder: Path, needed: int) -> int:
     """`needed` tokens of context. Raises: `UserError` when the model has fewer."""
-    config = json.loads((folder / "config.json").read_text())
-    known = config.get("max_position_embeddings") or config.get("text_config", {}).get(
-        "max_position_embeddings"
-    )
+    known = text_config(folder, "max_position_embeddings")
     if known is not None and needed > known:
         raise UserError(
             f"the longest prompt and its answer need {needed} tokens, and {folder} knows {known} "

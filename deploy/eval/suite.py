@@ -7,7 +7,6 @@ choice from `_ROWS`.
 
 from __future__ import annotations
 
-import difflib
 import json
 import random
 from collections.abc import Callable, Iterator, Mapping
@@ -22,6 +21,7 @@ from actors.data_sources import Row, file_records, hub_records, load_rows
 from actors.quarantine import Quarantine
 from actors.verifiers.choice import LETTERS
 from common.config import DataConfig, ReasoningGymConfig, VerifierSpec
+from common.config_loader import nearest
 from common.errors import UserError
 from deploy.eval import code_problems
 
@@ -81,11 +81,9 @@ def load_suite(name: str) -> Suite:
     """
     path = Path(name) if name.endswith((".yaml", ".yml")) else SUITES / f"{name}.yaml"
     if not path.is_file():
-        near = difflib.get_close_matches(name, known_suites(), 1)
-        hint = f" (did you mean {near[0]}?)" if near else ""
         raise UserError(
-            f"--suite {name} is not known{hint}; there are {', '.join(known_suites())}, or give a "
-            "YAML file of your own"
+            f"--suite {name} is not known{nearest(name, known_suites())}; there are "
+            f"{', '.join(known_suites())}, or give a YAML file of your own"
         )
     try:
         layer = OmegaConf.load(path)

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import sqlite3
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
-from common.errors import UserError
-from common.ledger import BUSY_S
+from common.ledger import reading
 
 BOOKED = pa.schema(
     [
@@ -41,7 +38,10 @@ def read_groups(path: Path) -> pa.Table:
     Raises:
         UserError: the file is no ledger.
     """
-    rows = _query(path, _GROUPS, ()) if path.is_file() else []
+    rows = []
+    if path.is_file():
+        with reading(path) as db:
+            rows = db.execute(_GROUPS).fetchall()
     columns = zip(*rows, strict=True) if rows else [[]] * len(BOOKED)
     return pa.table(
         [pa.array(column, field.type) for column, field in zip(columns, BOOKED, strict=True)],
@@ -51,30 +51,23 @@ def read_groups(path: Path) -> pa.Table:
 
 def read_fate(path: Path, group_id: int) -> dict[str, Any]:
     """`outcomes` (completions and tokens by outcome), `again` and `reason` of one group."""
-    found = (
-        _query(path, "SELECT again, reason FROM groups WHERE group_id = ?", (group_id,))
-        if path.is_file()
-        else []
-    )
-    if not found:
-        return {"outcomes": {}, "again": False, "reason": ""}
-    outcomes = _query(
-        path, "SELECT outcome, completions, tokens FROM outcomes WHERE group_id = ?", (group_id,)
-    )
+    nothing = {"outcomes": {}, "again": False, "reason": ""}
+    if not path.is_file():
+        return nothing
+    of = " WHERE group_id = ?"
+    with reading(path) as db:
+        group = db.execute(f"SELECT again, reason FROM groups{of}", (group_id,)).fetchone()
+        outcomes = db.execute(
+            f"SELECT outcome, completions, tokens FROM outcomes{of}", (group_id,)
+        ).fetchall()
+    if group is None:
+        return nothing
+    again, reason = group
     return {
         "outcomes": {
             outcome: {"completions": completions, "tokens": tokens}
             for outcome, completions, tokens in outcomes
         },
-        "again": bool(found[0][0]),
-        "reason": found[0][1],
+        "again": bool(again),
+        "reason": reason,
     }
-
-
-def _query(path: Path, statement: str, values: tuple[int, ...]) -> list[tuple[Any, ...]]:
-    try:
-        uri = f"{path.resolve().as_uri()}?mode=ro"
-        with closing(sqlite3.connect(uri, uri=True, timeout=BUSY_S)) as db:
-            return db.execute(statement, values).fetchall()
-    except sqlite3.Error as error:
-        raise UserError(f"{path} cannot be read: {error}") from error

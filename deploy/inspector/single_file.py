@@ -51,8 +51,8 @@ def sample(data: RunData, steps: int, groups: int) -> dict[str, Any]:
     facts = data.facts()
     chosen = newest(data.state.groups, steps, groups)
     details = [data.group(group_id) for group_id in chosen["group_id"].to_pylist()]
-    series = {key: points[-POINTS:] for key, points in data.series(facts["metrics"]).items()}
-    longest = max((len(record) for record in data.series(facts["metrics"]).values()), default=0)
+    series = data.series(facts["metrics"])
+    longest = max((len(points) for points in series.values()), default=0)
     left_out = [
         f"This file holds {chosen.num_rows} of {facts['groups']} groups: those of the newest "
         f"{steps} steps, at most {groups}."
@@ -61,7 +61,8 @@ def sample(data: RunData, steps: int, groups: int) -> dict[str, Any]:
         left_out.append(f"Curves show the newest {POINTS} of {longest} steps.")
     facts["notes"] = left_out + facts["notes"]
     facts["live"] = False
-    return {"facts": facts, "series": series, "rows": rows(chosen), "details": details}
+    shown = {key: points[-POINTS:] for key, points in series.items()}
+    return {"facts": facts, "series": shown, "rows": rows(chosen), "details": details}
 
 
 def newest(table: pa.Table, steps: int, groups: int) -> pa.Table:
