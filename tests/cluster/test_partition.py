@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from cluster_nodes import MEMORY
+from cluster_nodes import MEMORY, POOLS, wait_for_both
 from run_process import (
     AGENTS,
     QUICK,
@@ -23,7 +23,6 @@ from run_process import (
     start,
     wait_for_step,
 )
-from test_pools import POOLS, wait_for_both
 
 HEAD, AWAY = "10.77.0.1", "10.77.0.2"
 PORT = 6390

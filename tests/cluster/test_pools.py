@@ -3,22 +3,14 @@
 from __future__ import annotations
 
 import signal
-import subprocess
-import time
 from pathlib import Path
 
 import pytest
-from cluster_nodes import add
+from cluster_nodes import POOLS, add, wait_for_both
 from ray.cluster_utils import Cluster
 from run_process import QUICK, check_whole, finish, last_step, start, wait_for_step
 
-from common.log_store import read_log
-
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
-POOLS = (
-    *("generator.count=2", "generator.min_count=1", "generator.resources={generation: 1}"),
-    *("learner.resources={learning: 1}", "verifier.labels={pool: verification}"),
-)
 
 
 def test_a_generator_node_goes_and_another_comes(cluster: Cluster, tmp_path: Path) -> None:
@@ -46,24 +38,6 @@ def test_a_generator_node_goes_and_another_comes(cluster: Cluster, tmp_path: Pat
     assert output.count("died and starts again") == 1, output
     assert "all processes start again" not in output
     check_whole(run, last_step(run))
-
-
-def wait_for_both(process: subprocess.Popen[str], run: Path, since: int) -> None:
-    """Until two generators have sampled groups dispatched at version `since` or later."""
-    deadline = time.monotonic() + 240
-    while len(samplers(run, since)) < 2:
-        assert process.poll() is None
-        assert time.monotonic() < deadline, samplers(run, since)
-        time.sleep(1.0)
-
-
-def samplers(run: Path, since: int) -> set[str]:
-    """Generators that sampled logged groups which were dispatched at version `since` or later."""
-    return {
-        batch.column("generator")[0].as_py()
-        for batch in read_log(run / "trajectories")
-        if batch.column("dispatch_version")[0].as_py() >= since
-    }
 
 
 def test_a_cluster_without_room_is_an_error_that_says_what_is_missing(
