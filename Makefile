@@ -3,13 +3,19 @@ VENV ?= .venv
 export VENV PYTHON ENGINE
 RUN = $(VENV)/bin/python
 
-.PHONY: train test test-oracle test-recipes test-cluster faults soak lint compare bench bench-long simulation demo-report setup clean
+.PHONY: train test test-unit test-integration test-oracle test-recipes test-cluster faults soak lint compare bench bench-long simulation demo-report setup clean
 
 train: setup
 	$(RUN) -m deploy.cli train --config deploy/configs/smollm2.yaml $(ARGS)
 
-test: setup
-	$(RUN) -m pytest $(ARGS)
+test: test-unit test-integration
+
+# A file of tests a process; the runs on real parts have the machine for themselves.
+test-unit: setup
+	$(RUN) -m pytest --numprocesses logical --maxprocesses 8 --dist loadfile --ignore tests/integration $(ARGS)
+
+test-integration: setup
+	$(RUN) -m pytest tests/integration $(ARGS)
 
 # Our losses against TRL's, in an environment of its own.
 test-oracle: setup

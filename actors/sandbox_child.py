@@ -12,6 +12,7 @@ import json
 import math
 import os
 import resource
+import shutil
 import signal
 import struct
 import sys
@@ -85,13 +86,18 @@ def _judge(rule: Rule, task: dict[str, Any]) -> Verdict:
 
 
 def _fork_guardian(lifeline: int) -> int:
-    """Start the process that ends this group when the parent's end of `lifeline` closes."""
+    """Start the process that ends this group, and removes its working directory, when the
+    parent's end of `lifeline` closes: a parent that was killed cannot."""
     guardian = os.fork()
     if guardian == 0:
         os.close(0)
         os.close(1)
         os.read(lifeline, 1)
-        os.killpg(0, signal.SIGKILL)
+        group = os.getpgrp()
+        os.setsid()
+        os.killpg(group, signal.SIGKILL)
+        shutil.rmtree(os.getcwd(), ignore_errors=True)
+        os._exit(0)
     os.close(lifeline)
     return guardian
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, get_args
 
@@ -278,13 +279,13 @@ def _check_data(config: Config) -> None:
 
 def _require_positive(config: Config, *keys: str) -> None:
     for key in keys:
-        value = OmegaConf.select(OmegaConf.structured(config), key)
+        value = attrgetter(key)(config)
         if not value > 0:
             raise UserError(f"{key}={value} must be greater than 0")
 
 
 def _require_not_negative(config: Config, *keys: str) -> None:
     for key in keys:
-        value = OmegaConf.select(OmegaConf.structured(config), key)
+        value = attrgetter(key)(config)
         if value < 0:
             raise UserError(f"{key}={value} must not be negative")

@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -166,6 +166,15 @@ def test_what_a_run_raises_reaches_the_caller(place: Callable[..., Any], preset:
     assert threading.active_count() < 20
 
 
+@pytest.fixture
+def heeding() -> Iterator[None]:
+    """SIGINT as at a terminal: a shell starts what it puts in the background without it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("heeding")
 @pytest.mark.parametrize("place", [from_main, from_a_loop])
 def test_ctrl_c_ends_the_run_before_it_is_raised(place: Callable[..., Any], preset: Path) -> None:
     def interrupt() -> None:

@@ -235,10 +235,12 @@ def test_nothing_outlives_a_parent_that_was_killed(text: str) -> None:
     assert parent.stdout is not None
     pids = [int(pid) for pid in parent.stdout.readline().split()]
     assert len(pids) >= 2
+    folder = Path(f"/proc/{pids[0]}/cwd").resolve()
     parent.kill()
     parent.wait(timeout=5)
     parent.stdout.close()
     assert wait_until_gone(pids) == []
+    assert not folder.exists()
 
 
 def test_nothing_outlives_a_sandbox_nobody_closed() -> None:
