@@ -8,6 +8,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import kubernetes_validate
 import pytest
 import ray
 import yaml
@@ -74,6 +75,50 @@ def test_the_cluster_is_that_of_our_ray_and_keeps_its_token() -> None:
     for group in spec["workerGroupSpecs"]:
         assert group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]
         assert "readinessProbe" in container(group) and "livenessProbe" in container(group)
+
+
+# Fields of KubeRay's ray.io/v1, as its raycluster_types.go and rayjob_types.go name them: a cluster
+# that does not validate strictly drops an unknown one in silence.
+CLUSTER = {"rayVersion", "enableInTreeAutoscaling", "autoscalerOptions", "authOptions"}
+CLUSTER |= {"headGroupSpec", "workerGroupSpecs"}
+AUTOSCALER = {"version", "idleTimeoutSeconds", "upscalingMode", "resources", "image", "env"}
+HEAD = {"rayStartParams", "template", "labels", "resources", "serviceType", "headService"}
+GROUP = {"groupName", "replicas", "minReplicas", "maxReplicas", "numOfHosts", "labels", "resources"}
+GROUP |= {"rayStartParams", "template", "scaleStrategy"}
+JOB = {"submissionMode", "backoffLimit", "shutdownAfterJobFinishes", "clusterSelector"}
+JOB |= {"entrypoint", "runtimeEnvYAML", "activeDeadlineSeconds", "submitterPodTemplate"}
+KUBERNETES = "1.33"
+
+
+def test_the_operator_knows_every_field() -> None:
+    spec, job = document("raycluster.yaml")["spec"], document("rayjob.yaml")["spec"]
+    assert set(spec) <= CLUSTER and set(spec["autoscalerOptions"]) <= AUTOSCALER
+    assert set(spec["headGroupSpec"]) <= HEAD
+    assert all(set(group) <= GROUP for group in spec["workerGroupSpecs"])
+    assert set(job) <= JOB
+
+
+def test_the_operator_takes_them() -> None:
+    """What KubeRay's validation.go asks for, of what the templates use."""
+    for name, longest in (("raycluster.yaml", 63), ("rayjob.yaml", 47)):
+        metadata = document(name)["metadata"]["name"]
+        assert re.fullmatch(r"[a-z]([-a-z0-9]*[a-z0-9])?", metadata) and len(metadata) <= longest
+    spec = document("raycluster.yaml")["spec"]
+    assert tuple(map(int, spec["rayVersion"].split("."))) >= (2, 52, 0)  # for tokens
+    for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"]):
+        assert not {"labels", "resources"} & set(group["rayStartParams"])
+        if spec["autoscalerOptions"]["version"] == "v2":
+            assert group["template"]["spec"]["restartPolicy"] == "Never"
+
+
+def test_kubernetes_takes_every_pod() -> None:
+    spec = document("raycluster.yaml")["spec"]
+    for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"]):
+        pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "pod"}, **group["template"]}
+        kubernetes_validate.validate(pod, KUBERNETES, strict=True)
+        mistyped = json.loads(json.dumps(pod).replace("containers", "containrs"))
+        with pytest.raises(kubernetes_validate.ValidationError):
+            kubernetes_validate.validate(mistyped, KUBERNETES, strict=True)
 
 
 def dockerfile() -> str:

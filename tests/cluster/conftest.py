@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import psutil
 import pytest
@@ -13,9 +15,12 @@ from run_process import AGENTS, leftovers
 
 
 @pytest.fixture
-def cluster() -> Iterator[Cluster]:
+def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
     """A head of one CPU with a dashboard; the test adds nodes. Ends with nothing left behind."""
     before = set(psutil.pids())
+    # A job's `python` is the first on the path of the node, as in an image.
+    path = (str(Path(sys.executable).parent), os.environ["PATH"])
+    monkeypatch.setenv("PATH", os.pathsep.join(path))
     made = Cluster(
         initialize_head=True,
         head_node_args={

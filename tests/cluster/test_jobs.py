@@ -61,8 +61,9 @@ def test_a_job_is_stopped_with_a_checkpoint_and_goes_on_when_submitted_again(
     assert status == 0, output
     deadline = time.monotonic() + 300
     while last_step(run) < 4:
-        assert time.monotonic() < deadline, jobs.call("logs", "first")[1]
-        time.sleep(0.5)
+        failed = "FAILED" in jobs.call("status", "first")[1]
+        assert not failed and time.monotonic() < deadline, jobs.call("logs", "first")[1]
+        time.sleep(2.0)
     assert "grpo_lambda_reward_mean" in exported(cluster)
     status, output = jobs.call("stop", "first")
     assert status == 0, output
