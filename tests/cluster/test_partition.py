@@ -81,9 +81,11 @@ class Node:
 
 
 @pytest.fixture
-def nodes(cable: str) -> Iterator[list[Node]]:
+def nodes(cable: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Node]]:
     """A head with a learner, verifiers and a generator, and a generator's node far away."""
     before = set(psutil.pids())
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "0123456789abcdef" * 4)
     head = ["--head", "--port", str(PORT), "--node-ip-address", HEAD, "--num-cpus", "5"]
     labels = ["--resources", '{"learning": 1, "generation": 1}', "--labels", "pool=verification"]
     made = [Node(*head, *labels, "--include-dashboard", "false"), away()]
