@@ -88,8 +88,8 @@ def connect(config: Config, cores: CorePlan) -> None:
     except (ConnectionError, RuntimeError, TimeoutError) as error:
         raise UserError(
             f"no Ray cluster at ray.address={address}: {error}. Start one with `ray start --head`, "
-            "or use ray.address=local; to one that asks for a token, go with RAY_AUTH_MODE=token and "
-            "its token in RAY_AUTH_TOKEN or ~/.ray/auth_token"
+            "or use ray.address=local; one that asks for a token wants RAY_AUTH_MODE=token and its "
+            "token in RAY_AUTH_TOKEN or ~/.ray/auth_token"
         ) from error
 
 
