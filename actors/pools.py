@@ -139,8 +139,17 @@ class Pool:
 
     async def _arrive(self, name: str) -> None:
         assert self.revival is not None
-        handle = await self.revival.bring(name)
-        await self._prepare(name, handle, self.revival.deadline_s)
+        while True:
+            handle = await self.revival.bring(name)
+            try:
+                await self._prepare(name, handle, self.revival.deadline_s)
+            except RayActorError as error:
+                # It may have been put on a node of which Ray does not know yet that it is gone.
+                if not is_own_death(error):
+                    raise
+                await self.revival.bury(name, handle, error)
+            else:
+                break
         self.handles[name] = handle  # nothing was awaited since it had the newest weights
         del self._coming[name]
 

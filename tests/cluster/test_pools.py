@@ -35,7 +35,8 @@ def test_a_generator_node_goes_and_another_comes(cluster: Cluster, tmp_path: Pat
     finish(process, 120)
     output = (tmp_path / "output").read_text()
     assert process.returncode == 0, output
-    assert output.count("died and starts again") == 1, output
+    # Twice where the next one was put on the node that Ray did not miss yet.
+    assert output.count("died and starts again") in (1, 2), output
     assert "all processes start again" not in output
     check_whole(run, last_step(run))
 

@@ -63,3 +63,10 @@ class SecondTime(Mortal):
     async def update_weights(self, buckets: list[str], version: int) -> float:
         self.version = version
         return 0.0
+
+
+class Stillborn(Mortal):
+    """Dies as it starts."""
+
+    async def start(self) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)

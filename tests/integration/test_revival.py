@@ -23,7 +23,7 @@ from common.stream import GroupLog, TrajectoryStreamActor
 from common.trajectory import GroupRequest
 from common.waits import Waits
 from common.weights import Scorer
-from tests.integration.mortal import Mortal, SecondTime
+from tests.integration.mortal import Mortal, SecondTime, Stillborn
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 
@@ -101,6 +101,20 @@ def test_a_generator_that_comes_back_is_proved_before_it_serves() -> None:
         with pytest.raises(WeightsError, match="not the learner's"):
             await versions(pool, "die")
         assert len(proved) == 2
+
+    asyncio.run(main())
+
+
+def test_a_newcomer_that_dies_as_it_starts_gets_a_successor() -> None:
+    async def main() -> None:
+        said: list[str] = []
+        pool = await generators(1, said)
+        kinds = [SecondTime, Stillborn]
+        pool.revival = replace(pool.revival, make=lambda name: actor(kinds.pop()))
+        with pytest.raises(GroupLostError):
+            await versions(pool, "die")
+        assert await versions(pool, "live") == [0]
+        assert len(said) == 2
 
     asyncio.run(main())
 
