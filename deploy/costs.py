@@ -51,7 +51,9 @@ class Assumptions:
     """Twice a layer under tensor parallelism."""
     network: float = 40e9
     """Bytes/s between nodes, into each generator at once (broadcast)."""
-    coordinate_s: float = 0.001
+    request_s: float = 1e-4
+    coordinate_s: float = 0.0055
+    """A group: measured (`tests/bench/results/scaling.md`), on cores slower than a cluster's."""
     verify_s: float = 0.02
     log_group_s: float = 2e-3
     step_overhead_s: float = 0.5
@@ -169,6 +171,7 @@ def costs_on(
         decode_sequence_s=mean_context * model.kv_bytes / bandwidth
         + products / (device.flops * a.decode_utilisation * parallel),
         prefill_token_s=products / (device.flops * a.prefill_utilisation * parallel),
+        request_s=a.request_s,
         coordinate_s=a.coordinate_s,
         verify_s=a.verify_s,
         log_group_s=a.log_group_s,

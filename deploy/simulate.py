@@ -38,8 +38,10 @@ class Costs:
     decode_sequence_s: float
     """More for each running sequence."""
     prefill_token_s: float
+    request_s: float
+    """Of a generator, a completion, beside its tokens."""
     coordinate_s: float
-    """Of the coordinator, a completion."""
+    """Of the coordinator, a group."""
     verify_s: float
     """A completion's verdict, of one verifier."""
     log_group_s: float
@@ -152,9 +154,9 @@ class _Generator:
     def _round_s(self) -> float:
         return self._costs.decode_round_s + self._costs.decode_sequence_s * len(self._running)
 
-    def add(self, group: int, tokens: Sequence[float], prefill_s: float) -> None:
-        self.hold(prefill_s)
-        self.busy_s += prefill_s
+    def add(self, group: int, tokens: Sequence[float], admit_s: float) -> None:
+        self.hold(admit_s)
+        self.busy_s += admit_s
         self._waiting.extend((float(count), group) for count in tokens)
         self._fill()
 
@@ -278,11 +280,17 @@ class Simulation:
             self._groups[group] = _Group(receipt, generator, left=len(tokens))
             self._window.dispatch(group, self._delivered)
             generator.advance(self._now)
-            generator.add(group, tokens, self._work.prompt_tokens * self._costs.prefill_token_s)
+            generator.add(group, tokens, self._admit_s)
             generator.groups += 1
             touched[id(generator)] = generator
         for generator in touched.values():
             self._watch(generator)
+
+    @property
+    def _admit_s(self) -> float:
+        """A group's, before its first token: the completions share the prompt."""
+        costs, work = self._costs, self._work
+        return work.prompt_tokens * costs.prefill_token_s + work.group_size * costs.request_s
 
     def _watch(self, generator: _Generator) -> None:
         """Come back when its next sequence ends, unless it changes before."""
@@ -299,13 +307,13 @@ class Simulation:
             self._at(end, happen)
 
     def _sampled(self, group_id: int) -> None:
-        seen = self._coordinator.serve(self._now, self._costs.coordinate_s)
-        verified = self._verifiers.serve(seen, self._costs.verify_s)
+        verified = self._verifiers.serve(self._now, self._costs.verify_s)
         group = self._groups[group_id]
         group.left -= 1
         if group.left == 0:
             group.generator.groups -= 1
-            logged = self._log.serve(verified, self._costs.log_group_s)
+            seen = self._coordinator.serve(verified, self._costs.coordinate_s)
+            logged = self._log.serve(seen, self._costs.log_group_s)
             self._at(logged, lambda: self._complete(self._groups.pop(group_id)))
 
     def _complete(self, group: _Group) -> None:

@@ -20,6 +20,7 @@ COSTS = Costs(
     decode_round_s=0.010,
     decode_sequence_s=0.001,
     prefill_token_s=0.0005,
+    request_s=0.0,
     coordinate_s=0.0,
     verify_s=0.0,
     log_group_s=0.0,
@@ -69,8 +70,15 @@ def test_verifiers_and_the_log_are_queues() -> None:
     assert prediction.verifying * prediction.step_s == pytest.approx(10 * 0.03)
     assert prediction.logging * prediction.step_s == pytest.approx(4 * 0.07)
     coordinated = Simulation(WORK, replace(COSTS, coordinate_s=0.02), always(30)).run(10)
-    assert coordinated.step_s - plain == pytest.approx(20 * 0.02)
-    assert coordinated.coordinating * coordinated.step_s == pytest.approx(20 * 0.02)
+    assert coordinated.step_s - plain == pytest.approx(4 * 0.02)
+    assert coordinated.coordinating * coordinated.step_s == pytest.approx(4 * 0.02)
+
+
+def test_a_generator_takes_its_requests_in_before_it_decodes() -> None:
+    """One generator, twenty completions."""
+    plain = Simulation(WORK, COSTS, always(30)).run(10)
+    taking = Simulation(WORK, replace(COSTS, request_s=0.01), always(30)).run(10)
+    assert taking.step_s - plain.step_s == pytest.approx(20 * 0.01)
 
 
 def test_asynchronously_a_step_is_its_longer_half() -> None:

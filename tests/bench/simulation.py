@@ -1,6 +1,6 @@
 """Is `deploy.simulate` right? Costs measured in synchronous runs predict asynchronous ones.
 
-    python tests/bench/simulation.py
+    python tests/bench/simulation.py [FOLDER]   # runs of before in FOLDER are not run again
 
 Three synchronous runs of the tiny preset, generator and learner on a core each, give the costs by
 least squares: seconds of generation against decoding rounds, tokens and completions, seconds of
@@ -36,6 +36,8 @@ MEASURED = ((8, 8), (16, 16), (8, 64))
 PREDICTED = ((16, 8, 1), (8, 32, 1), (16, 64, 1), (8, 32, 3))
 """The same with the staleness, of the asynchronous ones."""
 TOLERANCE = 0.20
+SCALED_GROUPS = 16
+"""A step of `scaling.py`."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,8 @@ class Measured:
 
 def configured(folder: Path, name: str, prompts: int, size: int, staleness: int) -> Config:
     keys = [
-        *(f"runs_dir={folder}", f"name={name}", "recipe=grpo", "steps=12", "placement.cores=split"),
+        *(f"runs_dir={folder}", f"name={name}", "recipe=grpo", "steps=12", "resume=auto"),
+        "placement.cores=split",
         *("eval.every=0", "eval.prompts=8", "learner.credit_probe_every=0"),
         *(f"batch.prompts_per_step={prompts}", f"batch.group_size={size}"),
         *("batch.tokens_per_microbatch=8192", f"generator.max_staleness={staleness}"),
@@ -96,7 +99,7 @@ def fit(runs: list[Measured], prompt_tokens: int) -> Costs:
             prompts = run.config.batch.prompts_per_step * prompt_tokens
             tokens.append([1.0, record["tokens/trained"] + prompts])
             learning.append(record["time/train"])
-    round_s, sequence_s, completion_s = least_squares(rounds, generating)
+    round_s, sequence_s, request_s = least_squares(rounds, generating)
     step_s, token_s = least_squares(tokens, learning)
     every = [record for run in runs for record in run.records]
     stall_s = statistics.median(record["publish/stall"] for record in every)
@@ -106,7 +109,8 @@ def fit(runs: list[Measured], prompt_tokens: int) -> Costs:
         decode_round_s=round_s,
         decode_sequence_s=sequence_s,
         prefill_token_s=0.0,
-        coordinate_s=completion_s,
+        request_s=request_s,
+        coordinate_s=coordinate_s(),
         verify_s=0.0,
         log_group_s=0.0,
         learner_step_s=step_s,
@@ -115,6 +119,12 @@ def fit(runs: list[Measured], prompt_tokens: int) -> Costs:
         deliver_s=max(0.0, publish_s - export_s - stall_s),
         stall_s=stall_s,
     )
+
+
+def coordinate_s() -> float:
+    """Of the coordinator, a group, as `scaling.py` measured it."""
+    points = json.loads((RESULTS / "scaling.json").read_text())["generators"]
+    return statistics.median(point["coordinator_s"] for point in points) / SCALED_GROUPS
 
 
 def least_squares(causes: list[list[float]], seconds: list[float]) -> list[float]:
@@ -143,7 +153,7 @@ def predict(run: Measured, costs: Costs, prompt_tokens: int) -> Prediction:
 
 def main() -> None:
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+        folder = Path(sys.argv[1] if sys.argv[1:] else name)
         turns = [configured(folder, f"in-turns-{p}x{g}", p, g, 0) for p, g in MEASURED]
         beside = [configured(folder, f"beside-{p}x{g}-{s}", p, g, s) for p, g, s in PREDICTED]
         train_each([*turns, *beside])
