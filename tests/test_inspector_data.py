@@ -92,6 +92,18 @@ def test_every_row_of_the_table_is_what_the_log_says(finished: Path) -> None:
             assert value == pytest.approx(expected[row["group"]][name]), (row["group"], name)
 
 
+def test_prompts_that_begin_alike_are_told_apart(tmp_path: Path) -> None:
+    run = SyntheticRun(tmp_path / "run")
+    template = "You are an assistant that thinks step by step. " * 8
+    for group_id in range(2):
+        run.group(group_id, f"{template}Question {group_id}", [Sample("x", 1.0)] * 2, 0)
+    run.step(1, [0, 1])
+    run.log.close()
+    prompts = [row["prompt"] for row in RunData(run.path).page(GroupQuery())["rows"]]
+    assert [prompt[-10:] for prompt in prompts] == ["Question 0", "Question 1"]
+    assert all(prompt.startswith("You are an") and len(prompt) < 200 for prompt in prompts)
+
+
 def test_the_index_reads_no_tokens_and_a_search_only_texts(tmp_path: Path, finished: Path) -> None:
     """Twins that have nothing but the scalar columns give the same table."""
     path = tmp_path / "scalars"

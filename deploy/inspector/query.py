@@ -25,8 +25,9 @@ COLUMNS: dict[Column, str] = {
 """A column of the page and the one of the table behind it."""
 RANGES: tuple[Column, ...] = ("reward", "length", "staleness", "step")
 PAGE_SIZE, LARGEST_PAGE = 50, 500
-EXCERPT = 160
-"""Characters of a prompt that a row shows."""
+EXCERPT = (50, 110)
+"""Characters of a prompt that a row shows, of its beginning and of its end: a template's beginning
+is that of all prompts."""
 
 Bound = Field(None, allow_inf_nan=False)
 
@@ -78,12 +79,17 @@ def select(groups: pa.Table, query: GroupQuery) -> pa.Table:
 def rows(groups: pa.Table) -> list[dict[str, Any]]:
     """Rows of the page's table, prompts cut to an excerpt."""
     shown: dict[str, Any] = {name: groups[column] for name, column in COLUMNS.items()}
-    prompts = shown["prompt"].cast(pa.string())
-    shown["prompt"] = pc.utf8_slice_codeunits(prompts, 0, EXCERPT)
     shown["scored"] = groups["scored"]
     shown["logged"] = pc.is_valid(groups["segment"])
     found: list[dict[str, Any]] = pa.table(shown).to_pylist()
-    return found
+    return [row | {"prompt": _excerpt(row["prompt"])} for row in found]
+
+
+def _excerpt(text: str | None) -> str | None:
+    head, tail = EXCERPT
+    if text is None or len(text) <= head + tail:
+        return text
+    return f"{text[:head]} … {text[-tail:]}"
 
 
 def page_of(groups: pa.Table, query: GroupQuery) -> pa.Table:

@@ -128,7 +128,13 @@ function line(row) {
       return el("td", { class: kind }, el("span", { class: `state ${row.state ?? ""}` }, row.state ?? "–"));
     }
     const text = kind === "text" ? (row[name] ?? "–") : short(row[name]);
-    return el("td", { class: `${kind} column-${name}`, title: name === "prompt" ? text : null }, text);
+    const [shown, title] = name === "prompt" ? [ends(text), text] : [text, null];
+    return el("td", { class: `${kind} column-${name}`, title }, shown);
   });
   return el("tr", { onclick: (event) => event.target.closest("a") ?? change({ group: String(row.group) }) }, ...cells);
+}
+
+/** Where prompts differ is seldom their beginning. */
+function ends(text) {
+  return text.length > 60 ? `${text.slice(0, 14).trimEnd()} … ${text.slice(-32).trimStart()}` : text;
 }
