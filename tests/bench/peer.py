@@ -21,7 +21,10 @@ from deploy.placement import with_compute_dtype
 
 HERE = Path(__file__).parent
 # What both sides do: the same rule for rewards, and TRL's own method.
-EQUAL = ("recipe=grpo", "verifier.rules=[{name: math_answer, args: {extract: last_number}}]")
+EQUAL = (
+    *("recipe=grpo", "algorithm.rollout.overlong_penalty_tokens=0"),
+    "verifier.rules=[{name: math_answer, args: {extract: last_number}}]",
+)
 
 
 def train(preset: str, folder: Path, *overrides: str) -> tuple[Config, list[dict[str, Any]]]:
