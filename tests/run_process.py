@@ -7,7 +7,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -47,9 +48,7 @@ def start(
     *overrides: str, stdout: Any = subprocess.PIPE, program: Sequence[str] = PROGRAM
 ) -> subprocess.Popen[str]:
     """`stdout`: a pipe holds 64 KiB, which a long run fills; give it a file."""
-    # In the background of a shell Ctrl-C is ignored, and a child would inherit that.
-    inherited = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
+    with heeding_interrupts():
         return subprocess.Popen(
             command(*overrides, program=program),
             cwd=ROOT,
@@ -58,6 +57,15 @@ def start(
             text=True,
             start_new_session=True,
         )
+
+
+@contextmanager
+def heeding_interrupts() -> Iterator[None]:
+    """Ctrl-C as at a terminal: what a shell starts in the background ignores it, and so would
+    its children."""
+    inherited = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
     finally:
         signal.signal(signal.SIGINT, inherited)
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
+from run_process import heeding_interrupts
 
 from common.config import Config
 from common.config_loader import dump_config, load_config
@@ -168,10 +169,8 @@ def test_what_a_run_raises_reaches_the_caller(place: Callable[..., Any], preset:
 
 @pytest.fixture
 def heeding() -> Iterator[None]:
-    """SIGINT as at a terminal: a shell starts what it puts in the background without it."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
+    with heeding_interrupts():
+        yield
 
 
 @pytest.mark.usefixtures("heeding")

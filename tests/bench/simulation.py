@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import scaling
 from harness import CONFIGS, RESULTS, machine
 
 from common.config import Config
@@ -36,8 +37,6 @@ MEASURED = ((8, 8), (16, 16), (8, 64))
 PREDICTED = ((16, 8, 1), (8, 32, 1), (16, 64, 1), (8, 32, 3))
 """The same with the staleness, of the asynchronous ones."""
 TOLERANCE = 0.20
-SCALED_GROUPS = 16
-"""A step of `scaling.py`."""
 
 
 @dataclass(frozen=True)
@@ -124,7 +123,7 @@ def fit(runs: list[Measured], prompt_tokens: int) -> Costs:
 def coordinate_s() -> float:
     """Of the coordinator, a group, as `scaling.py` measured it."""
     points = json.loads((RESULTS / "scaling.json").read_text())["generators"]
-    return statistics.median(point["coordinator_s"] for point in points) / SCALED_GROUPS
+    return statistics.median(point["coordinator_s"] for point in points) / scaling.PROMPTS
 
 
 def least_squares(causes: list[list[float]], seconds: list[float]) -> list[float]:
