@@ -43,10 +43,12 @@ def frame(message: Any) -> bytes:
 
 def main() -> None:
     """The child: read the rules, then groups of tasks, until the parent closes the pipe."""
-    guardian = _fork_guardian(int(sys.argv[1]))
+    folder = os.getcwd()
+    guardian = _fork_guardian(int(sys.argv[1]), folder)
     try:
         _serve(*_take_pipes(), guardian)
     finally:
+        shutil.rmtree(folder, ignore_errors=True)  # a parent that was killed does not
         end(guardian)
 
 
@@ -85,8 +87,8 @@ def _judge(rule: Rule, task: dict[str, Any]) -> Verdict:
     return rule.judge(task["text"], reference)
 
 
-def _fork_guardian(lifeline: int) -> int:
-    """Start the process that ends this group, and removes its working directory, when the
+def _fork_guardian(lifeline: int, folder: str) -> int:
+    """Start the process that ends this group, and removes its `folder`, when the
     parent's end of `lifeline` closes: a parent that was killed cannot."""
     guardian = os.fork()
     if guardian == 0:
@@ -96,7 +98,7 @@ def _fork_guardian(lifeline: int) -> int:
         group = os.getpgrp()
         os.setsid()
         os.killpg(group, signal.SIGKILL)
-        shutil.rmtree(os.getcwd(), ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)  # gone if the parent had time for it
         os._exit(0)
     os.close(lifeline)
     return guardian

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import os
+
+_ENDED = (FileNotFoundError, ProcessLookupError)
+"""The process or thread has ended since. Not every OSError: a rule that has used up the open files
+must not hide what it started."""
 
 
 def descendants(pid: int, limit: int | None = None) -> list[int]:
@@ -12,11 +16,25 @@ def descendants(pid: int, limit: int | None = None) -> list[int]:
     """
     found, parents = list[int](), [pid]
     while parents and (limit is None or len(found) < limit):
-        for listing in Path(f"/proc/{parents.pop(0)}/task").glob("*/children"):
-            try:
-                children = [int(child) for child in listing.read_text().split()]
-            except OSError:  # the process or the thread has just ended
-                continue
+        # The verifiers' child looks after every verdict, and pathlib took it half its time.
+        tasks = f"/proc/{parents.pop(0)}/task"
+        for thread in _listed(tasks):
+            children = [int(child) for child in _read(f"{tasks}/{thread}/children").split()]
             found += children
             parents += children
     return found[:limit]
+
+
+def _listed(folder: str) -> list[str]:
+    try:
+        return os.listdir(folder)
+    except _ENDED:
+        return []
+
+
+def _read(path: str) -> str:
+    try:
+        with open(path) as file:
+            return file.read()
+    except _ENDED:
+        return ""

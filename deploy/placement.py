@@ -147,7 +147,7 @@ def actor_options(config: Config, cores: CorePlan, cuda: bool) -> ActorOptions:
         "OMP_WAIT_POLICY": "PASSIVE",
         "TOKENIZERS_PARALLELISM": "false",
         # Steps run in a thread of their own, beside that which writes checkpoints. An arena of
-        # their own could not keep freed blocks of more than 64 MiB (`fsdp.keep_freed_memory`).
+        # their own could not keep freed blocks of more than 64 MiB (`learner.heap`).
         "MALLOC_ARENA_MAX": "1",
     }
     gpus = (config.generator.num_gpus or config.generator.devices) if cuda else 0

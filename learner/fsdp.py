@@ -7,7 +7,6 @@ already has its one global denominator.
 
 from __future__ import annotations
 
-import ctypes
 import random
 import socket
 from collections.abc import Iterable, Iterator
@@ -35,36 +34,6 @@ def pick_device(choice: str, rank: int) -> torch.device:
     device = torch.device("cuda", rank % torch.cuda.device_count())
     torch.cuda.set_device(device)
     return device
-
-
-def keep_freed_memory() -> None:
-    """Let glibc keep what is freed instead of giving large blocks back to the kernel.
-
-    A micro-batch frees and asks for the same hundreds of megabytes again; faulting them in anew
-    cost a fifth of a step's CPU time (135M parameters). The process then stays at its peak
-    size, which it reaches every step anyway. Does nothing under another C library.
-    """
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "gnu_get_libc_version"):
-        libc.mallopt(_M_MMAP_MAX, 0)
-        libc.mallopt(_M_TRIM_THRESHOLD, -1)
-
-
-def release_freed_memory() -> None:
-    """Give freed pages back to the kernel; the counterpart of `keep_freed_memory`.
-
-    Micro-batches differ in size, so the heap that is never trimmed grows with every new pattern
-    of holes: by a tenth of a gigabyte a step at 135M parameters. Called every few steps, and
-    before a generator takes memory of the same device.
-    """
-    torch.cuda.empty_cache()  # nothing where CUDA was not used
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "gnu_get_libc_version"):
-        libc.malloc_trim(0)
-
-
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
-"""Parameter numbers of mallopt(3)."""
 
 
 def host_address(ranks: int) -> str:

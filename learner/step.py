@@ -30,6 +30,7 @@ from learner import fsdp
 from learner.advantages import kl_penalised_rewards
 from learner.credit_sheet import CreditSheet
 from learner.guards import GradientGuard
+from learner.heap import HeapWatch
 from learner.loss import CompletionBatch, Metrics
 from learner.model import Policy
 from learner.packing import (
@@ -44,9 +45,6 @@ from learner.prefix_sets import prefix_set_sizes
 from learner.recipe import Prepared, Recipe
 from learner.step_metrics import describe
 from learner.traces import PackedAxis
-
-_TRIM_EVERY = 4
-"""Steps between returns of freed memory to the system."""
 
 _ZERO_METRICS = ("loss/policy", "loss/kl", "clip_fraction", "is_ratio/mean", "logprob_gap/mean")
 """Reported as 0 where no token of the step trains."""
@@ -130,6 +128,7 @@ class Trainer:
     step: int = 0
     """Learner steps done."""
     guard: GradientGuard = field(init=False)
+    heap: HeapWatch = field(default_factory=HeapWatch)
 
     def __post_init__(self) -> None:
         self.guard = GradientGuard(self.config)
@@ -159,8 +158,7 @@ class Trainer:
         metrics["learning_rate"] = rate
         metrics["time/train"] = time.perf_counter() - started
         self.step += 1
-        if self.step % _TRIM_EVERY == 0:
-            fsdp.release_freed_memory()
+        self.heap.after_step()
         return metrics
 
     def probe(self, batch: StepBatch, sheet: CreditSheet | None = None) -> dict[str, float]:

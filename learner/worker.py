@@ -40,6 +40,7 @@ from learner.checkpoint import (
     write_snapshot,
 )
 from learner.credit_sheet import CreditSheet
+from learner.heap import keep_freed_memory, release_freed_memory
 from learner.model import (
     DTYPES,
     Policy,
@@ -152,7 +153,7 @@ class LearnerWorker:
         fsdp.seed_everything(self._job.seed + self._rank)
         self._device = fsdp.pick_device(self._config.device, self._rank)
         if self._device.type == "cpu":
-            fsdp.keep_freed_memory()
+            keep_freed_memory()
         store = self._store or fsdp.connect_rendezvous(
             master_host, master_port, self._config.ranks, self._config.start_timeout_s
         )
@@ -306,7 +307,7 @@ class LearnerWorker:
 
     def release_memory(self) -> None:
         """Give freed memory back to the device, for a generator that shares it."""
-        fsdp.release_freed_memory()
+        release_freed_memory()
 
     @torch.no_grad()
     def score(
@@ -364,7 +365,7 @@ class LearnerWorker:
         self._trainer = self._transport = self._snapshot = self._writing_group = None
         if dist.is_initialized():
             dist.destroy_process_group()
-        fsdp.release_freed_memory()
+        release_freed_memory()
 
 
 def _log_credit(

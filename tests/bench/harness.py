@@ -106,7 +106,7 @@ def machine() -> dict[str, Any]:
 
 
 def load_baseline(name: str) -> dict[str, float]:
-    """Committed values by row, one file a machine kind; absent rows have none."""
+    """Committed values by row, one file a kind of processor; absent rows have none."""
     path = BASELINES / f"{name}.json"
     values: dict[str, float] = json.loads(path.read_text())["values"] if path.is_file() else {}
     return values

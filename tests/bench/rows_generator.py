@@ -5,9 +5,7 @@ The tiny model is the hard case: a token costs it so little that everything else
 
 from __future__ import annotations
 
-import json
 import os
-import shutil
 import statistics
 import tempfile
 import time
@@ -18,6 +16,7 @@ from typing import Any
 import numpy as np
 import ray
 from harness import CONFIGS, Row, emit
+from workload import without_end
 
 os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"
 from common.config_loader import load_config
@@ -25,7 +24,7 @@ from common.trajectory import GroupRequest
 from common.weights import pack_tensors
 from deploy.cluster import ActorFactory, connect, disconnect
 from deploy.cpu_runtime import preload_libraries
-from deploy.models import resolve_model
+from deploy.models import Located, resolve_model
 from deploy.placement import actor_options, available_cores, plan_cores
 
 GROUPS, SIZE, TOKENS, REPEATS = 32, 8, 96, 5
@@ -40,8 +39,8 @@ def measure(folder: str) -> list[Row]:
     config = load_config([CONFIGS / "tiny.yaml"], [f"model.path={folder}"], CONFIGS / "recipes")
     cores = plan_cores(config, available_cores(), preload_libraries())
     connect(config, cores)
-    actors = ActorFactory(config, cores, cuda=False, version=0).all()
-    (generator,) = actors.generators.values()
+    factory = ActorFactory(config, cores, cuda=False, version=0, locate=Located(folder, folder))
+    generator = factory.generator("generator-0", folder)
     ray.get(generator.start.remote(), timeout=300)
     draw = np.random.default_rng(0)
     prompts = [draw.integers(3, 250, 24).tolist() for _ in range(GROUPS)]
@@ -78,21 +77,6 @@ def measure(folder: str) -> list[Row]:
             f"{1e3 * statistics.median(copies):.1f} ms",
         ),
     ]
-
-
-def without_end(model: Path, copy: Path) -> str:
-    """The model with an end-of-text token that it cannot sample: every completion is as long."""
-    from transformers import AutoTokenizer
-
-    shutil.copytree(model, copy, dirs_exist_ok=True)
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    config = json.loads((copy / "config.json").read_text())
-    while len(tokenizer) <= config["vocab_size"]:
-        tokenizer.add_special_tokens({"eos_token": f"<never-{len(tokenizer)}>"})
-    tokenizer.save_pretrained(copy)
-    (copy / "generation_config.json").unlink(missing_ok=True)
-    (copy / "config.json").write_text(json.dumps(config | {"eos_token_id": None}))
-    return str(copy)
 
 
 class Offline:

@@ -13,7 +13,7 @@ import torch
 from harness import Row, emit, ratio_of_times
 from learner_models import trajectories
 
-from learner.fsdp import keep_freed_memory
+from learner.heap import keep_freed_memory
 from learner.logprobs import HeadRequest, chunked_logprobs
 from learner.packing import StepBatch, plan_packing
 from learner.traces import LambdaTrace, PackedAxis

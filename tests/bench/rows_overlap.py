@@ -1,8 +1,9 @@
 """Asynchronous against synchronous operation, generator and learner on a core each.
 
 As separate devices would be: the same pinning in both modes, work chosen so that generation and
-training take about equally long. Groups are large because verifiers, stream and coordinator have
-no cores of their own here: what they take a group is time that both devices lose.
+training take about equally long. Completions are long and all of one length, their rewards a
+coin's: every step has the same work. Verifiers, stream and coordinator have no cores of their own
+here: what they take a group and a completion is time that both devices lose.
 """
 
 from __future__ import annotations
@@ -14,6 +15,9 @@ from typing import Any
 
 from harness import Row, emit
 from peer import train
+from workload import without_end
+
+from deploy.models import resolve_model
 
 STEPS, SKIPPED = 11, 3
 KEYS = (
@@ -24,15 +28,17 @@ KEYS = (
     "eval.prompts=8",
     "checkpoint.every=0",
     "batch.prompts_per_step=16",
-    "batch.group_size=64",
+    "batch.group_size=16",
     "batch.tokens_per_microbatch=8192",
-    "algorithm.objective.epochs=2",
+    "generator.max_completion_tokens=64",
+    "verifier.rules=[{name: 'tests.bench.workload:coin'}]",
 )
 
 
 def steps_of(*overrides: str) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as name:
-        _, records = train("tiny", Path(name), *KEYS, *overrides)
+        model = without_end(resolve_model("builtin:tiny-chain-sum"), Path(name) / "model")
+        _, records = train("tiny", Path(name), *KEYS, f"model.path={model}", *overrides)
     return [record for record in records if "grad_norm" in record][SKIPPED:]
 
 
@@ -49,7 +55,7 @@ def main() -> None:
     uneven = not 0.7 < generate / learn < 1.4
     failure = f"{generate:.2f} s and {learn:.2f} s are not about equally long" if uneven else ""
     figures = f"generation {generate:.2f} s, training {learn:.2f} s, in turns {in_turns:.2f} s, "
-    figures += f"overlapped {statistics.median(times):.2f} s a step of 1024 completions"
+    figures += f"overlapped {statistics.median(times):.2f} s a step of 256 completions of 64 tokens"
     # Pairs of steps: one waits when the other does not.
     pairs = [(a + b) / 2 for a, b in zip(times[::2], times[1::2], strict=False)]
     emit(
