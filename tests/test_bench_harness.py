@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
+import json
+from pathlib import Path
+
 import pytest
 from bench.harness import Row, ratio_of_times
 
@@ -44,3 +48,23 @@ def test_times_are_taken_in_turns_and_the_warm_up_does_not_count() -> None:
     )
     assert order == ["a", "b"] * 3
     assert (ratios, ours, other) == ([2.0, 3.0], 2.5, 1.0)
+
+
+def test_rows_measured_alone_replace_their_own_and_leave_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parent / "bench"))
+    bench = importlib.import_module("bench.bench")
+    monkeypatch.setattr(bench, "RESULTS", tmp_path)
+
+    def named(name: str, value: float) -> Row:
+        return Row(name, "other", [value], 1.0, True)
+
+    failed = Row("script", "", [], 0.0, True, failure="no message")
+    bench.keep("any", {}, [named("a", 1.0), named("b", 0.5), failed], 60.0, [])
+    bench.keep("any", {}, [named("b", 2.0)], 60.0, ["script"])
+    kept = json.loads((tmp_path / "bench-any.json").read_text())
+    assert {row["name"]: row["ratios"] for row in kept["rows"]} == {"a": [1.0], "b": [2.0]}
+    assert "2 of 2 rows hold, after 2 minutes" in (tmp_path / "bench-any.md").read_text()
+    bench.keep("any", {}, [named("c", 1.0)], 60.0, [])
+    assert "1 of 1 rows hold" in (tmp_path / "bench-any.md").read_text()

@@ -114,7 +114,7 @@ def load_baseline(name: str) -> dict[str, float]:
 
 def save_baseline(name: str, rows: Sequence[Row]) -> None:
     BASELINES.mkdir(exist_ok=True)
-    values = {row.name: round(row.value, 4) for row in rows if not row.failure}
+    values = load_baseline(name) | {r.name: round(r.value, 4) for r in rows if not r.failure}
     content = {"machine": machine(), "values": values}
     (BASELINES / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
 

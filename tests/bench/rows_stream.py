@@ -61,6 +61,7 @@ def main() -> None:
             rates.append(GROUPS / taken)
             ratios.append(taken / copied)
         ledger.end()
+        ray.get(stream.close.remote(), timeout=60)  # its Parquet twins are in the folder too
         ray.kill(stream)
     ray.shutdown()
     emit(
