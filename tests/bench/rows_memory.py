@@ -53,7 +53,8 @@ def main() -> None:
         early: list[dict[str, float]] = []
         late: list[dict[str, float]] = []
         while run.poll() is None:
-            step = read_metrics(metrics)[-1]["step"] if metrics.is_file() else 0
+            records = read_metrics(metrics) if metrics.is_file() else []
+            step = records[-1]["step"] if records else 0
             if EARLY <= step < EARLY + 25:
                 early.append(resident(root))
             elif step >= STEPS - 25:
