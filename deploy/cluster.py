@@ -37,6 +37,8 @@ from learner.group import WRITING
 from learner.worker import LearnerJob, LearnerWorker
 
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
+_TASKS_REMEMBERED = 2_000
+"""By Ray's server, for its own tools: of 100,000, its default, a long run has it grow by 200 MB."""
 
 
 LearnerActor = ray.remote(concurrency_groups={WRITING: 1, HEALTH: 1})(LearnerWorker)
@@ -72,6 +74,7 @@ def connect(config: Config, cores: CorePlan) -> None:
                 log_to_driver=False,
                 logging_level="ERROR",
                 runtime_env=environment,
+                _system_config={"task_events_max_num_task_in_gcs": _TASKS_REMEMBERED},
             )
         except Exception as error:  # Ray raises just that when its node is not up in 30 s
             _kill_servers()  # else they live until this process ends
