@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 
-_ENDED = (FileNotFoundError, ProcessLookupError)
-"""The process or thread has ended since. Not every OSError: a rule that has used up the open files
-must not hide what it started."""
+_UNSEEN = (FileNotFoundError, ProcessLookupError, PermissionError)
+"""The process or thread has ended since, or is hidden from us. Not every OSError: a rule that has
+used up the open files must not hide what it started."""
 
 
 def descendants(pid: int, limit: int | None = None) -> list[int]:
@@ -28,7 +28,7 @@ def descendants(pid: int, limit: int | None = None) -> list[int]:
 def _listed(folder: str) -> list[str]:
     try:
         return os.listdir(folder)
-    except _ENDED:
+    except _UNSEEN:
         return []
 
 
@@ -36,5 +36,5 @@ def _read(path: str) -> str:
     try:
         with open(path) as file:
             return file.read()
-    except _ENDED:
+    except _UNSEEN:
         return ""

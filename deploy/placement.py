@@ -149,7 +149,7 @@ def actor_options(config: Config, cores: CorePlan, cuda: bool) -> ActorOptions:
         # Steps run in a thread of their own, beside that which writes checkpoints. An arena of
         # their own could not keep freed blocks of more than 64 MiB (`learner.heap`).
         "MALLOC_ARENA_MAX": "1",
-        # Huge pages where the kernel gives them to who asks: 5 % of a training step on two cores.
+        # Huge pages where the kernel gives them to who asks: 6 % of a training step on two cores.
         "GLIBC_TUNABLES": os.environ.get("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1"),
     }
     gpus = (config.generator.num_gpus or config.generator.devices) if cuda else 0

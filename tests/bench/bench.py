@@ -85,10 +85,10 @@ def main() -> int:
     baseline = load_baseline(name)
     seconds = time.monotonic() - started
     print(f"\n{table(rows, baseline)}\n\n{summary(rows, baseline, seconds)}")
-    if options.save_baseline:
-        save_baseline(name, rows)
     if not options.only or options.keep:
         keep(name, here, rows, seconds, instead_of=options.only)
+    if options.save_baseline:  # behind `keep`, which shows the rows against the baseline before
+        save_baseline(name, rows)
     good = all(r.meets_target() and not r.regressed(baseline.get(r.name)) for r in rows)
     return 0 if good else 1
 
