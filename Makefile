@@ -67,6 +67,7 @@ lint: setup
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+	MYPYPATH=tests:tests/bench $(VENV)/bin/mypy tests/bench/*.py
 
 setup:
 	@bash deploy/setup.sh

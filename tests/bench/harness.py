@@ -68,7 +68,8 @@ def ratio_of_times(
     ours: Callable[[], Any], other: Callable[[], Any], repeats: int, clock: Callable[[], float]
 ) -> tuple[list[float], float, float]:
     """`ours` / `other`, in turns after one warm-up each; (ratios, median of each)."""
-    mine, theirs = [], []
+    mine: list[float] = []
+    theirs: list[float] = []
     for index in range(repeats + 1):
         for work, times in ((ours, mine), (other, theirs)):
             started = clock()

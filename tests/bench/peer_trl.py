@@ -15,6 +15,7 @@ import json
 import re
 import sys
 import time
+from typing import Any
 
 import torch
 from datasets import Dataset
@@ -36,7 +37,7 @@ def reward(completions: list[str], answer: list[str], **_: object) -> list[float
 class Clock(TrainerCallback):
     """Step times without evaluation; stops at the target accuracy."""
 
-    def __init__(self, job: dict, tokenizer: object) -> None:
+    def __init__(self, job: dict[str, Any], tokenizer: Any) -> None:
         self.job, self.tokenizer = job, tokenizer
         self.seconds: list[float] = []
         self.accuracy: list[tuple[float, float]] = []
@@ -45,7 +46,7 @@ class Clock(TrainerCallback):
     def on_train_begin(self, *_: object, **__: object) -> None:
         self.started = time.perf_counter()
 
-    def on_step_end(self, args: object, state: object, control: object, **kw: object) -> None:
+    def on_step_end(self, args: object, state: object, control: object, **kw: Any) -> None:
         self.seconds.append(time.perf_counter() - self.started)
         every = self.job["eval_every"]
         if every and len(self.seconds) % every == 0:
@@ -59,7 +60,7 @@ class Clock(TrainerCallback):
         right = 0
         for start in range(0, len(self.job["held_out"]), 100):
             rows = self.job["held_out"][start : start + 100]
-            inputs = self.tokenizer(  # type: ignore[operator]
+            inputs = self.tokenizer(
                 [text for text, _ in rows],
                 return_tensors="pt",
                 padding=True,
@@ -69,7 +70,7 @@ class Clock(TrainerCallback):
             ids = model.generate(  # type: ignore[operator]
                 **inputs, max_new_tokens=self.job["max_tokens"], do_sample=False
             )
-            texts = self.tokenizer.batch_decode(  # type: ignore[attr-defined]
+            texts = self.tokenizer.batch_decode(
                 ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
             )
             right += sum(is_right(t, want) for t, (_, want) in zip(texts, rows, strict=True))

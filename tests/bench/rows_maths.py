@@ -53,7 +53,10 @@ def packing() -> Row:
     for seed in range(5):
         draw = np.random.default_rng(seed)
         shapes = [
-            (int(draw.integers(40, 200)), np.minimum(draw.lognormal(6, 0.8, 8), 4000).astype(int))
+            (
+                int(draw.integers(40, 200)),
+                np.minimum(draw.lognormal(6, 0.8, 8), 4000).astype(int).tolist(),
+            )
             for _ in range(64)
         ]
         batch = StepBatch.from_record_batches(trajectories(shapes))
