@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 _SYSTEM_FOLDERS = ("/usr/lib", "/usr/lib64", "/usr/local/lib", "/lib")
+_ALLOCATORS = ("libtcmalloc_minimal.so*", "libtcmalloc.so*")
+"""The first without the heap profiler, which nothing here uses."""
 
 
-def preload_libraries() -> list[str]:
+def preload_libraries(folders: Sequence[str] = _SYSTEM_FOLDERS) -> list[str]:
     """Paths for LD_PRELOAD: the allocator tcmalloc, where it is installed.
 
     Intel's OpenMP, which vLLM's CPU package brings, is left out: it gave the same speed here, and
@@ -16,13 +19,14 @@ def preload_libraries() -> list[str]:
     """
     if not sys.platform.startswith("linux"):
         return []
-    return [str(path) for path in _first("libtcmalloc_minimal.so*", _SYSTEM_FOLDERS)]
+    return [str(path) for path in _first(_ALLOCATORS, folders)]
 
 
-def _first(pattern: str, folders: tuple[str, ...]) -> list[Path]:
-    for folder in folders:
-        root = Path(folder)
-        found = sorted([*root.glob(pattern), *root.glob(f"*-linux-gnu/{pattern}")])
-        if found:
-            return [found[0]]
+def _first(patterns: Sequence[str], folders: Sequence[str]) -> list[Path]:
+    for pattern in patterns:
+        for folder in folders:
+            root = Path(folder)
+            found = sorted([*root.glob(pattern), *root.glob(f"*-linux-gnu/{pattern}")])
+            if found:
+                return [found[0]]
     return []

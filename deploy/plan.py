@@ -10,6 +10,7 @@ from common.config import Config
 from common.config_loader import dump_config
 from common.errors import UserError
 from deploy.cluster_plan import ClusterPlan, logged_lengths
+from deploy.cpu_runtime import preload_libraries
 from deploy.placement import CorePlan, available_cores, plan_cores, with_compute_dtype
 from deploy.simulate import Costs
 
@@ -28,7 +29,7 @@ def describe(config: Config, lengths: Path | None = None, costs: Path | None = N
     if config.placement.generator_device is None:
         config = with_compute_dtype(config)
         cores = available_cores()
-        placed = _placement(config, plan_cores(config, cores, []), len(cores))
+        placed = _placement(config, plan_cores(config, cores, preload_libraries()), len(cores))
         return "\n".join([*head, dump_config(config), "# Placement", *placed, *tail])
     config = replace(config, model=replace(config.model, dtype="bfloat16"))
     plan = ClusterPlan.of(config)
@@ -65,6 +66,8 @@ def _placement(config: Config, cores: CorePlan, num_cores: int) -> list[str]:
             f"{_shown(cores.generator_cores[index])}, {generator.kv_cache_gib} GiB of KV cache, "
             f"{config.weights.transport} weights"
         )
+    allocator = ", ".join(cores.preload) or "the C library's (tcmalloc is used where installed)"
+    lines.append(f"their allocator        {allocator}")
     for rank in range(learner.ranks):
         lines.append(
             f"learner rank {rank}         {cores.learner_threads} thread(s), cores "

@@ -319,9 +319,19 @@ def _attend(
     if mask is not None and (softcap is not None or short):
         return _attend_explicitly(query, key, value, mask, scale, softcap)
     gqa = query.shape[1] != key.shape[1]
+    if gqa and mask is not None and query.device.type == "cuda":
+        # Flash takes no mask and the memory-efficient kernel no groups of heads: with both only
+        # the kernel that writes all scores out would be left.
+        key, value, gqa = *_for_each_head(query, key, value), False
     return F.scaled_dot_product_attention(
         query, key, value, mask, is_causal=mask is None, scale=scale, enable_gqa=gqa
     )
+
+
+def _for_each_head(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values [B, Q, L, D] of as many heads as there are queries."""
+    repeats = query.shape[1] // key.shape[1]
+    return key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
 
 
 def _attend_explicitly(

@@ -35,6 +35,8 @@ class Prepared:
 
     advantages_B: Tensor  # float64, 0 where the completion does not count
     token_weights_B: Tensor  # float64, 0 where the completion does not count
+    kept_B: Tensor
+    """bool: the completion counts: it has a reward, and the recipe did not leave it out."""
     trained_B: Tensor
     """bool: the completion has a gradient. Leaving out the others changes nothing."""
 
@@ -142,7 +144,8 @@ class Recipe:
         token_weights_B = torch.zeros_like(advantages_B)
         token_weights_B[kept_B] = scale * self._aggregation.weights(lengths_V, group_V)
         useful_B = torch.ones_like(kept_B) if self.kl_in_loss else advantages_B != 0
-        return Prepared(advantages_B, token_weights_B, kept_B & useful_B & (lengths_B > 0))
+        trained_B = kept_B & useful_B & (lengths_B > 0)
+        return Prepared(advantages_B, token_weights_B, kept_B, trained_B)
 
     def loss(self, batch: CompletionBatch) -> LossOutput:
         """Loss of one microbatch; see `learner.loss.policy_loss`."""

@@ -18,7 +18,8 @@ from learner.recipe import Prepared
 def describe(batch: StepBatch, prepared: Prepared) -> dict[str, float]:
     """Metrics of the data alone. Completions without a reward count in no mean of rewards."""
     rewarded_B = ~np.isnan(batch.rewards_B)
-    idle_B = rewarded_B & (prepared.advantages_B.numpy() == 0)
+    # Those that the recipe left out, pruned or cut short, are not among them.
+    idle_B = prepared.kept_B.numpy() & (prepared.advantages_B.numpy() == 0)
     trained_B = prepared.trained_B.numpy()
     return {
         "reward/mean": _mean(batch.rewards_B[rewarded_B]),

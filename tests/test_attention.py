@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from common.errors import UserError
-from learner.attention import ATTENTION_NAME, SegmentLengths, build_layout
+from learner.attention import ATTENTION_NAME, SegmentLengths, _for_each_head, build_layout
 from learner.model import Policy
 from learner.packing import pack_row
 
@@ -93,3 +93,13 @@ def test_model_without_layout_is_refused() -> None:
     policy = Policy(tiny_model("qwen2"), chunk_tokens=64)
     with pytest.raises(UserError, match="packed learner"):
         policy.model(input_ids=torch.tensor([[1, 2, 3]]))
+
+
+def test_keys_repeated_for_each_head_are_those_of_grouped_attention() -> None:
+    """What CUDA gets under a mask; a rule of torch's own kernel is the oracle."""
+    draw = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(2, heads, 5, 8, generator=draw) for heads in (6, 2, 2))
+    mask = torch.randn(2, 1, 5, 5, generator=draw)
+    attend = torch.nn.functional.scaled_dot_product_attention
+    repeated = attend(query, *_for_each_head(query, key, value), mask)
+    torch.testing.assert_close(repeated, attend(query, key, value, mask, enable_gqa=True))

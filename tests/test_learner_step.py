@@ -374,6 +374,14 @@ def test_equal_rewards_train_nothing_and_move_nothing(folder: Path) -> None:
     assert metrics["reward/mean"] == 1.0
 
 
+def test_pruned_completions_are_not_counted_as_without_advantage(folder: Path) -> None:
+    algorithm = AlgorithmConfig()
+    algorithm.rollout.prune_rate = 0.5  # leaves those of the largest advantages
+    metrics, *_ = train(folder, steps=1, algorithm=algorithm)
+    assert metrics[0]["tokens/trained"] > 0
+    assert metrics[0]["completions/zero_advantage"] == 0
+
+
 def test_stale_and_future_tokens_stop_the_run(folder: Path) -> None:
     with worker(folder) as made:
         metrics = made.step(trajectories(SHAPES, version=5), 6, 1)

@@ -221,7 +221,7 @@ class Generators:
 class RunThroughDeaths(RuleBasedStateMachine):
     """The real loop, ledger and prompt source; a dictionary of turns as the reference."""
 
-    @initialize(staleness=st.integers(0, 3), prompts=st.integers(1, 3), size=st.integers(1, 9))
+    @initialize(staleness=st.integers(0, 8), prompts=st.integers(1, 3), size=st.integers(1, 9))
     def begin(self, staleness: int, prompts: int, size: int) -> None:
         self.folder = Path(tempfile.mkdtemp())
         self.events = asyncio.new_event_loop()
@@ -331,6 +331,17 @@ class RunThroughDeaths(RuleBasedStateMachine):
         self.ledger.end()
         self.staleness -= 1
         self.start(self.saved)
+
+    @rule()
+    def nothing_is_in_the_way(self) -> None:
+        """From any state: once all is published and what runs has ended, the learner goes on."""
+        while self.generators.version < self.learner:
+            self.a_version_is_published()
+        before = self.learner
+        for _ in range((self.staleness + 1) * self.prompts):
+            self.a_group_ends(0, "kept")
+        self.the_learner_steps()
+        assert self.learner == before + 1
 
     @invariant()
     def the_account_holds(self) -> None:

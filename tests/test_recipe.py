@@ -363,6 +363,7 @@ def test_the_rollout_axis_reaches_advantages_and_denominators() -> None:
     ]
     cppo = prepared(prune_rate=0.75)
     assert cppo.advantages_B.tolist() == [0.0, 0.0, 0.0, 0.75]
+    assert cppo.kept_B.tolist() == [False, False, False, True]  # the others are not "idle"
     assert cppo.token_weights_B.tolist() == [0.0, 0.0, 0.0, 1 / 8]
     masked = prepared([True, False, False, False], mask_truncated=True)
     assert masked.advantages_B.tolist() == [0.0, -0.25, -0.25, 0.75]

@@ -106,6 +106,12 @@ def machine() -> dict[str, Any]:
     }
 
 
+def peak_kib() -> int:
+    """Of this process alone: `ru_maxrss` starts at the parent's."""
+    (line,) = [x for x in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in x]
+    return int(line.split()[1])
+
+
 def load_baseline(name: str) -> dict[str, float]:
     """Committed values by row, one file a kind of processor; absent rows have none."""
     path = BASELINES / f"{name}.json"

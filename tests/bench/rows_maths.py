@@ -6,11 +6,10 @@ import os
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import torch
-from harness import Row, emit, ratio_of_times
+from harness import Row, emit, peak_kib, ratio_of_times
 from learner_models import trajectories
 
 from learner.heap import keep_freed_memory
@@ -96,12 +95,6 @@ def score(chunk: int, tokens: int) -> None:
         logprobs_N = logits_NV.log_softmax(-1).gather(1, labels_N[:, None])[:, 0]
     logprobs_N.sum().backward()
     print((peak_kib() - before) / 2**20)
-
-
-def peak_kib() -> int:
-    """Of this process alone: `ru_maxrss` starts at the parent's."""
-    (line,) = [x for x in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in x]
-    return int(line.split()[1])
 
 
 def head() -> Row:

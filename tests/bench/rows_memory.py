@@ -24,6 +24,8 @@ KINDS = (
     "raylet",
     "gcs_server",
 )
+AGENTS = "Ray's agents"
+"""What is left of Python: Ray's two agents of a node, and workers that wait for an actor."""
 
 
 def resident(root: psutil.Process) -> dict[str, float]:
@@ -32,7 +34,7 @@ def resident(root: psutil.Process) -> dict[str, float]:
     for process in [root, *root.children(recursive=True)]:
         try:
             line = " ".join(process.cmdline())
-            kind = next((kind for kind in KINDS if kind in line), "")
+            kind = next((kind for kind in KINDS if kind in line), AGENTS if "ray::" in line else "")
             if kind:
                 sizes[kind] = sizes.get(kind, 0.0) + process.memory_info().rss / 2**20
         except psutil.NoSuchProcess:

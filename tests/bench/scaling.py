@@ -3,8 +3,10 @@
     python tests/bench/scaling.py
 
 No model: a scripted generator answers at once with completions of the wanted length. What is left
-is what the control plane and the data plane cost: seconds of the coordinator's processor and wall
-seconds a learner step, and the coordinator's memory. Writes scaling.md, .json and .png.
+is what the control plane and the data plane cost a learner step of 64 groups, with an update of
+(no) weights, a canary and a heartbeat to every generator: wall seconds, seconds of the
+coordinator's processor, and its memory. Each point is measured in a process and a cluster of its
+own. Writes scaling.md, .json and .png.
 """
 
 from __future__ import annotations
@@ -12,6 +14,9 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import AsyncIterator
 from dataclasses import asdict, dataclass
@@ -41,10 +46,13 @@ from common.ledger import Ledger
 from common.stream import GroupLog, TrajectoryStreamActor
 from common.trajectory import GroupRequest
 from common.waits import Waits
+from common.weights import WeightBucket
 
-STEPS, SKIPPED, PROMPTS = 8, 2, 16
+STEPS, SKIPPED, PROMPTS = 14, 4, 64
+"""With a staleness of 1, 128 groups under way: two for each of 64 generators."""
 HOSTS = 2
 """Processes behind the scripted generators: 64 of them would not fit a small machine."""
+DEADLINE_S = 300.0
 
 
 class ScriptedGenerator:
@@ -63,6 +71,15 @@ class ScriptedGenerator:
 
     async def take_batch(self, number: int) -> pa.RecordBatch:
         return self._batches.pop(number)
+
+    async def update_weights(self, buckets: list[WeightBucket], version: int) -> float:
+        return 0.0
+
+    async def score(self, sequences: list[list[int]], lengths: list[int]) -> list[list[float]]:
+        return [[0.0] * len(sequence) for sequence in sequences]
+
+    async def ping(self) -> None:
+        """As a heartbeat asks."""
 
 
 class ScriptedVerifier:
@@ -122,7 +139,10 @@ async def measure(config: Config, folder: Path, generators: int, tokens: int) ->
     walls, cpus, process = [], [], psutil.Process()
     for step in range(STEPS):
         wall, cpu = time.perf_counter(), time.process_time()
-        loop.trained(step + 1, await loop.take(step, 300.0), {})
+        loop.trained(step + 1, await loop.take(step, DEADLINE_S), {})
+        await pool.update_weights([], step + 1, DEADLINE_S)
+        await pool.score([[1] * 32] * 8, [16] * 8, DEADLINE_S)
+        await pool.ping(DEADLINE_S)
         pool.version = step + 1
         await loop.release()
         if step >= SKIPPED:
@@ -143,7 +163,27 @@ async def measure(config: Config, folder: Path, generators: int, tokens: int) ->
     )
 
 
-def sweep(folder: Path) -> dict[str, list[Point]]:
+def measure_here(group_size: int, tokens: int, generators: int) -> Point:
+    """In this process, which has done nothing else: its memory is this point's."""
+    config = load_config(
+        [],
+        [
+            "model.path=none",
+            f"batch.group_size={group_size}",
+            f"batch.prompts_per_step={PROMPTS}",
+            "generator.max_staleness=1",
+            "model.max_length=32768",
+        ],
+    )
+    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            return asyncio.run(measure(config, Path(folder), generators, tokens))
+    finally:
+        ray.shutdown()
+
+
+def sweep() -> dict[str, list[Point]]:
     """One quantity at a time, from 8 completions of 256 tokens on 4 generators."""
     base = {"group_size": 8, "tokens": 256, "generators": 4}
     ranges = {
@@ -154,39 +194,37 @@ def sweep(folder: Path) -> dict[str, list[Point]]:
     points: dict[str, list[Point]] = {}
     for name, values in ranges.items():
         for value in values:
-            at = base | {name: value}
-            config = load_config(
-                [],
-                [
-                    "model.path=none",
-                    f"batch.group_size={at['group_size']}",
-                    f"batch.prompts_per_step={PROMPTS}",
-                    "generator.max_staleness=1",
-                    "model.max_length=32768",
-                ],
-            )
-            run = folder / f"{name}-{value}"
-            run.mkdir(parents=True)
-            point = asyncio.run(measure(config, run, at["generators"], at["tokens"]))
+            command = [sys.executable, __file__, json.dumps(base | {name: value})]
+            done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+            point = Point(**json.loads(done.stdout.splitlines()[-1]))
             points.setdefault(name, []).append(point)
             print(name, point, flush=True)
     return points
 
 
 def plot(points: dict[str, list[Point]], path: Path) -> None:
-    figure, axes = plt.subplots(1, 3, figsize=(11, 3.4), layout="constrained", sharey=True)
-    for axis, (name, series) in zip(axes, points.items(), strict=True):
+    figure, axes = plt.subplots(
+        2, 3, figsize=(11, 5), layout="constrained", sharex="col", sharey="row"
+    )
+    for index, (name, series) in enumerate(points.items()):
+        time_axis, memory_axis = axes[:, index]
         x = [getattr(point, name) for point in series]
-        axis.plot(x, [1e3 * p.step_s for p in series], "o-", color="#0f766e", label="step, wall")
-        axis.plot(
-            x, [1e3 * p.coordinator_s for p in series], "s--", color="#c2410c", label="coordinator"
-        )
-        axis.set_xscale("log", base=2)
-        axis.set_yscale("log")
-        axis.set_xlabel(name.replace("_", " "))
-        axis.grid(alpha=0.3)
-    axes[0].set_ylabel("milliseconds a step")
-    axes[0].legend(frameon=False, fontsize=8)
+        for field, style, color, label in (
+            ("step_s", "o-", "#0f766e", "step, wall"),
+            ("coordinator_s", "s--", "#c2410c", "coordinator's processor"),
+        ):
+            y = [1e3 * getattr(point, field) for point in series]
+            time_axis.plot(x, y, style, color=color, label=label)
+        memory_axis.plot(x, [p.coordinator_mib for p in series], "D-", color="#4338ca")
+        time_axis.set_xscale("log", base=2)
+        time_axis.set_yscale("log")
+        memory_axis.set_ylim(bottom=0)
+        memory_axis.set_xlabel(name.replace("_", " "))
+        for axis in (time_axis, memory_axis):
+            axis.grid(alpha=0.3)
+    axes[0, 0].set_ylabel("milliseconds a step")
+    axes[1, 0].set_ylabel("coordinator, MiB")
+    axes[0, 0].legend(frameon=False, fontsize=8)
     figure.suptitle(f"Cost of a step of {PROMPTS} groups without a model", fontsize=10)
     figure.savefig(path, dpi=110)
 
@@ -199,29 +237,31 @@ def exponent(name: str, series: list[Point], value: str) -> float:
 
 
 def main() -> None:
-    import tempfile
-
-    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    with tempfile.TemporaryDirectory() as name:
-        points = sweep(Path(name))
-    ray.shutdown()
+    points = sweep()
     RESULTS.mkdir(exist_ok=True)
     lines = [
         f"{json.dumps(machine())}\n",
-        "| group size | tokens a completion | generators | step, ms | coordinator, ms | MiB |",
-        "|---|---|---|---|---|---|",
+        f"A learner step of {PROMPTS} groups, median of {STEPS - SKIPPED}.\n",
+        "| group size | tokens a completion | generators | step, ms | coordinator, ms "
+        "| coordinator, ms a group | coordinator, MiB |",
+        "|---|---|---|---|---|---|---|",
     ]
     for series in points.values():
         lines += [
             f"| {p.group_size} | {p.tokens} | {p.generators} | {1e3 * p.step_s:.0f} "
-            f"| {1e3 * p.coordinator_s:.0f} | {p.coordinator_mib:.0f} |"
+            f"| {1e3 * p.coordinator_s:.0f} | {1e3 * p.coordinator_s / PROMPTS:.1f} "
+            f"| {p.coordinator_mib:.0f} |"
             for p in series
         ]
     lines.append("")
     for name, series in points.items():
+        step, coordinator, memory = (
+            exponent(name, series, value)
+            for value in ("step_s", "coordinator_s", "coordinator_mib")
+        )
         lines.append(
-            f"- {name}: a step grows as its power {exponent(name, series, 'step_s'):.2f}, the "
-            f"coordinator as {exponent(name, series, 'coordinator_s'):.2f} (upper half)"
+            f"- {name}: a step grows as its power {step:.2f}, the coordinator's time as "
+            f"{coordinator:.2f}, its memory as {memory:.2f} (upper half)"
         )
     (RESULTS / "scaling.md").write_text("\n".join(lines) + "\n")
     (RESULTS / "scaling.json").write_text(
@@ -231,4 +271,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    if len(sys.argv) > 1:
+        print(json.dumps(asdict(measure_here(**json.loads(sys.argv[1])))))
+    else:
+        main()

@@ -2,10 +2,12 @@
 
     python tests/gpu/bench_learner.py [--device cuda] [--layers 28] [--tokens 32768] [--repeats 5]
 
-Needs torch and transformers, nothing else. The shape is Qwen2.5-1.5B with random weights in
-bfloat16; a micro-batch is packed from completions of 1,024 tokens behind shared prompts; a step is
-forward, GRPO-lambda's loss (trace, clip) and backward, with activation checkpointing. The peak is
-measured, not looked up: the fastest of large bfloat16 products on this device.
+Needs torch and transformers (and the numpy these bring), nothing else. The shape is Qwen2.5-1.5B
+with random weights in bfloat16; a micro-batch is packed from completions of 1,024 tokens behind
+shared prompts; a step is forward, GRPO-lambda's loss (trace, clip) and backward, with activation
+checkpointing. The peak is measured: the fastest of large bfloat16 products on this device.
+Attention and recomputed layers are work that the share of the peak does not count. There is no
+optimiser: its two moments and the float32 weights come on top of the memory named here.
 """
 
 from __future__ import annotations
@@ -78,17 +80,16 @@ def build(layers: int, vocabulary: int, dtype: torch.dtype, device: str) -> Poli
 
 
 def row_of(tokens: int, completion: int, vocabulary: int, device: str) -> PackedRow:
-    """Groups of `GROUP` completions behind one prompt until the row is full."""
+    """Groups of at most `GROUP` completions, each behind one prompt, until the row is full."""
     draw = np.random.default_rng(0)
-    size = PROMPT + GROUP * completion
-    parts = [
-        (
-            draw.integers(5, vocabulary, PROMPT),
-            list(draw.integers(5, vocabulary, (GROUP, completion))),
-        )
-        for _ in range(max(1, tokens // size))
-    ]
-    return pack_row(parts, range(len(parts) * GROUP), device)
+    parts, left = [], tokens
+    while (count := min(GROUP, (left - PROMPT) // completion)) > 0:
+        answers = list(draw.integers(5, vocabulary, (count, completion)))
+        parts.append((draw.integers(5, vocabulary, PROMPT), answers))
+        left -= PROMPT + count * completion
+    if not parts:
+        raise SystemExit(f"--tokens {tokens} holds no completion of {completion} behind {PROMPT}")
+    return pack_row(parts, range(sum(len(answers) for _, answers in parts)), device)
 
 
 def step(policy: Policy, row: PackedRow, axis: PackedAxis, advantages_B: torch.Tensor) -> None:
