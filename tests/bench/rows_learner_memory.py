@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import torch
 from harness import Row, emit, peak_kib
 from transformers import AutoModelForCausalLM, LlamaConfig
@@ -38,12 +39,12 @@ def step(chunked: bool) -> None:
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     before = peak_kib()
     model = build()
-    ids = torch.randint(5, VOCABULARY, (TOKENS + 1,)).tolist()
+    ids = np.random.default_rng(1).integers(5, VOCABULARY, TOKENS + 1)
     if chunked:
         row = pack_row([(ids[:1], [ids[1:]])], range(1), "cpu")
         logprobs_N, _ = Policy(model, CHUNK).logprobs(row, temperature=1.0)
     else:
-        whole = torch.tensor([ids])
+        whole = torch.from_numpy(ids)[None]
         logprobs_1TV = model(input_ids=whole[:, :-1], use_cache=False).logits.log_softmax(-1)
         logprobs_N = logprobs_1TV.gather(-1, whole[:, 1:, None]).flatten()
     logprobs_N.mean().backward()
@@ -79,7 +80,6 @@ def main() -> None:
 
 if __name__ == "__main__":
     if len(sys.argv) > 1:
-        torch.manual_seed(1)
         step(sys.argv[1] == "chunked")
     else:
         main()
