@@ -65,7 +65,9 @@ def test_rows_measured_alone_replace_their_own_and_leave_the_others(
     bench.keep("any", {}, [named("b", 2.0)], 60.0, ["script"])
     kept = json.loads((tmp_path / "bench-any.json").read_text())
     assert {row["name"]: row["ratios"] for row in kept["rows"]} == {"a": [1.0], "b": [2.0]}
-    assert "2 of 2 rows hold, after 2 minutes" in (tmp_path / "bench-any.md").read_text()
+    assert "2 of 2 rows hold, after 1 minutes" in (tmp_path / "bench-any.md").read_text()
+    bench.keep("any", {}, [named("d", 1.0)], 60.0, ["another"])
+    assert "3 of 3 rows hold, after 2 minutes" in (tmp_path / "bench-any.md").read_text()
     bench.keep("any", {}, [named("c", 1.0)], 60.0, [])
     assert "1 of 1 rows hold" in (tmp_path / "bench-any.md").read_text()
 

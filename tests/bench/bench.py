@@ -106,13 +106,14 @@ def keep(
 ) -> None:
     """Write the results; with `instead_of`, only those of these scripts are replaced."""
     RESULTS.mkdir(exist_ok=True)
-    path, others, before_s = RESULTS / f"bench-{name}.json", list[Row](), 0.0
+    path, others = RESULTS / f"bench-{name}.json", list[Row]()
     if instead_of and path.is_file():
         old = json.loads(path.read_text())
         names = {row.name for row in rows} | set(instead_of)  # a script that failed is a row too
         others = [row for row in (Row(**each) for each in old["rows"]) if row.name not in names]
-        before_s = old["seconds"]
-    rows, seconds = others + rows, before_s + seconds
+        # Rows measured again took the place of as much time.
+        seconds = old["seconds"] + (seconds if len(others) == len(old["rows"]) else 0.0)
+    rows = others + rows
     content = {"machine": here, "seconds": round(seconds), "rows": [vars(row) for row in rows]}
     path.write_text(json.dumps(content, indent=1) + "\n")
     baseline = load_baseline(name)

@@ -1,24 +1,19 @@
-"""Rows of pure functions: the trace, packing, the fused log-probability head."""
+"""Rows of pure functions: the trace, packing."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 import time
 
 import numpy as np
 import torch
-from harness import Row, emit, peak_kib, ratio_of_times
+from harness import Row, emit, ratio_of_times
 from learner_models import trajectories
 
 from learner.heap import keep_freed_memory
-from learner.logprobs import HeadRequest, chunked_logprobs
 from learner.packing import StepBatch, plan_packing
 from learner.traces import LambdaTrace, PackedAxis
 
 TRACE_TOKENS, SEQUENCES = 32_768, 256  # 32 MiB: a copy within the cache touches no memory
-HEAD_TOKENS, VOCABULARY, HIDDEN = 8192, 150_000, 64
 
 
 def trace() -> Row:
@@ -73,47 +68,6 @@ def packing() -> Row:
     )
 
 
-def head_peak(chunk: int, tokens: int) -> float:
-    """Peak memory of a process that scores `tokens` under a vocabulary of 150k, GiB."""
-    command = [sys.executable, __file__, str(chunk), str(tokens)]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
-    return float(done.stdout.splitlines()[-1])
-
-
-def score(chunk: int, tokens: int) -> None:
-    """In a process of its own: forward and backward, chunked or (0) as everyone writes it."""
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
-    hidden_NH = torch.randn(tokens, HIDDEN, requires_grad=True)
-    weight_VH = torch.randn(VOCABULARY, HIDDEN, requires_grad=True)
-    labels_N = torch.randint(VOCABULARY, (tokens,))
-    before = peak_kib()
-    if chunk:
-        request = HeadRequest(torch.arange(tokens), labels_N, 1.0, False)
-        logprobs_N, _ = chunked_logprobs(hidden_NH, weight_VH, None, request, chunk)
-    else:
-        logits_NV = torch.nn.functional.linear(hidden_NH, weight_VH)
-        logprobs_N = logits_NV.log_softmax(-1).gather(1, labels_N[:, None])[:, 0]
-    logprobs_N.sum().backward()
-    print((peak_kib() - before) / 2**20)
-
-
-def head() -> Row:
-    # All logits of 8k tokens and what backward makes of them would not fit 24 GiB: a half, doubled.
-    whole = 2 * head_peak(0, HEAD_TOKENS // 2)
-    ours = [head_peak(512, HEAD_TOKENS) for _ in range(3)]
-    return Row(
-        "peak memory of the learner's head, 8k tokens, vocabulary 150k",
-        "log_softmax of all logits",
-        [peak / whole for peak in ours],
-        0.5,
-        False,
-        f"{ours[0]:.2f} GiB against {whole:.2f} GiB (twice that of 4k) beyond inputs",
-    )
-
-
 if __name__ == "__main__":
-    if len(sys.argv) > 1:
-        score(int(sys.argv[1]), int(sys.argv[2]))
-    else:
-        torch.set_num_threads(1)
-        emit([trace(), packing(), head()])
+    torch.set_num_threads(1)
+    emit([trace(), packing()])

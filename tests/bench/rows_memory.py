@@ -59,13 +59,13 @@ def main() -> None:
             step = records[-1]["step"] if records else 0
             if EARLY <= step < EARLY + 25:
                 early.append(resident(root))
-            elif step >= STEPS - 25:
+            elif STEPS - 25 <= step < STEPS:  # behind the last step comes an evaluation
                 late.append(resident(root))
             time.sleep(1.0)
     rows = []
     for kind in sorted(early[0]):
         before = max(sample.get(kind, 0.0) for sample in early)
-        after = max(sample.get(kind, 0.0) for sample in late[:-1] or late)
+        after = max(sample.get(kind, 0.0) for sample in late)
         rows.append(
             Row(
                 f"resident memory of {kind} after {STEPS} tiny steps",

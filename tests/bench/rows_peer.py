@@ -11,7 +11,10 @@ from peer import EQUAL, prompts_of, train, trl
 
 from deploy.models import resolve_model
 
-STEPS = 3  # the first warms up; one of TRL takes minutes
+STEPS, WARMING = 5, 2
+"""Ours: the learner's heap grows in the first two, and its pages are touched for the first time."""
+PEER_STEPS, PEER_WARMING = 3, 1
+"""One takes over a minute, whatever its rewards are."""
 
 
 def main() -> None:
@@ -19,15 +22,16 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         config, records = train("smollm2", Path(name), *EQUAL, *keys)
         prompts = prompts_of(Path(name))
-    ours = [record["time/step"] for record in records if "grad_norm" in record][1:]
-    peer = trl(str(resolve_model(config.model.path)), config, prompts, steps=STEPS).seconds[1:]
+    ours = [record["time/step"] for record in records if "grad_norm" in record][WARMING:]
+    model = str(resolve_model(config.model.path))
+    peer = trl(model, config, prompts, steps=PEER_STEPS).seconds[PEER_WARMING:]
     completions = config.completions_per_step
     emit(
         [
             Row(
                 "completions trained per second, SmolLM2",
                 "TRL 1.16 GRPOTrainer, 8 x 8",
-                [theirs / mine for mine, theirs in zip(ours, peer, strict=True)],
+                [statistics.median(peer) / mine for mine in ours],
                 5.0,
                 True,
                 f"{completions / statistics.median(ours):.2f} against "
