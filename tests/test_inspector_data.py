@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from inspector_runs import Sample, SyntheticRun, sums_run
 
@@ -328,6 +328,8 @@ def test_a_credit_log_of_another_run_is_refused(tmp_path: Path) -> None:
         RunData(short.path).group(0)
 
 
+@example("\ufffd")
+@example("a\ufffd\ufffd\u20ac")
 @given(st.text(max_size=30))
 @settings(max_examples=200, deadline=None)
 def test_texts_of_tokens_add_up_to_the_text(text: str) -> None:

@@ -7,7 +7,7 @@ its folder, the folder of built models, the hub's cache. Nothing is downloaded, 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from tokenizers import Tokenizer
 
@@ -29,6 +29,8 @@ class Decoder(Protocol):
 
     def id_to_token(self, id: int) -> str | None: ...
 
+    def encode(self, sequence: str, *, add_special_tokens: bool = True) -> Any: ...
+
 
 class TokenTexts:
     """Texts of tokens, each remembered."""
@@ -36,6 +38,8 @@ class TokenTexts:
     def __init__(self, tokenizer: Decoder) -> None:
         self._tokenizer = tokenizer
         self._alone: dict[int, str] = {}
+        self._replacement = tokenizer.encode(REPLACEMENT, add_special_tokens=False).ids
+        """A text may hold U+FFFD itself, which decodes as bytes that make up nothing do."""
 
     def texts(self, ids: list[int]) -> list[str]:
         """A text for each token. A character that several tokens make up stands at the first,
@@ -55,6 +59,9 @@ class TokenTexts:
 
     def _character(self, ids: list[int], texts: list[str], start: int) -> int | None:
         """Where the tokens end that from `start` on make up whole characters."""
+        itself = start + len(self._replacement)
+        if self._replacement and ids[start:itself] == self._replacement:
+            return itself
         for end in range(start + 2, min(start + _LONGEST_CHARACTER, len(ids)) + 1):
             if REPLACEMENT not in texts[end - 1]:
                 return None
