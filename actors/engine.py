@@ -263,9 +263,15 @@ def _single_process_on_cpu(generator: GeneratorConfig) -> dict[str, Any]:
     """
     if generator.devices > 1:
         return {}
+    from actors.cpu_kernels import IR_OP_PRIORITY
+
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    # A step's tokens are out before the next begins, so none is stamped with a later version.
-    return {"distributed_executor_backend": "uni", "async_scheduling": False}
+    return {
+        "distributed_executor_backend": "uni",
+        # A step's tokens are out before the next begins: none is stamped with a later version.
+        "async_scheduling": False,
+        "ir_op_priority": IR_OP_PRIORITY,
+    }
 
 
 def _completion(output: Any) -> Completion:

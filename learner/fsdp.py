@@ -107,6 +107,8 @@ def shard(
     for layer in layers:
         fully_shard(layer, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)
+    if mesh.size() == 1:  # a rank alone divides by one: with a factor given, in a copy
+        return
     for module in _sharded_modules(model):
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)  # else a scaled sum, which gloo lacks
