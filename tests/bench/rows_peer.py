@@ -11,8 +11,10 @@ from peer import EQUAL, prompts_of, train, trl
 
 from deploy.models import resolve_model
 
-STEPS, WARMING = 5, 2
+STEPS, WARMING = 8, 2
 """Ours: the learner's heap grows in the first two, and its pages are touched for the first time."""
+TOGETHER = 2
+"""Steps of ours in a repeat: groups of equal rewards make one short, and the next then waits."""
 PEER_STEPS, PEER_WARMING = 3, 1
 """One takes over a minute, whatever its rewards are."""
 
@@ -22,7 +24,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         config, records = train("smollm2", Path(name), *EQUAL, *keys)
         prompts = prompts_of(Path(name))
-    ours = [record["time/step"] for record in records if "grad_norm" in record][WARMING:]
+    steps = [record["time/step"] for record in records if "grad_norm" in record][WARMING:]
+    starts = range(0, len(steps), TOGETHER)
+    ours = [statistics.mean(steps[start : start + TOGETHER]) for start in starts]
     model = str(resolve_model(config.model.path))
     peer = trl(model, config, prompts, steps=PEER_STEPS).seconds[PEER_WARMING:]
     completions = config.completions_per_step
