@@ -165,8 +165,8 @@ class LearnerLoop:
         """`started`: when the step began to wait for its groups, by `time.monotonic()`."""
         version = step - 1
         stood_still_s, self._stood_still_s = self._stood_still_s, 0.0
-        if max(receipt.max_version for receipt in receipts) > self._publisher.proved:
-            await self._delivery
+        newest = max(receipt.max_version for receipt in receipts)
+        await self._publisher.until_proved(newest, self._delivery)
         if self._publisher.shares_devices:
             await self._delivery  # its evaluation too
             await self._publisher.make_room()

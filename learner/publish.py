@@ -4,11 +4,14 @@ Three proofs, cheapest first: every bucket carries a checksum that the generator
 tensor is loaded; vLLM's protocol refuses half an update; and the *canary*, fixed token
 sequences scored by the learner and by every generator after the update, whose gap must stay below
 a tolerance. The canary catches what the other two cannot: weights that arrived but are not used.
-What fails a proof is sent again as a whole; no token of it has been trained on.
+What arrives damaged is sent again as a whole, for nothing of it was loaded. Weights that the canary
+refutes have been sampled from, and under the number of the right ones: the run starts again from
+its last checkpoint, which gives up every group with a token of them.
 """
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from dataclasses import dataclass
@@ -168,6 +171,8 @@ class Publisher:
         self._resends = resends
         self.proved = -1
         """The newest version whose canary every generator has passed."""
+        self._news = asyncio.Event()
+        """Set when `proved` moves on."""
         self._expected: dict[int, list[list[float]]] = {}
         """The learner's scores of the canary, by version; the last two."""
 
@@ -197,33 +202,45 @@ class Publisher:
         """Bring every generator to the exported version and prove it; again where that fails.
 
         Raises:
-            WeightsError: a generator does not reproduce the learner's log-probabilities, after
-                `resends` more attempts.
+            WeightsError: the weights arrived damaged, after `resends` more attempts, or a
+                generator does not reproduce the learner's log-probabilities.
             StallError: the deadline passed.
         """
         started = time.monotonic()
         for resent in range(self._resends + 1):
             try:
-                metrics = await self._deliver_once(exported)
+                stall_s, nbytes = await self._transport.deliver(exported.weights, exported.version)
             except WeightsError as error:
                 if resent == self._resends:
                     raise
                 log.warning("version %d is sent again: %s", exported.version, error)
             else:
                 break
-        return metrics | {
-            "time/export": exported.seconds,
-            "time/publish": exported.seconds + time.monotonic() - started,
-            "publish/resends": float(resent),
-        }
-
-    async def _deliver_once(self, exported: Exported) -> dict[str, float]:
-        stall_s, nbytes = await self._transport.deliver(exported.weights, exported.version)
         self._receivers.version = exported.version
         reached("weights delivered")
         gap = await self._prove(exported.version)
         reached("weights proved")
-        return {"publish/stall": stall_s, "publish/bytes": float(nbytes), "canary/gap": gap}
+        return {
+            "publish/stall": stall_s,
+            "publish/bytes": float(nbytes),
+            "publish/resends": float(resent),
+            "canary/gap": gap,
+            "time/export": exported.seconds,
+            "time/publish": exported.seconds + time.monotonic() - started,
+        }
+
+    async def until_proved(self, version: int, delivery: asyncio.Future[Any]) -> None:
+        """Returns when `version` is proved, by `delivery` at the latest; raises what that raises.
+
+        What else the delivery does behind the proof, an evaluation say, is not waited for.
+        """
+        while self.proved < version and not delivery.done():
+            self._news.clear()
+            news = asyncio.ensure_future(self._news.wait())
+            await asyncio.wait((news, delivery), return_when=asyncio.FIRST_COMPLETED)
+            news.cancel()
+        if delivery.done():
+            delivery.result()
 
     async def prove(self, version: int) -> float:
         """Score the canary on both sides; the largest mean gap of a sequence, in nats."""
@@ -249,6 +266,7 @@ class Publisher:
         theirs = await self._receivers.score(sequences, lengths, self._deadline_s)
         gap = self._check(version, self._expected[version], theirs)
         self.proved = version
+        self._news.set()
         return gap
 
     def _check(
@@ -262,8 +280,8 @@ class Publisher:
                 f"{gaps[worst]:.4f} nats a token away from the learner (tolerance "
                 f"weights.canary_tolerance={self._tolerance:g}).\n"
                 f"learner:   {_shown(ours)}\n{worst}: {_shown(theirs[worst])}\n"
-                "Its weights are not the learner's: the run stops before a token of them is "
-                "trained on."
+                "Its weights are not the learner's: no token of them is trained on, the run goes "
+                "back to its last checkpoint."
             )
         return gaps[worst]
 

@@ -13,7 +13,7 @@ from common.errors import NumbersError, RunError, WeightsError
 from common.trajectory import GroupReceipt
 from deploy.run import first_cause, until_learner_ends
 from learner.loop import LearnerLoop, Schedule
-from learner.publish import Exported
+from learner.publish import Exported, Publisher
 
 SCHEDULE = Schedule(
     first_step=0,
@@ -32,6 +32,7 @@ class Recorder:
         self.calls: list[str] = []
         self.records: dict[int, dict[str, float]] = {}
         self.proved = -1
+        self._news = asyncio.Event()
         self.deliverable = asyncio.Event()
         self.deliverable.set()
         self.newest_token = 0
@@ -71,7 +72,10 @@ class Recorder:
         await self.deliverable.wait()
         self.calls.append(f"deliver {exported.version}")
         self.proved = exported.version
+        self._news.set()
         return {"time/publish": 0.1}
+
+    until_proved = Publisher.until_proved
 
     async def prove(self, version: int) -> float:
         self.calls.append(f"prove {version}")
@@ -178,6 +182,39 @@ def test_the_next_step_trains_while_the_generators_still_load() -> None:
 def test_a_token_of_an_unproved_version_waits_for_its_proof() -> None:
     calls = calls_while_the_first_delivery_hangs(newest_token=1)
     assert calls[2:] == ["take 0", "step 0", "export 1", "take 1"]
+
+
+def test_a_token_of_a_proved_version_does_not_wait_for_its_evaluation() -> None:
+    """The proof comes first and the evaluation beside the next step, which may take minutes."""
+
+    async def main() -> list[str]:
+        parts, evaluated = Recorder(), asyncio.Event()
+        parts.newest_token = 1
+        parts.deliverable.clear()
+        evaluate = parts.run
+
+        async def hang(step: int) -> dict[str, float]:
+            metrics = await evaluate(step)
+            if step == 1:
+                await evaluated.wait()
+            return metrics
+
+        parts.run = hang  # type: ignore[method-assign]
+        schedule = replace(SCHEDULE, eval_every=1, last_step=2, checkpoint_every=0)
+        task = asyncio.create_task(loop_over(parts, schedule).run())
+        for _ in range(100):
+            await asyncio.sleep(0)
+        assert parts.calls[-1] == "take 1"  # the token is there, its version is not
+        parts.deliverable.set()
+        for _ in range(100):
+            await asyncio.sleep(0)
+        calls = list(parts.calls)
+        evaluated.set()
+        await task
+        return calls
+
+    calls = asyncio.run(main())
+    assert calls[-1] == "step 1" and "eval 1" in calls, calls
 
 
 def test_a_failed_delivery_ends_the_loop_even_while_it_waits_for_groups() -> None:
