@@ -31,8 +31,12 @@ class Pool:
 
     Without a `revival`, as until all members are up, the death of one is an error. With one, a
     member that dies leaves the pool and another is started in its place, beside the work of those
-    that are left. What is asked of all waits until `min_live` are there (None: all).
+    that are left. What is asked of all waits until `min_live` are there (None: all), for as long
+    as the revival gives one to arrive.
     """
+
+    kind = "members"
+    """In the words of a stall report."""
 
     def __init__(self, handles: dict[str, Any], waits: Waits, min_live: int | None = None) -> None:
         self.handles = handles
@@ -54,12 +58,16 @@ class Pool:
             self._load[name] -= 1
 
     async def call_all(
-        self, method: str, *args: Any, owner: str, deadline_s: float
+        self, method: str, *args: Any, owner: str, deadline_s: float, fewest: int | None = None
     ) -> dict[str, Any]:
-        """Call `method` on every live member and await all; results by name."""
+        """Call `method` on every live member and await all; results by name.
+
+        Args:
+            fewest: members to wait for; None stands for `min_live`.
+        """
         results: dict[str, Any] = {}
         while True:
-            await self._until_live(self._min_live)
+            await self._until_live(self._min_live if fewest is None else fewest)
             asked = [each for each in self.handles.items() if each[0] not in results]
             if not asked:
                 return results
@@ -77,9 +85,9 @@ class Pool:
                     results[name] = answer
 
     async def ping(self, deadline_s: float) -> None:
-        """Returns when every member has answered, or one in its place."""
+        """Returns when every member that serves has answered, or one in its place."""
         self._raise_failed()
-        await self.call_all("ping", owner="heartbeat", deadline_s=deadline_s)
+        await self.call_all("ping", owner="heartbeat", deadline_s=deadline_s, fewest=0)
 
     async def _call(
         self,
@@ -112,7 +120,22 @@ class Pool:
         await self._until_live(1)
 
     async def _until_live(self, count: int) -> None:
-        """Returns when `count` members serve; raises when one that was to come cannot."""
+        """Returns when `count` members serve.
+
+        Raises:
+            StallError: they do not, though they had the time to arrive.
+            Exception: that of one which was to come and cannot.
+        """
+        if len(self.handles) < count:
+            assert self.revival is not None
+            await self.waits.on(
+                self._arrivals(count),
+                owner=self.kind,
+                cause=f"{count} of them to serve ({', '.join(self._coming)} to come)",
+                deadline_s=self.revival.arrival_s,
+            )
+
+    async def _arrivals(self, count: int) -> None:
         while len(self.handles) < count:
             await asyncio.wait(self._coming.values(), return_when=asyncio.FIRST_COMPLETED)
             self._raise_failed()
@@ -160,6 +183,8 @@ class Pool:
 
 class GeneratorPool(Pool):
     """Generators, and the weight version all of them hold."""
+
+    kind = "generators"
 
     def __init__(
         self, handles: dict[str, Any], waits: Waits, version: int, min_live: int | None = None
@@ -253,6 +278,8 @@ class GeneratorPool(Pool):
 
 class VerifierPool(Pool):
     """Verifiers."""
+
+    kind = "verifiers"
 
     async def failures(self, deadline_s: float) -> Counter[str]:
         """Why rules could not judge, and how often."""

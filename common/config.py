@@ -185,7 +185,7 @@ class WeightsConfig:
     """Largest mean |log-probability gap| of a canary sequence between learner and generator, in
     nats a token. None: 0.2 in bfloat16, whose logits have steps of up to 1/8, 0.001 in float32."""
     resends: int = 2
-    """Times that weights which arrive damaged are sent again as a whole, before all is restarted."""
+    """Times that weights which arrive damaged are sent again as a whole, before a restart."""
     publish_timeout_s: float = 300.0
 
 

@@ -30,6 +30,14 @@ class Revival:
     """For the start of the new one, where it takes any."""
     room: Callable[[str], Awaitable[None]] = _at_once
     """Returns when the cluster has room for the actor of a name."""
+    room_s: float = 0.0
+    """For the cluster to have it, where the run cannot go on without."""
+
+    @property
+    def arrival_s(self) -> float:
+        """Seconds within which a member must serve again where there is nothing to do without it:
+        room, start, and the pause, weights and proof around it."""
+        return self.room_s + 2 * self.deadline_s
 
     async def bury(self, name: str, dead: Any, error: RayActorError) -> None:
         """Make way for another in the place of `dead`; raises what `allow` raises."""

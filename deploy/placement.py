@@ -18,6 +18,7 @@ from typing import Literal
 
 from common.config import Config
 from common.errors import UserError
+from deploy.cores import available_cores, core_quota
 
 MIB = 2**20
 _FEWEST_TO_DIVIDE = 4
@@ -37,6 +38,24 @@ class CorePlan:
     reason: str
     preload: list[str] = field(default_factory=list)
     """Libraries for LD_PRELOAD of the generators."""
+
+
+def plan_here(config: Config, preload: list[str]) -> CorePlan:
+    """`plan_cores` on this machine.
+
+    Under a quota below the number of cores nothing is bound to any: others may have been given
+    the same ones. The parts then have threads as if there were as many cores as the quota.
+    """
+    cores, quota = available_cores(), core_quota()
+    if quota is None or quota >= len(cores):
+        return plan_cores(config, cores, preload)
+    plan = plan_cores(config, cores[:quota], preload)
+    return replace(
+        plan,
+        generator_cores=[None] * len(plan.generator_cores),
+        learner_cores=[None] * len(plan.learner_cores),
+        reason=f"{plan.reason}; none bound, for a quota of {quota}",
+    )
 
 
 def plan_cores(config: Config, cores: list[int], preload: list[str]) -> CorePlan:
@@ -85,14 +104,10 @@ def _deal(cores: list[int], parts: int) -> list[list[int]]:
 
 
 def _threads(cores: list[list[int]], sharing: int) -> int:
-    """Threads of each of `sharing` processes of one kind."""
+    """Threads of each of `sharing` processes of one kind; none has more than cores."""
     shared = sharing > 1 and cores[0] == cores[1]
-    return max(1, len(cores[0]) // sharing if shared else len(cores[0]))
-
-
-def available_cores() -> list[int]:
-    """Cores this process may run on."""
-    return sorted(os.sched_getaffinity(0))
+    fewest = min(map(len, cores))
+    return max(1, fewest // sharing if shared else fewest)
 
 
 def uses_cuda(config: Config) -> bool:

@@ -10,8 +10,9 @@ from common.config import Config
 from common.config_loader import dump_config
 from common.errors import UserError
 from deploy.cluster_plan import ClusterPlan, logged_lengths
+from deploy.cores import available_cores
 from deploy.cpu_runtime import preload_libraries
-from deploy.placement import CorePlan, available_cores, plan_cores, with_compute_dtype
+from deploy.placement import CorePlan, plan_here, with_compute_dtype
 from deploy.simulate import Costs
 
 
@@ -28,8 +29,8 @@ def describe(config: Config, lengths: Path | None = None, costs: Path | None = N
     head, tail = ["# Configuration"], ["", "# Batch arithmetic", *_batches(config)]
     if config.placement.generator_device is None:
         config = with_compute_dtype(config)
-        cores = available_cores()
-        placed = _placement(config, plan_cores(config, cores, preload_libraries()), len(cores))
+        cores = plan_here(config, preload_libraries())
+        placed = _placement(config, cores, len(available_cores()))
         return "\n".join([*head, dump_config(config), "# Placement", *placed, *tail])
     config = replace(config, model=replace(config.model, dtype="bfloat16"))
     plan = ClusterPlan.of(config)

@@ -30,7 +30,7 @@ from common.log_store import read_log
 from common.metrics import read_metrics
 from deploy.cluster import learner_job
 from deploy.models import Located, resolve_model
-from deploy.placement import available_cores, plan_cores, with_compute_dtype
+from deploy.placement import plan_here, with_compute_dtype
 from deploy.run_dir import LEDGER, RunDirectory
 from learner.credit_sheet import CreditSheet
 from learner.packing import StepBatch
@@ -202,7 +202,7 @@ def _learner(config: Config, directory: RunDirectory, first: int) -> Iterator[Le
     logging.disable_progress_bar()
     origin = Located(config.model.path, str(resolve_model(config.model.path)))
     folder = str(directory.checkpoint(first)) if first else str(origin.folder)
-    threads = plan_cores(config, available_cores(), []).learner_threads
+    threads = plan_here(config, []).learner_threads
     torch.set_num_threads(threads)
     alone = replace(
         config,

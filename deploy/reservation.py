@@ -129,7 +129,7 @@ class Reservation:
             await asyncio.sleep(_LOOK_S)
 
     async def room(self, name: str) -> None:
-        """Returns when a place is kept. No deadline: the run goes on meanwhile."""
+        """Returns when a place is kept. No deadline: who cannot go on meanwhile has one."""
         while not await asyncio.to_thread(self.is_ready, name):
             await asyncio.sleep(_LOOK_S)
 

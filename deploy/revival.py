@@ -46,10 +46,12 @@ class Reviver:
 
     def _by(self, make: Callable[[str], Any], *, has_place: bool = False) -> Revival:
         """`has_place`: the cluster keeps one under the name of each."""
-        deadline_s = self._factory.config.generator.start_timeout_s
+        config, reservation = self._factory.config, self._factory.reservation
+        deadline_s = config.generator.start_timeout_s
         revival = Revival(make, self._restarts.after, self._say, deadline_s)
-        reservation = self._factory.reservation
-        return replace(revival, room=reservation.room) if reservation and has_place else revival
+        if reservation is None or not has_place:
+            return revival
+        return replace(revival, room=reservation.room, room_s=config.ray.placement_timeout_s)
 
     def _generator(self, name: str) -> Any:
         folder = self._factory.config.model.path

@@ -24,7 +24,7 @@ from deploy.cluster import ActorFactory, Actors, connect, disconnect, learner_jo
 from deploy.cpu_runtime import preload_libraries
 from deploy.memory import check_memory
 from deploy.models import Located
-from deploy.placement import CorePlan, actor_options, available_cores, plan_cores, uses_cuda
+from deploy.placement import CorePlan, actor_options, plan_here, uses_cuda
 from deploy.reservation import Reservation, generator_names, wishes
 from learner.group import LearnerGroup
 
@@ -70,7 +70,7 @@ class Service:
             await learner.begin(learner_job(config, origin), SHUTDOWN_S)
             return self._actors, True
         cuda = _check(config)
-        cores = plan_cores(config, available_cores(), [] if cuda else preload_libraries())
+        cores = plan_here(config, [] if cuda else preload_libraries())
         say(_described(config, cores))
         connect(config, cores)
         reservation, generators = None, generator_names(config)

@@ -22,6 +22,12 @@ def test_asynchronous_parts_get_disjoint_cores_and_all_are_used(cores: int) -> N
     assert all(parts)
 
 
+def test_no_part_of_an_uneven_deal_has_more_threads_than_cores() -> None:
+    found = plan(7, "generator.count=2", "learner.ranks=3")
+    assert sorted(len(part or []) for part in found.generator_cores) == [1, 2]
+    assert (found.generator_threads, found.learner_threads) == (1, 1)
+
+
 def test_small_machines_share_every_core_and_turns_need_no_division() -> None:
     for found in (plan(2), plan(8, "generator.max_staleness=0")):
         assert found.generator_cores == found.learner_cores

@@ -24,7 +24,7 @@ from common.stream import receipt
 from common.trajectory import GroupRequest
 from deploy.cluster import learner_job
 from deploy.models import Located
-from deploy.placement import available_cores, plan_cores
+from deploy.placement import plan_here
 from deploy.replay import other_rule, replay, step_batches
 from deploy.replay_report import cosine, describe, early_share
 from learner.worker import LearnerWorker
@@ -71,7 +71,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = save_tiny_model(tmp_path_factory.mktemp("tiny"))
     path, config = tmp_path_factory.mktemp("run"), _config(folder)
     (path / "config.yaml").write_text(dump_config(config))
-    threads = plan_cores(config, available_cores(), []).learner_threads
+    threads = plan_here(config, []).learner_threads
     job = learner_job(config, Located(str(folder), str(folder)))
     made = LearnerWorker(replace(job, learner=replace(job.learner, threads=threads)), 0)
     made.setup(*made.rendezvous_address())

@@ -25,7 +25,7 @@ from common.weights import pack_tensors
 from deploy.cluster import ActorFactory, connect, disconnect
 from deploy.cpu_runtime import preload_libraries
 from deploy.models import Located, resolve_model
-from deploy.placement import actor_options, available_cores, plan_cores
+from deploy.placement import actor_options, plan_here
 
 GROUPS, SIZE, TOKENS, REPEATS = 32, 8, 96, 5
 
@@ -37,7 +37,7 @@ def main() -> None:
 
 def measure(folder: str) -> list[Row]:
     config = load_config([CONFIGS / "tiny.yaml"], [f"model.path={folder}"], CONFIGS / "recipes")
-    cores = plan_cores(config, available_cores(), preload_libraries())
+    cores = plan_here(config, preload_libraries())
     connect(config, cores)
     factory = ActorFactory(config, cores, cuda=False, version=0, locate=Located(folder, folder))
     generator = factory.generator("generator-0", folder)

@@ -15,7 +15,7 @@ from ray.exceptions import RayActorError
 from actors.pools import GeneratorPool, GroupLostError, VerifierPool
 from actors.verifier_pool import with_verdicts
 from actors.verifiers.base import Verdict
-from common.errors import RunError, WeightsError
+from common.errors import RunError, StallError, WeightsError
 from common.faults import MARK, VARIABLE
 from common.log_store import read_log
 from common.revival import Revival
@@ -162,6 +162,26 @@ def test_a_pool_that_may_shrink_goes_on_and_grows_again() -> None:
             await asyncio.sleep(0.05)
         held = await pool.call_all("score", [[1]], [1], owner="test", deadline_s=30.0)
         assert held == {f"generator-{index}": [[-5.0]] for index in range(3)}
+        pool.end()
+
+    asyncio.run(main())
+
+
+def test_a_member_that_never_comes_back_is_a_stall_and_the_others_show_signs_of_life() -> None:
+    """Its node is gone and no other comes: an update must not wait for ever, nor the heartbeat."""
+
+    async def main() -> None:
+        pool = await generators(2, [])
+
+        async def never(name: str) -> None:
+            await asyncio.Event().wait()
+
+        pool.revival = replace(revival([]), room=never, deadline_s=0.2)
+        with pytest.raises(GroupLostError):
+            await versions(pool, "die")
+        await asyncio.wait_for(pool.ping(30.0), 10.0)
+        with pytest.raises(StallError, match=r"generators waited .* 2 of them to serve \(gener"):
+            await asyncio.wait_for(pool.update_weights(["fine"], 4, 30.0), 10.0)
         pool.end()
 
     asyncio.run(main())

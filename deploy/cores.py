@@ -1,0 +1,60 @@
+"""The cores of this machine that a run may have: by number, by neighbourhood and by quota."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+_ROOT = Path("/")
+
+
+def available_cores(root: Path = _ROOT) -> list[int]:
+    """Cores this process may run on; hardware threads of one physical core follow each other, so
+    that halves of the list share none."""
+    allowed = os.sched_getaffinity(0)
+    return sorted(allowed, key=lambda core: (_physical(core, root), core))
+
+
+def _physical(core: int, root: Path) -> int:
+    """The lowest number among the hardware threads of its physical core."""
+    path = root / f"sys/devices/system/cpu/cpu{core}/topology/thread_siblings_list"
+    try:
+        return int(path.read_text().replace(",", "-").split("-")[0])
+    except (OSError, ValueError):  # not Linux, or a sandbox that hides it
+        return core
+
+
+def core_quota(root: Path = _ROOT) -> int | None:
+    """Whole cores' worth of time that this process's control groups give it; None: no limit.
+
+    `docker --cpus` and Kubernetes' limits set one: all cores are there, but not all the time.
+    """
+    limits = [limit for limit in (*_limits_v2(root), *_limits_v1(root)) if limit is not None]
+    return max(1, int(min(limits))) if limits else None
+
+
+def _limits_v2(root: Path) -> list[float | None]:
+    """Of the group and of all around it, in cores."""
+    top = root / "sys/fs/cgroup"
+    lines = (_text(root / "proc/self/cgroup") or "").splitlines()
+    inside = next((line[3:].strip("/") for line in lines if line.startswith("0::")), "")
+    group = top / inside
+    groups = [group, *group.parents]
+    found = []
+    for folder in groups[: groups.index(top) + 1]:
+        quota, _, period = (_text(folder / "cpu.max") or "max").partition(" ")
+        found.append(None if quota == "max" else int(quota) / int(period or 100_000))
+    return found
+
+
+def _limits_v1(root: Path) -> list[float | None]:
+    folder = root / "sys/fs/cgroup/cpu"
+    quota, period = _text(folder / "cpu.cfs_quota_us"), _text(folder / "cpu.cfs_period_us")
+    return [int(quota) / int(period)] if quota and period and int(quota) > 0 else []
+
+
+def _text(path: Path) -> str | None:
+    try:
+        return path.read_text().strip()
+    except OSError:
+        return None
