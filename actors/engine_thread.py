@@ -4,6 +4,7 @@
 CPU by the very cores that should compute it. Here nothing is between the caller and the engine but
 a queue that the engine's thread empties between two steps. A weight update is such a command, so
 no token is ever sampled in the middle of one; and an engine that crashes takes its actor with it.
+One that raises fails what it was asked, with its cause, and serves no more.
 
 One model rank only: tensor parallelism and CUDA keep `AsyncLLM`.
 """

@@ -61,6 +61,8 @@ def _question(row: dict[str, Any]) -> tuple[str, str]:
 class PeerResult:
     seconds: list[float]
     accuracy: list[tuple[float, float]]
+    tokens: float
+    """Mean of a completion, all steps together."""
 
 
 def trl(model: str, config: Config, prompts: list[tuple[str, str]], **more: Any) -> PeerResult:

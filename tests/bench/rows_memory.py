@@ -21,11 +21,12 @@ KINDS = (
     "TrajectoryStream",
     "EngineCore",  # with CUDA
     "deploy.cli",
+    "sandbox_child",  # of the verifiers: where rules run
     "raylet",
     "gcs_server",
 )
 AGENTS = "Ray's agents"
-"""What is left of Python: Ray's two agents of a node, and workers that wait for an actor."""
+"""What is left of Ray's: its agents of a node, and workers that wait for an actor."""
 
 
 def resident(root: psutil.Process) -> dict[str, float]:
@@ -34,9 +35,8 @@ def resident(root: psutil.Process) -> dict[str, float]:
     for process in [root, *root.children(recursive=True)]:
         try:
             line = " ".join(process.cmdline())
-            kind = next((kind for kind in KINDS if kind in line), AGENTS if "ray::" in line else "")
-            if kind:
-                sizes[kind] = sizes.get(kind, 0.0) + process.memory_info().rss / 2**20
+            kind = next((kind for kind in KINDS if kind in line), AGENTS)
+            sizes[kind] = sizes.get(kind, 0.0) + process.memory_info().rss / 2**20
         except psutil.NoSuchProcess:
             continue
     return sizes
@@ -66,6 +66,7 @@ def main() -> None:
     for kind in sorted(early[0]):
         before = max(sample.get(kind, 0.0) for sample in early)
         after = max(sample.get(kind, 0.0) for sample in late)
+        gone = "" if after else "it is gone, or its name is another"
         rows.append(
             Row(
                 f"resident memory of {kind} after {STEPS} tiny steps",
@@ -74,6 +75,7 @@ def main() -> None:
                 1.05,
                 False,
                 f"{before:.0f} to {after:.0f} MiB",
+                gone,
             )
         )
     emit(rows)

@@ -24,11 +24,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         config, records = train("smollm2", Path(name), *EQUAL, *keys)
         prompts = prompts_of(Path(name))
-    steps = [record["time/step"] for record in records if "grad_norm" in record][WARMING:]
+    records = [record for record in records if "grad_norm" in record][WARMING:]
+    steps = [record["time/step"] for record in records]
+    length = statistics.mean(record["completion_length/mean"] for record in records)
     starts = range(0, len(steps), TOGETHER)
     ours = [statistics.mean(steps[start : start + TOGETHER]) for start in starts]
     model = str(resolve_model(config.model.path))
-    peer = trl(model, config, prompts, steps=PEER_STEPS).seconds[PEER_WARMING:]
+    theirs = trl(model, config, prompts, steps=PEER_STEPS)
+    peer = theirs.seconds[PEER_WARMING:]
     completions = config.completions_per_step
     emit(
         [
@@ -39,7 +42,8 @@ def main() -> None:
                 5.0,
                 True,
                 f"{completions / statistics.median(ours):.2f} against "
-                f"{completions / statistics.median(peer):.2f} completions/s",
+                f"{completions / statistics.median(peer):.2f} completions/s, of {length:.0f} "
+                f"and {theirs.tokens:.0f} tokens",
             )
         ]
     )
