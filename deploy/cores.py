@@ -29,11 +29,11 @@ def core_quota(root: Path = _ROOT) -> int | None:
 
     `docker --cpus` and Kubernetes' limits set one: all cores are there, but not all the time.
     """
-    limits = [limit for limit in (*_limits_v2(root), *_limits_v1(root)) if limit is not None]
+    limits = [*_limits_v2(root), *_limits_v1(root)]
     return max(1, int(min(limits))) if limits else None
 
 
-def _limits_v2(root: Path) -> list[float | None]:
+def _limits_v2(root: Path) -> list[float]:
     """Of the group and of all around it, in cores."""
     top = root / "sys/fs/cgroup"
     lines = (_text(root / "proc/self/cgroup") or "").splitlines()
@@ -43,11 +43,12 @@ def _limits_v2(root: Path) -> list[float | None]:
     found = []
     for folder in groups[: groups.index(top) + 1]:
         quota, _, period = (_text(folder / "cpu.max") or "max").partition(" ")
-        found.append(None if quota == "max" else int(quota) / int(period or 100_000))
+        if quota != "max":
+            found.append(int(quota) / int(period or 100_000))
     return found
 
 
-def _limits_v1(root: Path) -> list[float | None]:
+def _limits_v1(root: Path) -> list[float]:
     folder = root / "sys/fs/cgroup/cpu"
     quota, period = _text(folder / "cpu.cfs_quota_us"), _text(folder / "cpu.cfs_period_us")
     return [int(quota) / int(period)] if quota and period and int(quota) > 0 else []

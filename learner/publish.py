@@ -199,7 +199,7 @@ class Publisher:
         self._expected = older | {version: scores}
 
     async def deliver(self, exported: Exported) -> dict[str, float]:
-        """Bring every generator to the exported version and prove it; again where that fails.
+        """Bring every generator to the exported version, again where it arrives damaged; prove it.
 
         Raises:
             WeightsError: the weights arrived damaged, after `resends` more attempts, or a

@@ -42,10 +42,16 @@ class FakeGenerators:
         return self.scores
 
 
+def publisher_between(
+    learner: FakeLearner, generators: FakeGenerators, tolerance: float = 0.1, resends: int = 0
+) -> Publisher:
+    send = ThroughObjectStore(learner, generators, 1.0)  # type: ignore[arg-type]
+    return Publisher(learner, generators, send, CANARY, tolerance, 1.0, resends)  # type: ignore[arg-type]
+
+
 def publish(scores: dict[str, list[list[float]]], tolerance: float = 0.1) -> dict[str, float]:
     learner, generators = FakeLearner(), FakeGenerators(scores)
-    send = ThroughObjectStore(learner, generators, 1.0)  # type: ignore[arg-type]
-    publisher = Publisher(learner, generators, send, CANARY, tolerance, 1.0)  # type: ignore[arg-type]
+    publisher = publisher_between(learner, generators, tolerance)
 
     async def both_halves() -> dict[str, float]:
         exported = await publisher.export(3)
@@ -126,9 +132,7 @@ class Forgetful(FakeGenerators):
 
 
 def deliver(generators: FakeGenerators, resends: int) -> tuple[Publisher, dict[str, float]]:
-    learner = FakeLearner()
-    send = ThroughObjectStore(learner, generators, 1.0)  # type: ignore[arg-type]
-    publisher = Publisher(learner, generators, send, CANARY, 0.1, 1.0, resends)  # type: ignore[arg-type]
+    publisher = publisher_between(FakeLearner(), generators, resends=resends)
 
     async def both_halves() -> dict[str, float]:
         return await publisher.deliver(await publisher.export(3))
@@ -159,8 +163,7 @@ def test_what_the_canary_refutes_is_not_sent_again() -> None:
 
 def test_who_waits_for_a_proof_hears_of_it_before_the_delivery_ends_and_of_its_failure() -> None:
     generators = FakeGenerators({"generator-0": SCORES})
-    send = ThroughObjectStore(FakeLearner(), generators, 1.0)  # type: ignore[arg-type]
-    publisher = Publisher(FakeLearner(), generators, send, CANARY, 0.1, 1.0)  # type: ignore[arg-type]
+    publisher = publisher_between(FakeLearner(), generators)
 
     async def main() -> None:
         endless = asyncio.Event()
@@ -184,8 +187,7 @@ def test_who_waits_for_a_proof_hears_of_it_before_the_delivery_ends_and_of_its_f
 
 def test_a_generator_that_comes_later_is_held_to_the_same_canary() -> None:
     learner, generators = FakeLearner(), FakeGenerators({"generator-0": SCORES})
-    send = ThroughObjectStore(learner, generators, 1.0)  # type: ignore[arg-type]
-    publisher = Publisher(learner, generators, send, CANARY, 0.1, 1.0)  # type: ignore[arg-type]
+    publisher = publisher_between(learner, generators)
     answers = [SCORES, [[-1.0, -2.0], [-4.0]]]
 
     async def score(sequences: list[list[int]], lengths: list[int]) -> list[list[float]]:
