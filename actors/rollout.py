@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,7 +57,9 @@ class RolloutLoop:
         guidance: Guidance,
         ledger: Ledger,
         waits: Waits,
+        announce: Callable[[GroupReceipt], None] | None = None,
     ) -> None:
+        """`announce`: told of every group that is ready to be trained on, before it is taken."""
         self._source = source
         self._generators = generators
         self._verifiers = verifiers
@@ -69,6 +72,7 @@ class RolloutLoop:
         self._verify_timeout_s = config.verify_timeout_s
         self.guidance = guidance
         self._waits = waits
+        self._announce = announce
         staleness = config.generator.max_staleness
         self._max_staleness = staleness
         self._budget = StalenessBudget(staleness, self._groups_per_step)
@@ -146,8 +150,13 @@ class RolloutLoop:
                 outcome: Outcome = "failed" if receipt.unjudged else "filtered"
                 self._drop(request.group_id, outcomes_of(receipt, outcome))
             else:
-                self._window.complete(receipt)
+                self._complete(receipt)
             self._changed.notify_all()
+
+    def _complete(self, receipt: GroupReceipt) -> None:
+        self._window.complete(receipt)
+        if self._announce is not None:
+            self._announce(receipt)
 
     async def _verified(self, request: GroupRequest) -> list[Any]:
         """References to trajectory batches; none when no completion ended in time.
@@ -272,7 +281,7 @@ class RolloutLoop:
         for receipt in kept:
             self._budget.try_acquire()
             self._window.dispatch(receipt.group_id, receipt.dispatch_version)
-            self._window.complete(receipt)
+            self._complete(receipt)
             self._ledger.verified(receipt.group_id, receipt.num_tokens)
         self._close_lost(opened, logged, kept, of_now)
         self._source.seek(*self._ledger.cursor())

@@ -169,6 +169,9 @@ class LearnerConfig:
     0 writes none."""
     packing: Literal["shared_prefix", "sequence"] = "shared_prefix"
     """`shared_prefix`: a prompt is computed once for its completions in a micro-batch."""
+    attention: Literal["grids", "varlen"] = "grids"
+    """`grids`: padded to similar lengths, on any device. `varlen`: torch's variable-length
+    flash-attention, without padding; CUDA and bfloat16, compared with the grids at every start."""
     threads: int | None = None
     start_timeout_s: float = 600.0
     step_timeout_s: float = 1800.0

@@ -184,6 +184,8 @@ class Run:
             guidance=Guidance(config.algorithm.rollout.guidance, config.steps, room),
             ledger=ledger,
             waits=self._waits,
+            # On one node they are in the learner's reach as soon as they are in the store.
+            announce=None if config.ray.address == "local" else learner.fetch_ahead,
         )
         try:
             await self._restore(learner, self._rollout)

@@ -140,6 +140,11 @@ def _check(config: Config) -> bool:
             f"weights.transport={config.weights.transport} moves weights between CUDA devices "
             "and there is none: use weights.transport=object_store"
         )
+    if config.learner.attention == "varlen" and not (cuda and config.model.dtype == "bfloat16"):
+        raise UserError(
+            "learner.attention=varlen is a kernel for CUDA devices and bfloat16, and this run is "
+            f"{config.model.dtype} on {'CUDA' if cuda else 'CPU'}: use learner.attention=grids"
+        )
     if not cuda and config.ray.address == "local":
         check_memory(config, Path(config.model.path))
     return cuda

@@ -55,6 +55,18 @@ class SegmentLengths:
     def tokens(self) -> int:
         return self.prompt + sum(self.completions)
 
+    @property
+    def root(self) -> int:
+        """Tokens of the root: a single completion belongs to it."""
+        return self.tokens if len(self.completions) == 1 else self.prompt
+
+    def leaves(self) -> list[tuple[int, int]]:
+        """(offset behind the root, length) of every leaf."""
+        if len(self.completions) < 2:
+            return []
+        offsets = np.cumsum((0, *self.completions[:-1]))
+        return list(zip(offsets.tolist(), self.completions, strict=True))
+
 
 @dataclass(frozen=True)
 class _Grid:
@@ -95,23 +107,29 @@ class PackedLayout:
     """[T] the cell of each row."""
     padding: Tensor | None
     """[cells] bool, True where a cell is padding; None when no cell is."""
-    longest: int
-    """Tokens of the longest prompt plus completion."""
-    _masks: dict[Any, Tensor] = field(default_factory=dict)
+    segments: tuple[SegmentLengths, ...]
+    derived: dict[Any, Any] = field(default_factory=dict)
+    """What follows from the layout alone, as masks: made by the first layer that needs it."""
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest prompt plus completion."""
+        return max((s.prompt + max(s.completions, default=0) for s in self.segments), default=0)
 
     def root_mask(self, roots: _Grid, window: int, like: Tensor) -> Tensor:
         """[L, L] additive: causal within a sliding window."""
         key = (roots.start, window, like.dtype)
-        if key not in self._masks:
+        if key not in self.derived:
             at = torch.arange(roots.length, device=like.device)
             distance = at[:, None] - at
-            self._masks[key] = _additive((distance >= 0) & (distance < window), like)
-        return self._masks[key]
+            self.derived[key] = _additive((distance >= 0) & (distance < window), like)
+        mask: Tensor = self.derived[key]
+        return mask
 
     def leaf_mask(self, leaves: _Leaves, roots: int, window: int | None, like: Tensor) -> Tensor:
         """[B, 1, L, P + L] additive: the whole root, then the leaf causally."""
         key = (leaves.grid.start, window, like.dtype)
-        if key not in self._masks:
+        if key not in self.derived:
             at_leaf = torch.arange(leaves.grid.length, device=like.device)
             at_root = torch.arange(roots, device=like.device)
             lengths = leaves.root_lengths_B[:, None, None]
@@ -122,14 +140,15 @@ class PackedLayout:
                 sees_root = sees_root & (lengths + at_leaf[:, None] - at_root < window)
                 sees_leaf = sees_leaf & (distance < window)
             visible = torch.cat((sees_root, sees_leaf), dim=-1)
-            self._masks[key] = _additive(visible[:, None], like)
-        return self._masks[key]
+            self.derived[key] = _additive(visible[:, None], like)
+        mask: Tensor = self.derived[key]
+        return mask
 
 
 def build_layout(segments: Sequence[SegmentLengths], device: torch.device | str) -> PackedLayout:
     """Layout of a row whose segments follow one another in this order."""
     starts = np.cumsum([0] + [segment.tokens for segment in segments])
-    roots = [_root_length(segment) for segment in segments]
+    roots = [segment.root for segment in segments]
     builder = _CellBuilder(int(starts[-1]))
     blocks = []
     for members in _buckets(roots):
@@ -137,7 +156,7 @@ def build_layout(segments: Sequence[SegmentLengths], device: torch.device | str)
         leaves = [
             (member, int(starts[s] + roots[s] + offset), length)
             for member, s in enumerate(members)
-            for offset, length in _leaf_spans(segments[s])
+            for offset, length in segments[s].leaves()
         ]
         parts = []
         for chosen in _buckets([length for _, _, length in leaves]):
@@ -150,20 +169,7 @@ def build_layout(segments: Sequence[SegmentLengths], device: torch.device | str)
                 )
             )
         blocks.append(_Block(grid, tuple(parts)))
-    longest = max((s.prompt + max(s.completions, default=0) for s in segments), default=0)
-    return builder.finish(tuple(blocks), longest, device)
-
-
-def _root_length(segment: SegmentLengths) -> int:
-    return segment.tokens if len(segment.completions) == 1 else segment.prompt
-
-
-def _leaf_spans(segment: SegmentLengths) -> list[tuple[int, int]]:
-    """(offset behind the prompt, length) of the completions that are leaves."""
-    if len(segment.completions) == 1:
-        return []
-    offsets = np.cumsum((0, *segment.completions[:-1]))
-    return list(zip(offsets.tolist(), segment.completions, strict=True))
+    return builder.finish(tuple(blocks), tuple(segments), device)
 
 
 def _buckets(lengths: Sequence[int]) -> list[list[int]]:
@@ -202,7 +208,10 @@ class _CellBuilder:
         return grid
 
     def finish(
-        self, blocks: tuple[_Block, ...], longest: int, device: torch.device | str
+        self,
+        blocks: tuple[_Block, ...],
+        segments: tuple[SegmentLengths, ...],
+        device: torch.device | str,
     ) -> PackedLayout:
         if (self._row_cells_T < 0).any():
             raise ValueError("layout leaves rows without a cell")
@@ -213,7 +222,7 @@ class _CellBuilder:
             torch.from_numpy(np.maximum(cell_rows, 0)).to(device),
             torch.from_numpy(self._row_cells_T).to(device),
             torch.from_numpy(padding).to(device) if padding.any() else None,
-            longest,
+            segments,
         )
 
 
@@ -267,11 +276,7 @@ def packed_attention(
     Raises:
         UserError: the architecture does not hand over the layout, or uses attention sinks.
     """
-    name = type(module).__name__
-    if packed_layout is None or s_aux is not None:
-        reason = "attention sinks" if s_aux is not None else "an attention that drops arguments"
-        raise UserError(f"{name} uses {reason}, which the packed learner does not support")
-    layout = packed_layout
+    layout = layout_for(module, packed_layout, s_aux)
     window = sliding_window if sliding_window and sliding_window < layout.longest else None
     cells = [_RowsToCells.apply(x[0].transpose(0, 1), layout) for x in (query, key, value)]
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -281,6 +286,18 @@ def packed_attention(
         for part in _attend_block(block, cells, layout, window, scale, softcap)
     ]
     return _CellsToRows.apply(torch.cat(outputs), layout).unsqueeze(0), None
+
+
+def layout_for(
+    module: torch.nn.Module, layout: PackedLayout | None, s_aux: Tensor | None
+) -> PackedLayout:
+    """The layout, where the architecture hands one over and computes attention as we do."""
+    if layout is None or s_aux is not None:
+        reason = "attention sinks" if s_aux is not None else "an attention that drops arguments"
+        raise UserError(
+            f"{type(module).__name__} uses {reason}, which the packed learner does not support"
+        )
+    return layout
 
 
 def _attend_block(

@@ -60,6 +60,14 @@ class LearnerGroup:
         metrics: dict[str, float] = (await self._all("step", refs, version, max_staleness, run))[0]
         return metrics
 
+    def fetch_ahead(self, receipt: GroupReceipt) -> None:
+        """Have a group that a later step will train on brought to the nodes of the ranks.
+
+        Nobody waits for the answer: a rank or a batch that is lost is found by `step`.
+        """
+        for handle in self.handles:
+            handle.fetch_ahead.options(concurrency_group=HEALTH).remote([receipt.batch_ref])
+
     async def export_weights(self, version: int) -> list[WeightBucket]:
         """The weights as buckets in the object store."""
         buckets: list[WeightBucket] = (await self._all("export_weights", version))[0]

@@ -28,6 +28,7 @@ from common.errors import UserError
 from learner.attention import ATTENTION_NAME
 from learner.logprobs import HeadRequest, LogitTransform, LogprobHead
 from learner.packing import PackedRow, pack_row
+from learner.varlen import VARLEN_DEVICES, VARLEN_NAME
 
 if TYPE_CHECKING:
     from common.config import ModelConfig
@@ -40,6 +41,9 @@ attention scores (Gemma 2) without a word."""
 
 _CHECK_TOLERANCE = 2e-3
 """Nats, float32. Rounding stays below 1e-4; a missed scale, cap or mask is above 1e-2."""
+
+_HALF_TOLERANCE = 0.5
+"""The same in bfloat16."""
 
 
 class Policy:
@@ -176,13 +180,45 @@ def load_policy(
 
 def check_policy(gap: float, dtype: torch.dtype, path: str) -> None:
     """Raise `UserError` when the self-check of `load_policy` found different numbers."""
-    tolerance = _CHECK_TOLERANCE if dtype == torch.float32 else 0.5
+    tolerance = _CHECK_TOLERANCE if dtype == torch.float32 else _HALF_TOLERANCE
     if not gap <= tolerance:
         raise UserError(
             f"the packed forward pass of {path!r} disagrees with transformers' own by {gap:.3g} "
             f"nats (tolerance {tolerance}): this architecture does something to its logits or its "
             "attention that the learner does not know. Choose another model, or add its logit "
             "transformation to learner/model.py"
+        )
+
+
+def use_varlen(policy: Policy, device: torch.device, temperature: float) -> None:
+    """Switch to the variable-length kernel if it gives the numbers of the padded grids here.
+
+    A forward pass of each on `device`; collective where the policy is sharded.
+
+    Raises:
+        UserError: it does not, or it cannot run there (on a CPU it would end the process).
+    """
+    instead = "use learner.attention=grids"
+    if device.type not in VARLEN_DEVICES:
+        raise UserError(
+            f"learner.attention=varlen is a CUDA kernel and {device} is none: {instead}"
+        )
+    row = _check_row(policy.model)
+    with torch.no_grad():
+        expected_N, _ = policy.logprobs(row, temperature=temperature)
+        policy.model.config._attn_implementation = VARLEN_NAME
+        try:
+            found_N, _ = policy.logprobs(row, temperature=temperature)
+        except RuntimeError as error:
+            raise UserError(
+                f"the kernel of learner.attention=varlen does not run on {device}: {error}: "
+                + instead
+            ) from error
+    gap = float((found_N - expected_N).abs().max())
+    if not gap <= _HALF_TOLERANCE:
+        raise UserError(
+            f"the kernel of learner.attention=varlen disagrees with learner.attention=grids by "
+            f"{gap:.3g} nats on {device} (tolerance {_HALF_TOLERANCE}): {instead}"
         )
 
 

@@ -1,9 +1,9 @@
 """One rank of the learner, as an actor sees it.
 
 `LearnerWorker` owns the sharded policy, its optimiser and the recipe. All ranks are called with
-the same arguments, in the same order: every method except `rendezvous_address`, `ping` and
-`shutdown` is a collective. `write_checkpoint` and `ping` may run beside another, in threads of
-their own.
+the same arguments, in the same order: every method except `rendezvous_address`, `fetch_ahead`,
+`ping` and `shutdown` is a collective. `write_checkpoint`, `fetch_ahead` and `ping` may run beside
+another, in threads of their own.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ from learner.checkpoint import (
     write_snapshot,
 )
 from learner.credit_sheet import CreditSheet
+from learner.fetch import fetch, fetch_ahead
 from learner.heap import keep_freed_memory, release_freed_memory
 from learner.model import (
     DTYPES,
@@ -47,6 +48,7 @@ from learner.model import (
     check_policy,
     checkpoint_activations,
     load_policy,
+    use_varlen,
 )
 from learner.packing import StepBatch, pack_row, split_by_length
 from learner.recipe import Recipe
@@ -200,6 +202,9 @@ class LearnerWorker:
             for layer in policy.layers:
                 layer.compile(dynamic=True)
         fsdp.shard_from_rank_zero(policy.model, policy.layers, mesh, self._dtype)
+        if self._config.attention == "varlen":
+            use_varlen(policy, self._device, self._job.temperature)
+            fsdp.reshard(policy.model)
         return policy, gap
 
     def _make_trainer(self, policy: Policy, reference: Policy | None, mesh: DeviceMesh) -> Trainer:
@@ -251,7 +256,7 @@ class LearnerWorker:
                 disk does not take the credit log.
         """
         started = time.perf_counter()
-        groups = _fetch(batches)
+        groups = fetch(batches)
         for group in groups:
             check_schema(group.schema)
         batch = StepBatch.from_record_batches(groups)
@@ -357,6 +362,10 @@ class LearnerWorker:
         self._recipe.load_state_dict(state.recipe)
         return state.extra
 
+    def fetch_ahead(self, batches: Sequence[Any]) -> None:
+        """Begin to bring batches of a later step, given as Ray references, to this node."""
+        fetch_ahead(batches)
+
     def ping(self) -> None:
         """A sign of life."""
 
@@ -383,16 +392,3 @@ def _log_credit(
                 "disk, then go on with resume= (learner.credit_log_every=0 does without)"
             ) from error
     return time.perf_counter() - started
-
-
-def _fetch(batches: Sequence[Any]) -> list[pa.RecordBatch]:
-    """Record batches as they are, references resolved; the arguments of an actor call are here."""
-    if all(isinstance(batch, pa.RecordBatch) for batch in batches):
-        return list(batches)
-    import ray
-
-    fetched: list[pa.RecordBatch] = ray.get(list(batches), timeout=_FETCH_TIMEOUT_S)
-    return fetched
-
-
-_FETCH_TIMEOUT_S = 300.0

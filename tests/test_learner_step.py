@@ -9,6 +9,7 @@ import shutil
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from transformers import AutoModelForCausalLM
 
 from common.algorithm_config import AlgorithmConfig
 from common.config import LearnerConfig, ModelConfig
+from common.credit_log import read_credit
 from common.errors import RunError, UserError, WeightsError
 from common.weights import check_bucket, pack_tensors, unpack_tensors
 from learner.model import Policy, check_policy, load_policy
@@ -30,6 +32,12 @@ from learner.worker import LearnerJob, LearnerWorker
 
 SHAPES = [(9, [5, 12, 3, 7]), (4, [20, 2]), (17, [3, 3, 8]), (6, [10] * 4)]
 DEADLINE_S = 120.0
+COMPILES = [
+    pytest.mark.long,  # compiling takes a minute
+    pytest.mark.skipif(
+        shutil.which("g++") is None, reason="torch.compile on CPU needs a C++ compiler"
+    ),
+]
 
 
 def make_worker(folder: Path, rank: int = 0, ranks: int = 1, **changes: Any) -> LearnerWorker:
@@ -78,8 +86,10 @@ def moments(of: LearnerWorker) -> dict[str, np.ndarray]:
     return {name: state[p]["exp_avg"].full_tensor().numpy() for name, p in named if p in state}
 
 
-def _train_work(made: LearnerWorker, steps: int = 2) -> tuple[list[dict], dict, dict]:
-    metrics = [made.step(trajectories(SHAPES, seed=s), 0, 0) for s in range(steps)]
+def _train_work(
+    made: LearnerWorker, steps: int = 2, credit_run: str | None = None
+) -> tuple[list[dict], dict, dict]:
+    metrics = [made.step(trajectories(SHAPES, seed=s), s, s, credit_run) for s in range(steps)]
     exported = {name: tensor.float().numpy() for name, tensor in weights(made).items()}
     return metrics, exported, moments(made)
 
@@ -140,6 +150,10 @@ def _train_target(rank: int, ranks: int, folder: Path, changes: dict) -> tuple:
     return make_worker(folder, rank, ranks, **changes), _train_work
 
 
+def _logged_target(rank: int, ranks: int, folder: Path, changes: dict, run: Path) -> tuple:
+    return make_worker(folder, rank, ranks, **changes), partial(_train_work, credit_run=str(run))
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny_model(tmp_path_factory.mktemp("tiny"))
@@ -190,24 +204,22 @@ def test_a_step_moves_the_weights_and_reports_the_contract(folder: Path, baselin
         {"tokens_per_microbatch": 1},
         {"logits_mib": 0.0005},
         {"activation_checkpointing": True},
-        pytest.param(
-            {"compile": True},
-            marks=[
-                pytest.mark.long,  # compiling takes a minute
-                pytest.mark.skipif(
-                    shutil.which("g++") is None, reason="torch.compile on CPU needs a C++ compiler"
-                ),
-            ],
-        ),
+        pytest.param({"compile": True}, marks=COMPILES),
+        pytest.param({"compile": True, "activation_checkpointing": True}, marks=COMPILES),
     ],
 )
 def test_how_it_is_computed_changes_nothing(folder: Path, baseline, changes) -> None:
     assert_same_training(train(folder, **changes), baseline)
 
 
-@pytest.mark.parametrize("budget", [64, 4096])
-def test_two_ranks_equal_one(folder: Path, baseline, budget: int) -> None:
-    results = on_ranks(2, _train_target, folder, {"tokens_per_microbatch": budget})
+@pytest.mark.parametrize("budget", [64, 4096, 1])
+def test_two_ranks_equal_one(folder: Path, baseline, tmp_path: Path, budget: int) -> None:
+    """With budget 1 each of the 13 completions is a micro-batch, and one rank has an empty one."""
+    changes = {"tokens_per_microbatch": budget}
+    results = on_ranks(2, _logged_target, folder, changes, tmp_path)
+    for step in (1, 2):
+        logprobs = read_credit(tmp_path, step)["logprobs"].to_pylist()
+        assert [len(of) for of in logprobs] == [n for _, lengths in SHAPES for n in lengths]
     for mine, theirs in zip(results[0][0], results[1][0], strict=True):
         assert untimed(mine) == untimed(theirs)
     assert results[1][1] == {}

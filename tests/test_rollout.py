@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from functools import lru_cache
 from itertools import islice
@@ -95,6 +95,7 @@ def loop_of(
     generators: Any,
     *overrides: str,
     ledger: Ledger | None = None,
+    announce: Callable[[GroupReceipt], None] | None = None,
 ) -> RolloutLoop:
     config = config_with(*overrides)
     return RolloutLoop(
@@ -106,12 +107,16 @@ def loop_of(
         guidance=Guidance(config.algorithm.rollout.guidance, 1, 7),
         ledger=ledger or Ledger(Path(":memory:"), "prompts of the test"),
         waits=Waits(),
+        announce=announce,
     )
 
 
-async def after_the_first_group(kind: str) -> tuple[RolloutLoop, Stream]:
+async def after_the_first_group(
+    kind: str, announced: list[GroupReceipt]
+) -> tuple[RolloutLoop, Stream]:
     stream = Stream()
-    loop = loop_of(Source(), stream, Verifiers(), Generators(kind))
+    generators = Generators(kind)
+    loop = loop_of(Source(), stream, Verifiers(), generators, announce=announced.append)
     running = asyncio.create_task(loop.run())
     for _ in range(50):
         await asyncio.sleep(0)
@@ -132,10 +137,12 @@ async def after_the_first_group(kind: str) -> tuple[RolloutLoop, Stream]:
 def test_a_dropped_group_makes_room_for_another(
     kind: str, counts: tuple[int, int, int], status: str
 ) -> None:
-    loop, stream = asyncio.run(after_the_first_group(kind))
+    announced: list[GroupReceipt] = []
+    loop, stream = asyncio.run(after_the_first_group(kind, announced))
     found = loop.counts
     assert (found.groups_dispatched, found.groups_filtered, found.groups_abandoned) == counts
     assert loop.status() == status
+    assert [group.group_id for group in announced] == ([0] if kind == "kept" else [])
     # Everything that was sampled is in the log, of dropped groups too.
     parts = [f"{kind} {part}" for part in range(PARTS[kind])]
     assert stream.append.logged == ([parts] if parts else [])

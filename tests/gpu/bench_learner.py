@@ -1,6 +1,6 @@
 """The learner alone on one GPU: tokens per second, share of the device's matrix peak, memory.
 
-    python tests/gpu/bench_learner.py [--device cuda] [--layers 28] [--tokens 32768] [--repeats 5]
+    python tests/gpu/bench_learner.py [--attention varlen] [--layers 28] [--tokens 32768]
 
 Needs torch and transformers (and the numpy these bring), nothing else. The shape is Qwen2.5-1.5B
 with random weights in bfloat16; a micro-batch is packed from completions of 1,024 tokens behind
@@ -25,7 +25,7 @@ import torch
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from learner.model import Policy, checkpoint_activations
+from learner.model import Policy, checkpoint_activations, use_varlen
 from learner.packing import PackedRow, pack_row
 from learner.traces import LambdaTrace, PackedAxis
 
@@ -105,6 +105,7 @@ def step(policy: Policy, row: PackedRow, axis: PackedAxis, advantages_B: torch.T
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda")
+    parser.add_argument("--attention", default="grids", choices=("grids", "varlen"))
     parser.add_argument("--layers", type=int, default=28)
     parser.add_argument("--tokens", type=int, default=32_768)
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
@@ -124,6 +125,8 @@ def main() -> None:
         build(options.layers, options.vocabulary, dtype, device),
         row_of(options.tokens, options.completion, options.vocabulary, device),
     )
+    if options.attention == "varlen":
+        use_varlen(policy, torch.device(device), temperature=1.0)
     axis = PackedAxis(torch.tensor(row.lengths, device=device))
     advantages_B = torch.randn(len(row.lengths), device=device)
     took = seconds(lambda: step(policy, row, axis, advantages_B), device, repeats)
@@ -138,6 +141,7 @@ def main() -> None:
     result = {
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
         "torch": torch.__version__,
+        "attention": options.attention,
         "layers": options.layers,
         "packed_tokens": tokens,
         "step_s": took,
