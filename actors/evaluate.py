@@ -41,7 +41,10 @@ class Evaluator:
         """`eval/accuracy`: mean of the first verifier's reward; `eval/unscored`: verdicts missing.
 
         A completion without a verdict counts as wrong here, and is counted beside it.
+        Without prompts (`eval.prompts=0`) there is nothing to say.
         """
+        if not self._prompts:
+            return {}
         started = time.monotonic()
         refs = await asyncio.gather(
             *[self._one(index, prompt) for index, prompt in enumerate(self._prompts)]

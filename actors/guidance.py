@@ -85,12 +85,13 @@ class Guidance:
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values for the checkpoint."""
-        return {"length": self._length, "history": list(self._history), "step": self._step}
+        return {"length": self._length, "history": list(self._history)}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any], step: int) -> None:
+        """`step`: the learner's; a run that had no guidance until then has observed none."""
         self._length = min(float(state["length"]), float(self._longest))
         self._history = [float(reward) for reward in state["history"]]
-        self._step = int(state["step"])
+        self._step = step
 
 
 _SCHEDULES: dict[str, Callable[[Guidance, float], None]] = {

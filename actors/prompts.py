@@ -106,6 +106,11 @@ class PromptSource:
             raise ValueError(f"{count} evaluation prompts wanted, {len(self._held_out)} held out")
         return [self._make(row, i, -1, -1) for i, row in enumerate(self._held_out[:count])]
 
+    def some_prompts(self, count: int) -> list[Prompt]:
+        """`count` prompts, always the same: held-out ones, then those of training."""
+        rows = [*self._held_out, *self._rows[:count]]
+        return [self._make(row, i, -1, -1) for i, row in enumerate(rows[:count])]
+
     def _at(self, turn: int) -> Prompt:
         epoch, place = divmod(turn, self.size)
         index = self._order_of(epoch)[place]
@@ -153,6 +158,8 @@ def build_prompt_source(
     bad = _check_lengths(rows.train, template, max_prompt_tokens, quarantine)
     quarantine.check()
     rows = replace(rows, train=[row for row in rows.train if row.place not in bad])
+    if not rows.train:
+        quarantine.refuse("no row is left to train on")
     return PromptSource(rows, template, seed, config.order, quarantine)
 
 

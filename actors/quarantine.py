@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from common.errors import UserError
 
@@ -38,14 +38,17 @@ class Quarantine:
 
     def check(self) -> None:
         """Raise `UserError`, with the first reasons, when too many rows are bad."""
-        if len(self.rows) <= self._share * self.seen:
-            return
+        if len(self.rows) > self._share * self.seen:
+            self.refuse(f"{len(self.rows)} of {self.seen} rows cannot be used")
+
+    def refuse(self, what: str) -> NoReturn:
+        """Raise `UserError`: `what`, and the first reasons."""
         reasons = "\n".join(row.reason for row in self.rows[:_SHOWN])
         if len(self.rows) > _SHOWN:
             reasons += f"\nand {len(self.rows) - _SHOWN} more"
         raise UserError(
-            f"{reasons}\n{len(self.rows)} of {self.seen} rows cannot be used: mend them, or let "
-            f"more be left out by data.max_bad_rows (now {self._share:g})"
+            f"{reasons}\n{what}: mend them, or let more be left out by data.max_bad_rows "
+            f"(now {self._share:g})"
         )
 
     def write(self, path: Path) -> None:

@@ -267,7 +267,7 @@ class RolloutLoop:
             (groups taken from the log, turns to be served again).
         """
         if state:
-            self.guidance.load_state_dict(state["guidance"])
+            self.guidance.load_state_dict(state["guidance"], step)
         opened = {group.group_id: group for group in self._ledger.roll_back(step)}
         logged = await self._log.recover(list(opened))
         of_now = [

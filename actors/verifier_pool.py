@@ -18,7 +18,7 @@ import pyarrow as pa
 import ray
 
 from actors.sandbox import RuleSpec, Sandbox, Task
-from actors.verifiers.base import Verdict
+from actors.verifiers.base import Verdict, fits_float32
 from actors.verifiers.registry import verifier_names
 from common.config import VerifierConfig
 from common.errors import UserError
@@ -134,7 +134,8 @@ def _weighted_sum(rewards: Sequence[float | None], weights: Sequence[float]) -> 
     known = [reward for reward in rewards if reward is not None]
     if len(known) < len(rewards):
         return None
-    return math.fsum(w * r for w, r in zip(weights, known, strict=True))
+    total = math.fsum(w * r for w, r in zip(weights, known, strict=True))
+    return total if fits_float32(total) else None
 
 
 VerifierActor = ray.remote(VerifierWorker)

@@ -154,8 +154,11 @@ _POSITIVE = (
     "learner.ranks",
     "learner.learning_rate",
     "learner.logits_mib",
+    "learner.max_grad_norm",
     "model.max_length",
     "weights.bucket_mib",
+    "weights.canary_sequences",
+    "weights.canary_tokens",
     "restart.silence_s",
     "metrics.timeout_s",
     "algorithm.objective.epochs",
@@ -169,6 +172,10 @@ _NOT_NEGATIVE = (
     "eval.prompts",
     "checkpoint.every",
     "learner.max_skipped_steps",
+    "learner.warmup_steps",
+    "learner.weight_decay",
+    "learner.credit_probe_every",
+    "learner.credit_log_every",
     "restart.limit",
     "weights.resends",
     "data.max_bad_rows",
@@ -188,6 +195,10 @@ def check_config(config: Config) -> None:
         raise UserError(
             f"generator.max_completion_tokens={generator.max_completion_tokens} leaves no room for "
             f"a prompt within model.max_length={config.model.max_length}: raise the latter"
+        )
+    if generator.group_cap_s is not None and not generator.group_cap_s > 0:
+        raise UserError(
+            f"generator.group_cap_s={generator.group_cap_s} must be greater than 0; null is no cap"
         )
     fewest = generator.min_count
     if fewest is not None and not 1 <= fewest <= generator.count:
@@ -287,5 +298,5 @@ def _require_positive(config: Config, *keys: str) -> None:
 def _require_not_negative(config: Config, *keys: str) -> None:
     for key in keys:
         value = attrgetter(key)(config)
-        if value < 0:
+        if not value >= 0:
             raise UserError(f"{key}={value} must not be negative")

@@ -30,7 +30,8 @@ class TrajectoryLog:
         self._schema = schema
         self._segment_bytes = segment_bytes
         folder.mkdir(parents=True, exist_ok=True)
-        self._index = len(segments(folder))
+        # Behind the last, whatever is missing before it: a user may have made room.
+        self._index = max((_number(path) for path in folder.glob("segment-*")), default=-1) + 1
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="parquet")
         self._twins: list[Future[None]] = []  # those whose outcome nobody has looked at
         self._file: pa.OSFile | None = None
@@ -74,6 +75,11 @@ class TrajectoryLog:
 
     def _path(self, index: int) -> Path:
         return self._folder / f"segment-{index:06d}.arrow"
+
+
+def _number(path: Path) -> int:
+    """Of a segment, from the name of any of its files."""
+    return int(path.name.split(".")[0].rpartition("-")[2])
 
 
 def _write_twin(path: Path, schema: pa.Schema) -> None:

@@ -41,7 +41,7 @@ class Checkpoints:
         folder.parent.mkdir(exist_ok=True)
         await self.learner.write_checkpoint(str(folder), self.config.timeout_s)
         reached("checkpoint in place")
-        self.run.prune_checkpoints(self.config.keep_last, self.config.keep_every)
+        self.run.prune_checkpoints(step, self.config.keep_last, self.config.keep_every)
         self.say(f"checkpoint {folder}")
         if self.mirror is not None:
             copying = asyncio.to_thread(self.mirror.push, self.run.path)

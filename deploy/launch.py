@@ -159,10 +159,9 @@ async def _train_one(
     restarts = Restarts(config.restart)
     try:
         if automatic and config.resume and is_done(run, config.steps):
-            print(f"{run.path} is done, {config.steps} steps", flush=True)
             if last:
                 await service.end(run.path / "log")
-            return Result(run.path, read_metrics(run.path / "metrics.jsonl")[-1])
+            return await _done(config, run)
         while True:
             try:
                 final = await _attempt(config, run, service, preemption, restarts, last=last)
@@ -170,6 +169,9 @@ async def _train_one(
             except Exception as error:
                 if not is_recoverable(error):
                     raise
+                if is_done(run, config.steps):  # it failed behind its last checkpoint
+                    print(_explained(error, run), flush=True)
+                    return await _done(config, run)
                 wait_s = restarts.after(error)
                 print(f"{_explained(error, run)}\nall processes start again in {wait_s:.0f} s")
             await asyncio.sleep(wait_s)
@@ -182,6 +184,22 @@ async def _train_one(
         raise
     finally:
         run.release()
+
+
+async def _done(config: Config, run: RunDirectory) -> Result:
+    """A run that has its last checkpoint and its last record; its copy is brought up to date."""
+    print(f"{run.path} is done, {config.steps} steps", flush=True)
+    if config.checkpoint.mirror is not None:
+        copying = asyncio.to_thread(Mirror(config.checkpoint.mirror).push, run.path)
+        try:
+            await asyncio.wait_for(copying, config.checkpoint.timeout_s)
+        except TimeoutError as error:
+            raise RunError(
+                f"the copy of {run.path} to {config.checkpoint.mirror} did not end within "
+                f"checkpoint.timeout_s={config.checkpoint.timeout_s:g}: submit the run once more "
+                "with resume=auto, which goes on with the copy"
+            ) from error
+    return Result(run.path, read_metrics(run.path / "metrics.jsonl")[-1])
 
 
 def is_done(run: RunDirectory, steps: int) -> bool:

@@ -294,7 +294,7 @@ class Run:
                 generator.devices,
                 weights.publish_timeout_s,
             )
-        prompts = source.eval_prompts(self._config.eval.prompts)[: weights.canary_sequences]
+        prompts = source.some_prompts(weights.canary_sequences)
         canary = Canary.from_prompts(
             [prompt.token_ids for prompt in prompts], weights.canary_tokens
         )

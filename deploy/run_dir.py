@@ -156,9 +156,13 @@ class RunDirectory:
             say(f"warning: checkpoint {self.checkpoint(step)} is damaged, passed over: {wrong}")
         return 0
 
-    def prune_checkpoints(self, keep_last: int, keep_every: int) -> None:
-        """Keep the newest `keep_last` and of the older every `keep_every`-th step; 0 keeps all."""
-        steps = self.checkpoints()
+    def prune_checkpoints(self, newest: int, keep_last: int, keep_every: int) -> None:
+        """Keep the last `keep_last` up to `newest` and of the older every `keep_every`-th step.
+
+        With `keep_last` 0 all are kept. What is later than `newest` was damaged when the run was
+        resumed from before it: it counts for nothing, and stays until its step is written again.
+        """
+        steps = [step for step in self.checkpoints() if step <= newest]
         for step in steps[:-keep_last] if keep_last > 0 else []:
             if not (keep_every and step % keep_every == 0):
                 shutil.rmtree(self.checkpoint(step))

@@ -64,8 +64,7 @@ class FixedAggregation:
         return {}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        if state:
-            raise ValueError(f"this aggregation has no state, the checkpoint holds {state}")
+        """That of another aggregation, which the run had before a resume, is left behind."""
 
 
 def _sequence_mean(lengths_V: Tensor) -> Tensor:
@@ -154,7 +153,8 @@ class LambdaGrpo:
         return {"lambda": self.lambda_}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        self.lambda_ = float(state["lambda"])
+        """Without one, as from a run that had another aggregation, lambda begins anew."""
+        self.lambda_ = float(state.get("lambda", self._config.lambda_init))
 
     def _preference(self, lengths_V: Tensor, group_V: Tensor) -> tuple[Tensor, Tensor]:
         return length_preference(lengths_V, group_V, self.lambda_, self._config.length_scale)

@@ -69,7 +69,7 @@ def take_snapshot(
     Args:
         dtype: of the weights in the Hugging Face folder.
     """
-    model_state, optimizer_state = get_state_dict(policy.model, optimizer)
+    model_state, optimizer_state = _state_of(policy, optimizer)
     stager = DefaultStager(StagingOptions(*[False] * 4))
     sharded = stager.stage({"model": model_state, "optimizer": optimizer_state})
     assert isinstance(sharded, dict)
@@ -77,6 +77,7 @@ def take_snapshot(
     for name, tensor in fsdp.full_tensors(policy.model, dtype, copy=True):
         if dist.get_rank() == 0:
             tensors[name] = tensor
+    tensors |= {name: buffer.cpu().clone() for name, buffer in fsdp.saved_buffers(policy.model)}
     generators = fsdp.gather_objects(_encode(torch.get_rng_state()))
     return Snapshot(sharded, tensors, {**state.__dict__, "rng": generators})
 
@@ -110,6 +111,8 @@ def write_snapshot(
 def load_checkpoint(folder: Path, policy: Policy, optimizer: torch.optim.Optimizer) -> TrainerState:
     """Restore model, optimiser and this rank's random state; returns the rest. Collective.
 
+    The optimiser's settings stay as they are: those of the checkpoint may have been changed since.
+
     Raises:
         UserError: the folder is not a checkpoint of this program.
     """
@@ -120,7 +123,11 @@ def load_checkpoint(folder: Path, policy: Policy, optimizer: torch.optim.Optimiz
             "from an older one"
         )
     document = json.loads(path.read_text())
-    model_state, optimizer_state = get_state_dict(policy.model, optimizer)
+    settings = [
+        {name: value for name, value in group.items() if name != "params"}
+        for group in optimizer.param_groups
+    ]
+    model_state, optimizer_state = _state_of(policy, optimizer)
     tensors: dict[str, Any] = {"model": model_state, "optimizer": optimizer_state}
     load_sharded(tensors, checkpoint_id=str(folder / TRAINING_STATE))
     set_state_dict(
@@ -129,10 +136,27 @@ def load_checkpoint(folder: Path, policy: Policy, optimizer: torch.optim.Optimiz
         model_state_dict=tensors["model"],
         optim_state_dict=tensors["optimizer"],
     )
+    for group, own in zip(optimizer.param_groups, settings, strict=True):
+        group.update(own)
     generators = document.pop("rng")
     if dist.get_rank() < len(generators):
         torch.set_rng_state(_decode(generators[dist.get_rank()]))
     return TrainerState(**document)
+
+
+def _state_of(policy: Policy, optimizer: torch.optim.Optimizer) -> tuple[Any, Any]:
+    """States of the model and its optimiser, neither changed by being looked at.
+
+    torch makes the moments of an optimiser that has not stepped yet by a step of its own, which
+    would count in the correction of AdamW's bias.
+    """
+    fresh = not optimizer.state
+    states = get_state_dict(policy.model, optimizer)
+    if not fresh:
+        return states
+    for moments in optimizer.state.values():
+        moments["step"].zero_()
+    return get_state_dict(policy.model, optimizer)
 
 
 def _put_in_place(partial: Path, folder: Path) -> None:

@@ -155,7 +155,8 @@ def shard_from_rank_zero(
 ) -> None:
     """Shard a model whose parameters only rank 0 has read, and hand the shards out. Collective.
 
-    One full tensor at a time exists beside the shards; buffers are each rank's own.
+    One full tensor at a time exists beside the shards. Buffers that checkpoints hold go with them,
+    whole; those that follow from the configuration are each rank's own.
 
     Raises:
         RunError: the ranks built different models; their collectives would wait for ever.
@@ -179,6 +180,19 @@ def shard_from_rank_zero(
             full.copy_(whole.pop(name))
         with torch.no_grad():
             parameter.copy_(distribute_tensor(full, mesh, parameter.placements, src_data_rank=0))
+    for _, buffer in saved_buffers(model):
+        dist.broadcast(buffer, src=0)
+
+
+def saved_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Buffers that are part of a checkpoint, as the routing bias of some mixtures of experts.
+
+    Nothing trains them. Left out, loaders would take zeros in their place and say nothing.
+    """
+    for prefix, module in model.named_modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if name not in module._non_persistent_buffers_set:
+                yield f"{prefix}.{name}" if prefix else name, buffer
 
 
 def full_tensors(

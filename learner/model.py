@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.initialization import no_init_weights
@@ -44,6 +45,9 @@ _CHECK_TOLERANCE = 2e-3
 
 _HALF_TOLERANCE = 0.5
 """The same in bfloat16."""
+
+_GRADIENT_TOLERANCE = 0.1
+"""Of a gradient's norm: bfloat16 rounds elements by 0.4 %, a wrong term is of order 1."""
 
 
 class Policy:
@@ -193,7 +197,8 @@ def check_policy(gap: float, dtype: torch.dtype, path: str) -> None:
 def use_varlen(policy: Policy, device: torch.device, temperature: float) -> None:
     """Switch to the variable-length kernel if it gives the numbers of the padded grids here.
 
-    A forward pass of each on `device`; collective where the policy is sharded.
+    A forward pass of each on `device`, and where the policy learns a backward pass; collective
+    where it is sharded.
 
     Raises:
         UserError: it does not, or it cannot run there (on a CPU it would end the process).
@@ -203,23 +208,42 @@ def use_varlen(policy: Policy, device: torch.device, temperature: float) -> None
         raise UserError(
             f"learner.attention=varlen is a CUDA kernel and {device} is none: {instead}"
         )
-    row = _check_row(policy.model)
-    with torch.no_grad():
-        expected_N, _ = policy.logprobs(row, temperature=temperature)
-        policy.model.config._attn_implementation = VARLEN_NAME
-        try:
-            found_N, _ = policy.logprobs(row, temperature=temperature)
-        except RuntimeError as error:
-            raise UserError(
-                f"the kernel of learner.attention=varlen does not run on {device}: {error}: "
-                + instead
-            ) from error
-    gap = float((found_N - expected_N).abs().max())
-    if not gap <= _HALF_TOLERANCE:
+    expected_N, expected = _pass_of(policy, temperature)
+    policy.model.config._attn_implementation = VARLEN_NAME
+    try:
+        found_N, found = _pass_of(policy, temperature)
+    except RuntimeError as error:
         raise UserError(
-            f"the kernel of learner.attention=varlen disagrees with learner.attention=grids by "
-            f"{gap:.3g} nats on {device} (tolerance {_HALF_TOLERANCE}): {instead}"
+            f"the kernel of learner.attention=varlen does not run on {device}: {error}: {instead}"
+        ) from error
+    gap = float((found_N - expected_N).abs().max())
+    apart = torch.stack([(a - b).norm() for a, b in zip(found, expected, strict=True)]).norm()
+    share = float(apart / torch.stack([gradient.norm() for gradient in expected]).norm())
+    if not (gap <= _HALF_TOLERANCE and share <= _GRADIENT_TOLERANCE):
+        raise UserError(
+            f"the kernel of learner.attention=varlen disagrees with learner.attention=grids on "
+            f"{device}: by {gap:.3g} nats (tolerance {_HALF_TOLERANCE}), and by {share:.2g} of the "
+            f"gradient (tolerance {_GRADIENT_TOLERANCE}): {instead}"
         )
+
+
+def _pass_of(policy: Policy, temperature: float) -> tuple[Tensor, list[Tensor]]:
+    """Log-probabilities of the check row, and the gradients of their sum: this rank's parts."""
+    parameters = list(policy.model.parameters())
+    learns = parameters[0].requires_grad
+    with torch.set_grad_enabled(learns):
+        logprobs_N, _ = policy.logprobs(_check_row(policy.model), temperature=temperature)
+    if not learns:
+        return logprobs_N, [logprobs_N]
+    logprobs_N.sum().backward()
+    gradients = [_part(torch.zeros_like(p) if p.grad is None else p.grad) for p in parameters]
+    policy.model.zero_grad(set_to_none=True)
+    return logprobs_N.detach(), gradients
+
+
+def _part(tensor: Tensor) -> Tensor:
+    """This rank's part."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _check_tokens(vocabulary: int) -> tuple[np.ndarray, list[np.ndarray]]:

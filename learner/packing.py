@@ -267,7 +267,8 @@ def pack_row(
         for tokens in continuations:
             positions.append(np.arange(len(prompt), len(prompt) + len(tokens)))
             # The first token is predicted by the prompt's last row, the others by their neighbour.
-            predictors.append(np.concatenate([[last], np.arange(row, row + len(tokens) - 1)]))
+            first = [last][: len(tokens)]
+            predictors.append(np.concatenate([first, np.arange(row, row + len(tokens) - 1)]))
             labels.append(tokens)
             row += len(tokens)
         lengths.append(SegmentLengths(len(prompt), tuple(len(c) for c in continuations)))

@@ -17,7 +17,7 @@ import time
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
-from common.errors import WeightsError
+from common.errors import UserError, WeightsError
 from common.faults import reached
 from common.weights import Scorer, WeightBucket
 from learner.group import LearnerGroup
@@ -49,8 +49,18 @@ class Canary:
 
     @classmethod
     def from_prompts(cls, prompts: list[list[int]], scored_tokens: int) -> Canary:
-        """The last `scored_tokens` tokens of each prompt; the first token is never scored."""
-        return cls(prompts, [max(1, len(ids) - scored_tokens) for ids in prompts])
+        """The last `scored_tokens` tokens of each prompt; the first token is never scored.
+
+        Raises:
+            UserError: no prompt has a second token.
+        """
+        long = [ids for ids in prompts if len(ids) > 1]
+        if not long:
+            raise UserError(
+                f"none of {len(prompts)} prompts has two tokens, and the canary, which proves the "
+                "generators' weights, scores those behind the first: use another data.template"
+            )
+        return cls(long, [max(1, len(ids) - scored_tokens) for ids in long])
 
 
 class SleepingReceivers(Protocol):

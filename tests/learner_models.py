@@ -12,6 +12,7 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
+    Glm4MoeConfig,
     GPTNeoXConfig,
     GraniteConfig,
     LlamaConfig,
@@ -53,6 +54,17 @@ def tiny_config(name: str) -> PretrainedConfig:
             attn_logit_softcapping=5.0,
             final_logit_softcapping=3.0,
             attn_implementation="eager",
+        )
+    if name == "glm4_moe":  # its routing bias is a buffer that checkpoints hold
+        return Glm4MoeConfig(
+            **_SIZES,
+            num_key_value_heads=2,
+            head_dim=16,
+            moe_intermediate_size=32,
+            n_routed_experts=8,
+            num_experts_per_tok=2,
+            n_shared_experts=1,
+            first_k_dense_replace=1,
         )
     if name == "granite":
         return GraniteConfig(**_SIZES, num_key_value_heads=2, logits_scaling=4.0)

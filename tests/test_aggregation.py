@@ -133,9 +133,15 @@ def test_lambda_is_state() -> None:
     assert restored.lambda_ == learned.lambda_
 
 
+def test_after_a_change_of_aggregation_at_a_resume_lambda_begins_anew() -> None:
+    learned = LambdaGrpo(AggregationConfig(kind="lambda_grpo", lambda_init=0.25))
+    learned.load_state_dict(build_aggregation(AggregationConfig(), 10).state_dict())
+    assert learned.lambda_ == 0.25
+
+
 def test_fixed_aggregations_have_no_state() -> None:
     fixed = build_aggregation(AggregationConfig(), 10)
     assert fixed.end_step(LENGTHS, GROUPS, LENGTHS.double()) == {}
     fixed.load_state_dict(fixed.state_dict())
-    with pytest.raises(ValueError, match="no state"):
-        fixed.load_state_dict({"lambda": 1.0})
+    fixed.load_state_dict({"lambda": 1.0})  # the run had lambda-GRPO before a resume
+    assert fixed.state_dict() == {}

@@ -59,7 +59,7 @@ def test_state_survives_a_checkpoint_at_any_step() -> None:
             first, second = (Guidance(config, len(rewards), 5000) for _ in range(2))
             for step in range(1, cut + 1):
                 first.observe(step, rewards[step - 1])
-            second.load_state_dict(first.state_dict())
+            second.load_state_dict(first.state_dict(), cut)
             for step in range(cut + 1, len(rewards) + 1):
                 second.observe(step, rewards[step - 1])
             assert second.length == whole[-1]
@@ -69,6 +69,15 @@ def test_steps_out_of_order_are_refused() -> None:
     guidance = Guidance(GuidanceConfig(ratio=0.5), 10, 5000)
     with pytest.raises(ValueError, match="step 2 after step 0"):
         guidance.observe(2, 0.5)
+
+
+def test_guidance_may_begin_at_a_resume() -> None:
+    without = Guidance(GuidanceConfig(ratio=0.0), 40, 5000)
+    guidance = Guidance(GuidanceConfig(ratio=0.5, max_tokens=100, schedule="sliding"), 40, 5000)
+    guidance.load_state_dict(without.state_dict(), 20)
+    guidance.observe(21, 0.25)
+    guidance.observe(22, 0.5)
+    assert guidance.length == 50
 
 
 def test_without_a_ratio_there_is_no_guidance() -> None:
@@ -86,5 +95,5 @@ def test_the_length_begins_and_ends_where_a_completion_has_room() -> None:
 
 def test_a_longer_limit_before_a_resume_does_not_leave_a_completion_without_room() -> None:
     guidance = Guidance(GuidanceConfig(ratio=0.5), 10, 23)
-    guidance.load_state_dict({"length": 3072.0, "history": [], "step": 0})
+    guidance.load_state_dict({"length": 3072.0, "history": []}, 0)
     assert guidance.length == 23

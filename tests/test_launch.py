@@ -18,7 +18,8 @@ from run_process import heeding_interrupts
 
 from common.config import Config
 from common.config_loader import dump_config, load_config
-from common.errors import UserError
+from common.errors import StallError, UserError
+from common.ledger import Ledger
 from common.manifest import seal
 from deploy import launch
 from deploy.launch import Result, found, train
@@ -33,10 +34,11 @@ def config(folder: Path, *overrides: str) -> Config:
 def finished(folder: Path, steps: int) -> None:
     run = folder / "job"
     checkpoint = run / "checkpoints" / f"step-{steps}"
-    checkpoint.mkdir(parents=True)
+    checkpoint.mkdir(parents=True, exist_ok=True)
     (checkpoint / "config.json").write_text("{}")
     seal(checkpoint)
     (run / "config.yaml").write_text(dump_config(config(folder)))
+    Ledger(run / "ledger.sqlite", "prompts of the test").end()
     (run / "metrics.jsonl").write_text(json.dumps({"step": steps, "eval/accuracy": 0.5}) + "\n")
 
 
@@ -75,6 +77,9 @@ class FakeRun:
             if self._config.name == "endless":
                 BEGAN.set()
                 await asyncio.sleep(60)
+            if self._config.name == "job":
+                finished(Path(self._config.runs_dir), self._config.steps)
+                raise StallError("the copy in the mirror took too long")
             if self._config.name == "wrong":
                 raise UserError("wrong input, say")
             records = [
@@ -138,6 +143,26 @@ def from_a_thread(call: Callable[[], Any]) -> Any:
     if isinstance(found[0], UserError):
         raise found[0]
     return found[0]
+
+
+@pytest.mark.usefixtures("preset")
+@pytest.mark.parametrize("resume", ["null", "auto"])
+def test_a_failure_behind_the_last_checkpoint_is_none_of_the_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], resume: str
+) -> None:
+    """Nothing starts again, and the copy gets the end of the run."""
+    copy = tmp_path / "copy"
+    result = train(config(tmp_path, "name=job", f"checkpoint.mirror={copy}", f"resume={resume}"))
+    assert result.final == {"step": 4, "eval/accuracy": 0.5}
+    assert "took too long" in capsys.readouterr().out
+    assert (copy / "job" / "checkpoints" / "step-4" / "config.json").is_file()
+
+
+def test_a_retry_of_a_run_that_is_done_brings_its_copy_up_to_date(tmp_path: Path) -> None:
+    finished(tmp_path, 4)
+    copy = tmp_path / "copy"
+    train(config(tmp_path, "resume=auto", "name=job", f"checkpoint.mirror={copy}"))
+    assert (copy / "job" / "checkpoints" / "step-4" / "config.json").is_file()
 
 
 @pytest.mark.parametrize("place", [from_main, from_a_loop, from_a_thread])

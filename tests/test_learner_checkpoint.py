@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from learner_models import save_tiny_model, trajectories
+from learner_models import save_tiny_model, tiny_model, trajectories
 from test_learner_step import SHAPES, make_worker, on_ranks, untimed, weights, worker
 from transformers import AutoModelForCausalLM
 
 from common.algorithm_config import AlgorithmConfig
 from common.errors import RunError, UserError
+from learner import fsdp
 from learner.worker import LearnerWorker
 
 
@@ -261,3 +262,56 @@ def test_the_learned_length_preference_comes_back(folder: Path, tmp_path: Path) 
         resumed = _LoadWork(tmp_path / "step-1")(made)
     assert resumed[0]["lambda_grpo/lambda"] == unbroken[0]["lambda_grpo/lambda"] != 0.0
     assert resumed[0]["loss/policy"] == unbroken[0]["loss/policy"]
+
+
+class _BufferWork(_SaveWork):
+    def __call__(self, made: LearnerWorker) -> Any:
+        save(made, self.target, {"version": 1})
+        return {name: b.numpy() for name, b in fsdp.saved_buffers(made.trainer.policy.model)}
+
+
+def _buffer_target(rank: int, ranks: int, folder: Path, target: Path) -> tuple:
+    return make_worker(folder, rank, ranks), _BufferWork(target)
+
+
+def test_buffers_of_a_checkpoint_reach_every_rank_and_the_next_checkpoint(tmp_path: Path) -> None:
+    model = tiny_model("glm4_moe")
+    name = "model.layers.1.mlp.gate.e_score_correction_bias"
+    bias = dict(model.named_buffers())[name]
+    bias.copy_(torch.linspace(-2.0, 2.0, len(bias)))
+    folder, target = tmp_path / "moe", tmp_path / "step-1"
+    model.save_pretrained(folder)
+    (folder / "tokenizer.json").write_text("{}")
+    for found in on_ranks(2, _buffer_target, folder, target):
+        assert set(found) == {name}
+        np.testing.assert_array_equal(found[name], bias)
+    loaded = AutoModelForCausalLM.from_pretrained(target)
+    ids = torch.arange(3, 40)[None]
+    torch.testing.assert_close(loaded(ids).logits, model(ids).logits)
+
+
+def test_a_resume_takes_the_optimiser_s_settings_from_the_configuration(
+    folder: Path, saved
+) -> None:
+    target, _ = saved
+    with worker(folder, weight_decay=0.1, betas=(0.8, 0.99)) as made:
+        made.load_checkpoint(str(target))
+        (group,) = made.trainer.optimizer.param_groups
+        assert (group["weight_decay"], group["betas"]) == (0.1, (0.8, 0.99))
+        assert {float(s["step"]) for s in made.trainer.optimizer.state.values()} == {1.0}
+
+
+def test_a_checkpoint_before_the_first_gradient_changes_no_step_after_it(
+    folder: Path, tmp_path: Path
+) -> None:
+    """Neither for the run that goes on nor for one that is resumed from it."""
+    with worker(folder) as made:
+        unbroken = _continue(made)
+    with worker(folder) as made:
+        save(made, tmp_path / "step-0", {"version": 1})
+        going_on = _continue(made)
+    with worker(folder) as made:
+        resumed = _LoadWork(tmp_path / "step-0")(made)
+    for found in (going_on, resumed):
+        for name, tensor in unbroken[1].items():
+            assert (found[1][name] == tensor).all(), name

@@ -63,6 +63,21 @@ def test_segments_rotate_by_size_and_a_new_writer_starts_a_new_one(tmp_path: Pat
     assert [batch.column("group_id")[0].as_py() for batch in read_log(tmp_path)] == [0, 1, 2]
 
 
+@pytest.mark.parametrize("gone", ["segment-000000.arrow", "segment-000001.arrow"])
+def test_a_writer_writes_over_no_segment_when_one_was_removed(tmp_path: Path, gone: str) -> None:
+    log = TrajectoryLog(tmp_path, rollout_schema(), segment_bytes=1)
+    for index in range(2):
+        log.append(group(index))
+    log.close()
+    (tmp_path / gone).unlink()  # its Parquet twin stays
+    left = [path.read_bytes() for path in segments(tmp_path)]
+    again = TrajectoryLog(tmp_path, rollout_schema())
+    again.append(group(2))
+    again.close()
+    assert [path.read_bytes() for path in segments(tmp_path)[:-1]] == left
+    assert segments(tmp_path)[-1].name == "segment-000002.arrow"
+
+
 @pytest.mark.parametrize("cut", [1, 10, 100, 200])
 def test_a_torn_tail_costs_only_the_torn_group(tmp_path: Path, cut: int) -> None:
     log = TrajectoryLog(tmp_path, rollout_schema())

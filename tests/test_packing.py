@@ -126,3 +126,11 @@ def test_sliced_and_null_columns_are_read_right() -> None:
     full = StepBatch.from_record_batches(whole)
     assert np.array_equal(sliced.token_ids[:7], full.token_ids[2:9])
     assert np.array_equal(sliced.trained_lengths_B, sliced.lengths_B)
+
+
+def test_a_completion_without_tokens_is_predicted_by_nothing() -> None:
+    prompt, answer = np.array([5, 6]), np.array([7, 8])
+    with_empty = pack_row([(prompt, [answer[:0]]), (prompt, [answer])], range(2), "cpu")
+    assert with_empty.lengths == (0, 2)
+    assert with_empty.predictor_rows_N.tolist() == [3, 4]
+    assert with_empty.labels_N.tolist() == [7, 8]

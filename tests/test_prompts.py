@@ -253,6 +253,26 @@ def test_a_few_bad_rows_are_left_out_and_written_down(tokenizer: Any, tmp_path: 
         build(config, tokenizer)
 
 
+def test_data_of_which_nothing_is_left_are_refused(tokenizer: Any, tmp_path: Path) -> None:
+    rows = [{"prompt": "x" * 300, "answer": 1}, {"prompt": "y" * 300, "answer": 2}]
+    path = write_jsonl(tmp_path / "a.jsonl", rows)
+    config = DataConfig(source="file", path=path, max_bad_rows=1.0)
+    with pytest.raises(UserError, match="(?s)has 317 tokens.*no row is left to train on"):
+        build(config, tokenizer, limit=100, held_out=0)
+
+
+def test_fixed_prompts_are_held_out_ones_and_then_those_of_training(
+    tokenizer: Any, tmp_path: Path
+) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", numbered(6))
+    source = build(DataConfig(source="file", path=path), tokenizer)
+    held_out = [prompt.text for prompt in source.eval_prompts(2)]
+    assert [prompt.text for prompt in source.some_prompts(1)] == held_out[:1]
+    texts = [prompt.text for prompt in source.some_prompts(100)]
+    assert texts[:2] == held_out
+    assert sorted(texts[2:]) == sorted(prompt.text for prompt in one_epoch(source))
+
+
 def test_a_byte_order_mark_is_no_error(tokenizer: Any, tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     lines = [json.dumps(row) for row in numbered(5)]

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from common.errors import WeightsError
+from common.errors import UserError, WeightsError
 from learner.publish import Canary, OnSharedDevices, Publisher, ThroughObjectStore, largest_gap
 
 CANARY = Canary.from_prompts([[1, 2, 3, 4], [5, 6]], scored_tokens=2)
@@ -65,6 +65,12 @@ def publish(scores: dict[str, list[list[float]]], tolerance: float = 0.1) -> dic
 
 def test_the_canary_scores_the_end_of_each_prompt_but_never_its_first_token() -> None:
     assert CANARY.prompt_lengths == [2, 1]
+
+
+def test_prompts_of_one_token_score_nothing_and_are_left_out() -> None:
+    assert Canary.from_prompts([[1], [2, 3]], scored_tokens=4).sequences == [[2, 3]]
+    with pytest.raises(UserError, match=r"none of 1 prompts has two tokens.*data\.template"):
+        Canary.from_prompts([[1]], scored_tokens=4)
 
 
 def test_agreement_is_reported() -> None:

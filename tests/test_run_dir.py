@@ -62,13 +62,28 @@ def test_only_whole_checkpoints_count_and_old_ones_go(tmp_path: Path) -> None:
         run.checkpoint(step).mkdir(parents=True)
     (run.path / "checkpoints" / "step-30.partial").mkdir()
     assert run.checkpoints() == [5, 10, 20]
-    run.prune_checkpoints(keep_last=2, keep_every=0)
+    run.prune_checkpoints(newest=20, keep_last=2, keep_every=0)
     assert run.checkpoints() == [10, 20]
-    run.prune_checkpoints(keep_last=0, keep_every=0)
+    run.prune_checkpoints(newest=20, keep_last=0, keep_every=0)
     assert run.checkpoints() == [10, 20]
     run.checkpoint(25).mkdir()
-    run.prune_checkpoints(keep_last=1, keep_every=20)
+    run.prune_checkpoints(newest=25, keep_last=1, keep_every=20)
     assert run.checkpoints() == [20, 25]
+
+
+def test_a_damaged_later_checkpoint_does_not_take_the_place_of_a_whole_one(
+    tmp_path: Path,
+) -> None:
+    """Step 40 was torn, the run went on from 20 and was stopped at 25."""
+    run = create(tmp_path)
+    for step in (20, 25, 40):
+        run.checkpoint(step).mkdir(parents=True)
+        (run.checkpoint(step) / "config.json").write_text("{}")
+        seal(run.checkpoint(step))
+    (run.checkpoint(40) / "config.json").write_text("torn")
+    run.prune_checkpoints(newest=25, keep_last=1, keep_every=0)
+    assert run.checkpoints() == [25, 40]
+    assert run.newest_checkpoint(lambda line: None) == 25
 
 
 @pytest.mark.parametrize(

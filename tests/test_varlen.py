@@ -167,6 +167,24 @@ def test_a_kernel_that_aligns_the_other_corner_is_found_out(
         prove(monkeypatch, partial(by_definition, corner="upper left"))
 
 
+def test_a_kernel_with_a_wrong_backward_pass_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    def without_keys(query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return by_definition(query, key.detach(), *args, **kwargs)
+
+    with pytest.raises(UserError, match=r"and by 0\.\d+ of the gradient"):
+        prove(monkeypatch, without_keys)
+
+
+def test_a_policy_that_does_not_learn_is_proved_without_a_backward_pass(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(varlen, "varlen_attn", by_definition)
+    monkeypatch.setattr(learner.model, "VARLEN_DEVICES", {"cpu"})
+    policy = Policy(tiny_model("qwen2").requires_grad_(False), chunk_tokens=7)
+    use_varlen(policy, torch.device("cpu"), temperature=1.0)
+    assert policy.model.config._attn_implementation == VARLEN_NAME
+
+
 def test_a_kernel_that_does_not_run_is_refused_with_its_reason(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

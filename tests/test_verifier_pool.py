@@ -92,6 +92,13 @@ def test_the_total_is_null_when_a_later_rule_cannot_judge() -> None:
     assert verified.column("accuracy").to_pylist() == [1.0]
 
 
+def test_a_total_beyond_float32_is_null_and_not_infinite() -> None:
+    heavy = VerifierSpec(name="format_rules", weight=1e39, args={"max_characters": 10})
+    with worker_for(heavy) as worker:
+        verified, _ = asyncio.run(worker.score_group(rollout_batch(["short", "x" * 11])))
+    assert verified.column("reward").to_pylist() == [None, 0.0]
+
+
 def test_two_rules_of_one_name() -> None:
     loose = VerifierSpec(name="format_rules", args={"max_characters": 100})
     with worker_for(SHORT, loose) as worker:

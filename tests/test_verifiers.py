@@ -196,7 +196,7 @@ def test_format_rules_give_the_share_that_holds() -> None:
 @pytest.mark.parametrize(
     ("value", "kind"),
     [(1, "pass"), (0.25, "pass"), (0, "fail"), (-1.0, "fail"), (True, "pass"), (False, "fail")]
-    + [(bad, "error") for bad in (math.nan, math.inf, "1", None, [1.0], 1j)],
+    + [(bad, "error") for bad in (math.nan, math.inf, 3.5e38, -1e39, "1", None, [1.0], 1j)],
 )
 def test_only_finite_numbers_are_rewards(value: object, kind: str) -> None:
     verdict = as_verdict(value, "mine")

@@ -24,6 +24,9 @@ _ANSWER_TAG = re.compile(r"<answer>(.*?)</answer>", re.DOTALL | re.IGNORECASE)
 _BOXED = re.compile(r"\\boxed\s*\{")
 _LINK = re.compile(r"[\s$]*(?:,|;|and|or|,\s*and|,\s*or)[\s$]*")
 
+_LARGEST = float.fromhex("0x1.fffffep+127")
+"""Of float32."""
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -63,9 +66,14 @@ def as_verdict(value: object, name: str) -> Verdict:
     if not isinstance(value, Real):
         return Verdict(ERROR, None, f"{name} returned a {type(value).__name__}, not a number")
     reward = float(value)
-    if not math.isfinite(reward):
-        return Verdict(ERROR, None, f"{name} returned {reward}, not a finite number")
+    if not fits_float32(reward):
+        return Verdict(ERROR, None, f"{name} returned {reward}, not a finite number in float32")
     return Verdict.scored(reward)
+
+
+def fits_float32(reward: float) -> bool:
+    """Rewards travel as float32: what is not finite there is none."""
+    return abs(reward) <= _LARGEST
 
 
 def check_extract(extract: str) -> None:
