@@ -77,7 +77,6 @@ def take_snapshot(
     for name, tensor in fsdp.full_tensors(policy.model, dtype, copy=True):
         if dist.get_rank() == 0:
             tensors[name] = tensor
-    tensors |= {name: buffer.cpu().clone() for name, buffer in fsdp.saved_buffers(policy.model)}
     generators = fsdp.gather_objects(_encode(torch.get_rng_state()))
     return Snapshot(sharded, tensors, {**state.__dict__, "rng": generators})
 

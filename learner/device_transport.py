@@ -60,7 +60,7 @@ class GeneratorClient:
 
 
 class PolicySource(WeightSource):
-    """The policy's full tensors in compute dtype; iterating is a collective."""
+    """The policy's full tensors, parameters in compute dtype; iterating is a collective."""
 
     def __init__(self, model: torch.nn.Module, dtype: torch.dtype, device: torch.device) -> None:
         self._model = model
@@ -71,6 +71,9 @@ class PolicySource(WeightSource):
         return [
             ParamMeta(name, self._dtype, tuple(parameter.shape))
             for name, parameter in self._model.named_parameters()
+        ] + [
+            ParamMeta(name, buffer.dtype, tuple(buffer.shape))
+            for name, buffer in fsdp.saved_buffers(self._model)
         ]
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:

@@ -202,15 +202,18 @@ def full_tensors(
     *,
     copy: bool = False,
 ) -> Iterator[tuple[str, Tensor]]:
-    """(name, full tensor in `dtype` on `device`, the CPU if None), one by one; tied ones once.
+    """(name, full tensor on `device`, the CPU if None), one by one; tied ones once.
 
-    Collective: every rank must exhaust it. Without `copy` a tensor may be the parameter's own.
+    All that a checkpoint of the model holds: parameters in `dtype`, then buffers as they are.
+    Collective: every rank must exhaust it. Without `copy` a tensor may be the model's own.
     """
     for name, parameter in model.named_parameters():
         value = parameter.detach().to(dtype, copy=copy)
         if isinstance(value, DTensor):
             value = value.full_tensor()
         yield name, value.to(device or "cpu")
+    for name, buffer in saved_buffers(model):
+        yield name, buffer.to(device or "cpu", copy=copy)
 
 
 def clip_gradients(model: nn.Module, max_norm: float) -> float:

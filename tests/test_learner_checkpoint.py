@@ -264,10 +264,15 @@ def test_the_learned_length_preference_comes_back(folder: Path, tmp_path: Path) 
     assert resumed[0]["loss/policy"] == unbroken[0]["loss/policy"]
 
 
+BIAS = "model.layers.1.mlp.gate.e_score_correction_bias"
+
+
 class _BufferWork(_SaveWork):
     def __call__(self, made: LearnerWorker) -> Any:
         save(made, self.target, {"version": 1})
-        return {name: b.numpy() for name, b in fsdp.saved_buffers(made.trainer.policy.model)}
+        sent = weights(made)
+        held = dict(fsdp.saved_buffers(made.trainer.policy.model))
+        return {name: b.numpy() for name, b in held.items()}, BIAS in sent
 
 
 def _buffer_target(rank: int, ranks: int, folder: Path, target: Path) -> tuple:
@@ -276,15 +281,16 @@ def _buffer_target(rank: int, ranks: int, folder: Path, target: Path) -> tuple:
 
 def test_buffers_of_a_checkpoint_reach_every_rank_and_the_next_checkpoint(tmp_path: Path) -> None:
     model = tiny_model("glm4_moe")
-    name = "model.layers.1.mlp.gate.e_score_correction_bias"
-    bias = dict(model.named_buffers())[name]
+    bias = dict(model.named_buffers())[BIAS]
     bias.copy_(torch.linspace(-2.0, 2.0, len(bias)))
     folder, target = tmp_path / "moe", tmp_path / "step-1"
     model.save_pretrained(folder)
     (folder / "tokenizer.json").write_text("{}")
-    for found in on_ranks(2, _buffer_target, folder, target):
-        assert set(found) == {name}
-        np.testing.assert_array_equal(found[name], bias)
+    held, sent = zip(*on_ranks(2, _buffer_target, folder, target), strict=True)
+    for found in held:
+        assert set(found) == {BIAS}
+        np.testing.assert_array_equal(found[BIAS], bias)
+    assert sent == (True, False)  # to the generators, by rank 0
     loaded = AutoModelForCausalLM.from_pretrained(target)
     ids = torch.arange(3, 40)[None]
     torch.testing.assert_close(loaded(ids).logits, model(ids).logits)

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from test_budget import receipt
 
+from actors.evaluate import Evaluator
 from actors.guidance import Guidance
 from actors.prompts import Prompt
 from actors.rollout import RolloutLoop
@@ -208,3 +209,16 @@ def test_a_prompt_without_a_solution_cannot_be_guided() -> None:
     loop = loop_of(Solved(None), Stream(), Verifiers(), Generators("kept"), *keys)
     with pytest.raises(UserError, match=r"set data\.solution_column"):
         loop._dispatch(Solved(None).next())
+
+
+def test_an_evaluation_without_prompts_asks_nobody() -> None:
+    nobody: Any = None
+    evaluator = Evaluator(
+        prompts=[],
+        generators=nobody,
+        verifiers=nobody,
+        log=nobody,
+        config=config_with().eval,
+        max_tokens=8,
+    )
+    assert asyncio.run(evaluator.run(0)) == {}

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import copy
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from learner_models import random_groups, tiny_config, tiny_model
+from learner_models import random_groups, save_tiny_model, tiny_config, tiny_model
 from test_attention import SHAPES, _assert_same, _one_at_a_time, _weights
+from test_learner_step import _train_work, assert_same_training, make_worker, on_ranks, train
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention.varlen import varlen_attn
@@ -199,6 +201,18 @@ def test_a_learner_without_cuda_is_refused() -> None:
     policy = Policy(tiny_model("qwen2"), chunk_tokens=7)
     with pytest.raises(UserError, match=r"cpu is none: use learner\.attention=grids"):
         use_varlen(policy, torch.device("cpu"), temperature=1.0)
+
+
+def _patched_target(rank: int, ranks: int, folder: Path) -> tuple[Any, Any]:
+    varlen.varlen_attn = by_definition
+    learner.model.VARLEN_DEVICES = {"cpu"}
+    return make_worker(folder, rank, ranks, attention="varlen"), _train_work
+
+
+def test_two_sharded_ranks_learn_what_one_learns_with_the_grids(tmp_path: Path) -> None:
+    folder = save_tiny_model(tmp_path)
+    found = on_ranks(2, _patched_target, folder)
+    assert_same_training(found[0], train(folder))
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])

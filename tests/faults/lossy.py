@@ -4,7 +4,7 @@
 
 `lose`: one after the other, an answer to a wait whose owner and cause contain this. The actor did
 what it was asked; the coordinator never hears of it. The deadline of a lost answer is two seconds,
-because it is what follows that matters. Before the next is lost two learner steps are done.
+because it is what follows that matters. Before the next is lost the last one's deadline has passed and two learner steps are done.
 `late_s`: every answer comes up to so many seconds late.
 """
 
@@ -21,6 +21,7 @@ from common.waits import Waits
 from deploy.cli import main
 
 _on = Waits.on
+_MANY = 10**9
 
 
 class Mail:
@@ -39,8 +40,11 @@ class Mail:
         self._steps += owner == "learner step"
         if self._lose and self._steps >= 2 and self._lose[0] in f"{owner}: {cause}":
             print("lost:", self._lose.pop(0), flush=True)
-            self._steps = 0
-            await _on(waits, asyncio.Event().wait(), owner=owner, cause=cause, deadline_s=2.0)
+            self._steps = -_MANY  # what is written beside the steps is missed while they go on
+            try:
+                await _on(waits, asyncio.Event().wait(), owner=owner, cause=cause, deadline_s=2.0)
+            finally:
+                self._steps = 0
         await asyncio.sleep(self._late_s * self._draw.random())
         return answer
 
