@@ -151,6 +151,7 @@ class LearnerConfig:
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.95)
     max_grad_norm: float = 1.0
+    """`.inf` clips nothing."""
     max_skipped_steps: int = 3
     """So many steps in a row whose gradient is not finite are left out; one more ends the run."""
     logprob_gap_warn: float = 0.2

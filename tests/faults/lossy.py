@@ -4,7 +4,8 @@
 
 `lose`: one after the other, an answer to a wait whose owner and cause contain this. The actor did
 what it was asked; the coordinator never hears of it. The deadline of a lost answer is two seconds,
-because it is what follows that matters. Before the next is lost the last one's deadline has passed and two learner steps are done.
+because it is what follows that matters. Before the next is lost that deadline has passed, and two
+learner steps are done.
 `late_s`: every answer comes up to so many seconds late.
 """
 
