@@ -281,10 +281,14 @@ def hub_records(
             "folder of a copy (`datasets.save_to_disk`, or its Parquet files) "
             "or use data.source=file"
         ) from error
-    except (ValueError, OSError, KeyError, datasets.exceptions.DatasetsError) as error:
+    except (
+        *(ValueError, OSError, KeyError, datasets.exceptions.DatasetsError),
+        RuntimeError,  # a data set that is a program: not run any more
+    ) as error:
         raise UserError(
             f"data set {name!r} (subset {subset}, split {split!r}) cannot be loaded: "
-            f"{error}. Check data.path, data.subset, data.split and data.eval_path"
+            f"{error}. Check data.path, data.subset, data.split and data.eval_path; of a data set "
+            "with a loading script take a copy as Parquet, or data.source=file"
         ) from error
     if isinstance(data, datasets.DatasetDict):
         data = data[split]

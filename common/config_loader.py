@@ -7,10 +7,12 @@ here, with the key at fault, before any process starts.
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Sequence
+from dataclasses import is_dataclass
 from operator import attrgetter
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, get_args, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -67,15 +69,37 @@ def _parse_overrides(overrides: Sequence[str]) -> DictConfig:
     for override in overrides:
         if "=" not in override or override.startswith(("-", "=")):
             raise UserError(f"'{override}' is not an override: write key=value, e.g. steps=10")
-    try:
-        return OmegaConf.from_dotlist(list(overrides))
-    except Exception as error:  # the YAML reader's errors again
-        raise UserError(f"cannot read the overrides {list(overrides)}: {error}") from error
+    layer = OmegaConf.create()
+    for override in overrides:
+        key, _, value = override.partition("=")
+        if _is_text(key) and value not in ("", "null") and value[0] not in "'\"":
+            OmegaConf.update(layer, key, value.replace("\\n", "\n"), force_add=True)
+            continue
+        try:
+            layer.merge_with_dotlist([override])
+        except Exception as error:  # the YAML reader's errors again
+            raise UserError(f"cannot read the override {override}: {error}") from error
+    return layer
+
+
+def _is_text(key: str) -> bool:
+    """Whether a key's values are text, which YAML would read its own way (`Q: `, `#`, `007`, `no`).
+
+    Such a value is taken as it stands, `\\n` as a new line; in quotes it is YAML after all.
+    """
+    kind: Any = Config
+    for part in key.split("."):
+        kinds = get_type_hints(kind) if is_dataclass(kind) else {}
+        if part not in kinds:
+            return False
+        kind = kinds[part]
+    return kind in (str, str | None)
 
 
 def _named_recipe(layers: Sequence[DictConfig]) -> str | None:
-    names = [layer["recipe"] for layer in layers if layer.get("recipe") is not None]
-    return str(names[-1]) if names else None
+    """The last layer that says something decides, `recipe=null` too."""
+    names = [layer["recipe"] for layer in layers if "recipe" in layer]
+    return str(names[-1]) if names and names[-1] is not None else None
 
 
 def _recipe_path(recipe: str, folder: Path | None) -> Path:
@@ -94,9 +118,9 @@ def _recipe_path(recipe: str, folder: Path | None) -> Path:
 
 def _merge(layers: Sequence[DictConfig]) -> Config:
     schema = OmegaConf.structured(Config)
-    for layer in layers:
-        _check_keys(layer, schema)
     try:
+        for layer in layers:
+            _check_keys(layer, schema)
         merged = OmegaConf.merge(schema, *layers)
         config = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
@@ -104,6 +128,10 @@ def _merge(layers: Sequence[DictConfig]) -> Config:
         reason = str(error).splitlines()[0]
         hint = " (set it)" if "missing mandatory value" in reason else ""
         raise UserError(f"{key}: {reason}{hint}") from error
+    except TypeError as error:  # OmegaConf's word for an index into a list
+        raise UserError(
+            f"{error}: a list is given whole, e.g. verifier.rules='[{{name: math_answer}}]'"
+        ) from error
     assert isinstance(config, Config)
     return config
 
@@ -159,12 +187,27 @@ _POSITIVE = (
     "weights.bucket_mib",
     "weights.canary_sequences",
     "weights.canary_tokens",
-    "restart.silence_s",
-    "metrics.timeout_s",
+    "placement.gpus_per_node",
+    "algorithm.baseline.epsilon",
     "algorithm.objective.epochs",
     "algorithm.rollout.guidance.window",
     "algorithm.rollout.guidance.max_tokens",
 )
+_SECONDS = (
+    "generator.start_timeout_s",
+    "generator.group_timeout_s",
+    "verifier.timeout_s",
+    "learner.start_timeout_s",
+    "learner.step_timeout_s",
+    "weights.publish_timeout_s",
+    "eval.timeout_s",
+    "checkpoint.timeout_s",
+    "metrics.timeout_s",
+    "restart.silence_s",
+    "ray.connect_timeout_s",
+)
+"""Deadlines: every wait has one."""
+
 _NOT_NEGATIVE = (
     "generator.max_staleness",
     "generator.temperature",
@@ -189,6 +232,8 @@ _NOT_NEGATIVE = (
 def check_config(config: Config) -> None:
     """Raise `UserError` for values that cannot work together, naming the keys and a remedy."""
     _require_positive(config, *_POSITIVE)
+    _require_positive(config, *_SECONDS)
+    _require_finite(config, *_SECONDS)
     _require_not_negative(config, *_NOT_NEGATIVE)
     generator, batch = config.generator, config.batch
     if generator.max_completion_tokens >= config.model.max_length:
@@ -213,11 +258,19 @@ def check_config(config: Config) -> None:
     ranks, shards = config.learner.ranks, config.learner.shard_ranks
     if shards is not None and (shards < 1 or ranks % shards):
         raise UserError(f"learner.shard_ranks={shards} must divide learner.ranks={ranks}")
+    if not 0 < generator.memory_fraction <= 1:
+        raise UserError(f"generator.memory_fraction={generator.memory_fraction} must lie in (0, 1]")
     rollout = config.algorithm.rollout
     if not 0 <= rollout.prune_rate < 1 or (rollout.refill and rollout.prune_rate == 0):
         raise UserError(
             f"algorithm.rollout.prune_rate={rollout.prune_rate} must lie in [0, 1), and above 0 "
             "for algorithm.rollout.refill"
+        )
+    if int(batch.group_size * (1 - rollout.prune_rate)) < 1 or rollout.keep_max_variance == 1:
+        raise UserError(
+            f"algorithm.rollout.prune_rate={rollout.prune_rate} and keep_max_variance="
+            f"{rollout.keep_max_variance} leave nothing to learn of a group of "
+            f"{batch.group_size}: keep at least one by the first, two by the second (0 keeps all)"
         )
     if generator.temperature == 0:
         raise UserError(
@@ -286,6 +339,13 @@ def _check_data(config: Config) -> None:
             "verifier.rules names reasoning_gym, which scores the answers of its own tasks only, "
             f"and data.source={data.source}: use math_answer or another verifier"
         )
+
+
+def _require_finite(config: Config, *keys: str) -> None:
+    for key in keys:
+        value = attrgetter(key)(config)
+        if not math.isfinite(value):
+            raise UserError(f"{key}={value} must be finite")
 
 
 def _require_positive(config: Config, *keys: str) -> None:

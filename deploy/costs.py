@@ -112,6 +112,8 @@ def model_shape(path: str) -> ModelShape:
 
 
 def _read_shape(config: dict[str, Any]) -> ModelShape:
+    """Of config.json; a multimodal model keeps that of its language model apart."""
+    config = config | config.get("text_config", {})
     heads = config["num_attention_heads"]
     return ModelShape(
         vocabulary=config["vocab_size"],

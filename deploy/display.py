@@ -10,6 +10,7 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
 from common.waits import Waits
 
@@ -100,7 +101,7 @@ class LiveDisplay:
         self._live.stop()
 
     def event(self, text: str) -> None:
-        self._console.print(text)
+        self._console.print(text, markup=False, highlight=False)
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
         self._progress.update(self._task, completed=step)
@@ -124,7 +125,8 @@ class LiveDisplay:
                 f"{metrics['time/train']:.1f}",
             )
         now = time.monotonic()
-        waits = Table("who waits", "for", "since", title=self._status())
+        waits = Table("who waits", "for", "since", title=Text(self._status()))
         for wait in self._waits.under_way()[:8]:
-            waits.add_row(wait.owner, wait.cause, f"{now - wait.since:.1f} s")
+            since = f"{now - wait.since:.1f} s"
+            waits.add_row(*map(Text, (wait.owner, wait.cause, since)))
         return Group(steps, waits, self._progress)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import threading
 from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass, replace
@@ -74,7 +75,7 @@ def train(config: Config | str | Path, **overrides: object) -> Result:
 
 def _as_yaml(value: object) -> str:
     """JSON is YAML; a text that is none stays as it is, as on a command line."""
-    return value if isinstance(value, str) else json.dumps(value)
+    return os.fspath(value) if isinstance(value, str | Path) else json.dumps(value)
 
 
 def train_each(configs: Sequence[Config]) -> list[Result]:
@@ -172,7 +173,7 @@ async def _train_one(
                 if is_done(run, config.steps):  # it failed behind its last checkpoint
                     print(_explained(error, run), flush=True)
                     return await _done(config, run)
-                wait_s = restarts.after(error)
+                wait_s = restarts.after(error, last_step(run))
                 print(f"{_explained(error, run)}\nall processes start again in {wait_s:.0f} s")
             await asyncio.sleep(wait_s)
             config = replace(config, resume=str(run.path))
@@ -202,6 +203,13 @@ async def _done(config: Config, run: RunDirectory) -> Result:
     return Result(run.path, read_metrics(run.path / "metrics.jsonl")[-1])
 
 
+def last_step(run: RunDirectory) -> int:
+    """The last step on record; 0 before any."""
+    path = run.path / "metrics.jsonl"
+    records = read_metrics(path) if path.is_file() else []
+    return int(records[-1]["step"]) if records else 0
+
+
 def is_done(run: RunDirectory, steps: int) -> bool:
     """Whether a whole checkpoint of the last step is there; one that has none is not read."""
     last = max(run.checkpoints(), default=0)
@@ -214,7 +222,7 @@ def found(config: Config) -> Config:
         return config
     if config.name is None:
         raise UserError("resume=auto needs name=, by which the run is found again")
-    path = Path(config.runs_dir) / config.name
+    path = Path(config.runs_dir).expanduser() / config.name
     there = (path / "config.yaml").is_file()
     if not there and config.checkpoint.mirror is not None:
         there = Mirror(config.checkpoint.mirror).pull(path, print)

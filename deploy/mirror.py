@@ -40,7 +40,7 @@ class Mirror:
 
     def __init__(self, place: str) -> None:
         self._place = place
-        uri = place if "://" in place else Path(place).resolve().as_uri()
+        uri = place if "://" in place else Path(place).expanduser().resolve().as_uri()
         try:
             self._fs, self._base = fs.FileSystem.from_uri(uri)
         except (OSError, ValueError) as error:
@@ -48,12 +48,25 @@ class Mirror:
                 f"checkpoint.mirror={place}: {error}; use s3://, gs://, hdfs:// or a folder"
             ) from error
 
+    def check_apart(self, run: Path) -> None:
+        """Raise `UserError` when the copy of `run` would be the run itself, or lie inside it."""
+        if self._fs.type_name != "local":
+            return
+        copy = Path(self._base, run.name).resolve()
+        if copy.is_relative_to(run.resolve()):
+            raise UserError(
+                f"checkpoint.mirror={self._place} would copy {run} onto itself: name a place "
+                "outside runs_dir"
+            )
+
     def push(self, run: Path) -> int:
         """Copy what has changed, remove checkpoints that were pruned; the bytes copied.
 
         Raises:
             RunError: the place does not take it. What is there stays fit to resume from.
+            UserError: as `check_apart`.
         """
+        self.check_apart(run)
         try:
             there = self._there(run.name)
             copied = 0

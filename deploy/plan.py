@@ -28,6 +28,11 @@ def describe(config: Config, lengths: Path | None = None, costs: Path | None = N
     """
     head, tail = ["# Configuration"], ["", "# Batch arithmetic", *_batches(config)]
     if config.placement.generator_device is None:
+        if lengths is not None or costs is not None:
+            raise UserError(
+                "--lengths and --costs are for the simulation of GPUs: name what to compute with, "
+                "e.g. placement.generator_device=H100-80GB"
+            )
         config = with_compute_dtype(config)
         cores = plan_here(config, preload_libraries())
         placed = _placement(config, cores, len(available_cores()))

@@ -102,7 +102,8 @@ class Reservation:
 
     def is_ready(self, name: str) -> bool:
         """Whether its place is kept."""
-        return bool(self._groups.get(name, self._groups[LEARNER]).wait(0))
+        place = name if name in self._groups else LEARNER
+        return bool(self._groups[place].wait(0))
 
     async def wait(
         self, config: Config, deadline_s: float, say: Callable[[str], None]

@@ -26,15 +26,24 @@ def is_recoverable(error: BaseException) -> bool:
 
 
 class Restarts:
-    """Counts restarts in a sliding window."""
+    """Counts restarts in a sliding window, and those in a row that brought the run no further.
+
+    The second count is for what fails slowly: with a deadline of ten minutes at each start, no
+    window of half an hour ever holds four failures.
+    """
 
     def __init__(self, config: RestartConfig, clock: Callable[[], float] = time.monotonic) -> None:
         self._config = config
         self._clock = clock
         self._causes: list[tuple[float, str]] = []
+        self._furthest = -1
+        self._in_vain = 0
 
-    def after(self, error: BaseException) -> float:
+    def after(self, error: BaseException, step: int | None = None) -> float:
         """Seconds to wait before the restart that answers `error`.
+
+        Args:
+            step: the last one on record, where everything starts again.
 
         Raises:
             RunError: there were too many; all their causes are in the message.
@@ -50,4 +59,13 @@ class Restarts:
                 f"restart.limit={self._config.limit}:\n{listed}\n"
                 "Mend the cause and go on by resume="
             ) from error
+        if step is not None:
+            self._in_vain = 1 if step > self._furthest else self._in_vain + 1
+            self._furthest = max(self._furthest, step)
+            if self._in_vain > self._config.limit:
+                raise RunError(
+                    f"{self._in_vain} failures in a row without one step more than "
+                    f"{self._furthest}, more than restart.limit={self._config.limit}; the last:\n"
+                    f"  {self._causes[-1][1]}\nMend the cause and go on by resume="
+                ) from error
         return float(self._config.backoff_s * 2 ** (restarts - 1))

@@ -77,6 +77,8 @@ class Run:
         self._waits = service.waits
         place = config.checkpoint.mirror
         self._mirror = Mirror(place) if place is not None else None
+        if self._mirror is not None:
+            self._mirror.check_apart(run.path)
         self._rollout: RolloutLoop | None = None
         self._display: Display = make_display(config.steps, self._waits, self._status)
         self._first_step = 0

@@ -78,7 +78,7 @@ class RunDirectory:
         name = config.name or datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
         if not re.fullmatch(r"[\w.\-]+", name):
             raise UserError(f"name={name}: use letters, digits, '.', '_' and '-' only")
-        run = cls(Path(config.runs_dir) / name)
+        run = cls(Path(config.runs_dir).expanduser() / name)
         try:
             run.path.mkdir(parents=True, exist_ok=False)
         except FileExistsError as error:
@@ -97,7 +97,7 @@ class RunDirectory:
     @classmethod
     def reopen(cls, path: str) -> RunDirectory:
         """An existing run. Raises `UserError` when there is none or it is being trained now."""
-        run = cls(Path(path))
+        run = cls(Path(path).expanduser())
         if not (run.path / "config.yaml").is_file():
             raise UserError(
                 f"resume={path}: there is no run (no config.yaml in {run.path}); give runs/NAME"

@@ -145,9 +145,29 @@ def _check(config: Config) -> bool:
             "learner.attention=varlen is a kernel for CUDA devices and bfloat16, and this run is "
             f"{config.model.dtype} on {'CUDA' if cuda else 'CPU'}: use learner.attention=grids"
         )
-    if not cuda and config.ray.address == "local":
-        check_memory(config, Path(config.model.path))
+    if config.ray.address == "local":
+        if cuda:
+            _check_devices(config)
+        else:
+            check_memory(config, Path(config.model.path))
     return cuda
+
+
+def _check_devices(config: Config) -> None:
+    """Actors that ask for devices which a cluster of our own does not have wait for ever."""
+    import torch
+
+    here = torch.cuda.device_count()
+    share = 0.5 if config.colocated else 1.0
+    generator, ranks = config.generator, config.learner.ranks
+    wanted = share * (generator.count * (generator.num_gpus or generator.devices) + ranks)
+    if wanted > here:
+        raise UserError(
+            f"{generator.count} generator(s) and {ranks} learner rank(s) want {wanted:g} CUDA "
+            f"device(s), and torch sees {here} here: lower generator.count or learner.ranks, have "
+            "them take turns on the same devices (weights.transport=ipc, "
+            "generator.max_staleness=0), or train on the CPU (learner.device=cpu)"
+        )
 
 
 def _described(config: Config, cores: CorePlan) -> str:

@@ -139,3 +139,26 @@ def test_a_plan_says_what_a_step_would_take(
     measured.write_text("{}")
     assert main(["plan", "--config", preset, "--costs", str(measured)]) == 2
     assert "decode_round_s" in capsys.readouterr().err
+
+
+def test_a_multimodal_model_s_shape_is_that_of_its_language_model(tmp_path: Path) -> None:
+    text = {
+        "vocab_size": 1000,
+        "hidden_size": 64,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "intermediate_size": 128,
+    }
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "both", "text_config": text}))
+    shape = model_shape(str(tmp_path))
+    assert (shape.layers, shape.kv_heads, shape.head_size) == (3, 2, 8)
+
+
+@pytest.mark.parametrize("option", ["--lengths", "--costs"])
+def test_options_of_the_simulation_are_refused_where_there_is_none(
+    option: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny = str(CONFIGS / "tiny.yaml")
+    assert main(["plan", "--config", tiny, option, "nowhere"]) != 0
+    assert "placement.generator_device=" in capsys.readouterr().err

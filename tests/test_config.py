@@ -72,11 +72,51 @@ def test_every_recipe_loads_is_short_and_names_its_paper(path: Path) -> None:
         ("algorithm.rollout.refill=true", "prune_rate=0.0 must lie in"),
         ("recipe=grpo_lamda", "recipe=grpo_lamda.*did you mean grpo_lambda"),
         ("steps", "'steps' is not an override"),
+        ("verifier.rules[0].weight=2", "a list is given whole, e.g. verifier.rules="),
+        ("data.plain_template=${prompt} x", "data.plain_template|Interpolation.*prompt"),
+        ("algorithm.baseline.epsilon=0", "algorithm.baseline.epsilon=0.*greater than 0"),
+        ("algorithm.rollout.prune_rate=0.9", "leave nothing to learn of a group"),
+        ("algorithm.rollout.keep_max_variance=1", "leave nothing to learn of a group"),
+        ("verifier.timeout_s=.inf", "verifier.timeout_s=inf must be finite"),
+        ("generator.memory_fraction=90", "generator.memory_fraction=90.*must lie in"),
+        ("placement.gpus_per_node=0", "placement.gpus_per_node=0.*greater than 0"),
     ],
 )
 def test_mistakes_name_the_key_and_the_remedy(override: str, message: str) -> None:
     with pytest.raises(UserError, match=f"(?s){message}"):
         load(override)
+
+
+@pytest.mark.parametrize(
+    ("value", "found"),
+    [
+        (r"Q: {prompt}\nA:", "Q: {prompt}\nA:"),
+        ("Q: {prompt}\nA:", "Q: {prompt}\nA:"),
+        (r'"Q: {prompt}\tA:"', "Q: {prompt}\tA:"),
+        ("Question {prompt} # now", "Question {prompt} # now"),
+        ("Yes", "Yes"),
+        ("007", "007"),
+        ("1e3", "1e3"),
+        ("2025_06_01", "2025_06_01"),
+        ("[a", "[a"),
+        ("null", None),
+    ],
+)
+def test_text_is_taken_as_it_stands(value: str, found: str | None, tmp_path: Path) -> None:
+    loaded = load(f"data.system_prompt={value}")
+    assert loaded.data.system_prompt == found
+    (tmp_path / "config.yaml").write_text(dump_config(loaded))
+    again = load_config([tmp_path / "config.yaml"], [], resolved=True)
+    assert again.data.system_prompt == found
+
+
+def test_the_last_word_on_the_recipe_may_be_none(tmp_path: Path) -> None:
+    preset = tmp_path / "mine.yaml"
+    preset.write_text("model: {path: none}\nrecipe: grpo_lambda_recent\n")
+    folder = CONFIGS / "recipes"
+    assert load_config([preset], [], folder).algorithm.credit.kind == "lambda_trace"
+    plain = load_config([preset], ["recipe=null"], folder)
+    assert (plain.recipe, plain.algorithm) == (None, load().algorithm)
 
 
 def test_a_mandatory_key_is_asked_for() -> None:

@@ -183,6 +183,14 @@ def test_train_works_from_anywhere(place: Callable[..., Any], preset: Path, tmp_
         assert signal.getsignal(signal.SIGTERM) == before
 
 
+def test_text_and_paths_reach_the_run_as_they_are(preset: Path, tmp_path: Path) -> None:
+    given = {"data.template": "plain", "data.plain_template": "Q: {prompt}  # no\nA:"}
+    result = train(preset, name="2025_06_01", steps=1, runs_dir=tmp_path / "else", **given)
+    assert result.path == tmp_path / "else" / "2025_06_01"
+    written = load_config([result.path / "config.yaml"], [], resolved=True)
+    assert written.data.plain_template == given["data.plain_template"]
+
+
 @pytest.mark.parametrize("place", [from_main, from_a_loop, from_a_thread])
 def test_what_a_run_raises_reaches_the_caller(place: Callable[..., Any], preset: Path) -> None:
     with pytest.raises(UserError, match="wrong input, say"):

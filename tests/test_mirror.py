@@ -8,6 +8,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pyarrow as pa
 import pytest
@@ -176,6 +177,21 @@ def test_places_that_cannot_be_are_refused(run: RunSoFar, tmp_path: Path) -> Non
     (tmp_path / "file").write_text("no folder")
     with pytest.raises(RunError, match="cannot be copied to checkpoint.mirror"):
         Mirror(str(tmp_path / "file")).push(run.path)
+
+
+@pytest.mark.parametrize("place", ["here", "here/run", "here/run/copies"])
+def test_a_copy_onto_the_run_itself_is_refused(run: RunSoFar, tmp_path: Path, place: str) -> None:
+    """It would take the ledger from under the connection that writes it."""
+    before = (run.path / "ledger.sqlite").stat().st_ino
+    with pytest.raises(UserError, match="onto itself: name a place outside runs_dir"):
+        Mirror(str(tmp_path / place)).push(run.path)
+    assert (run.path / "ledger.sqlite").stat().st_ino == before
+
+
+def test_a_home_folder_is_one(run: RunSoFar, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    Mirror("~/copies").push(run.path)
+    assert (tmp_path / "home" / "copies" / "run" / "config.yaml").is_file()
 
 
 def test_an_object_store_gets_every_file_in_one_write(

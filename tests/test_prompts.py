@@ -186,6 +186,13 @@ def test_a_data_set_out_of_reach(tokenizer: Any, monkeypatch: pytest.MonkeyPatch
         build(DataConfig(source="hub"), tokenizer)
 
 
+def test_a_data_set_that_is_a_program(tokenizer: Any, tmp_path: Path) -> None:
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "old.py").write_text("import datasets\n")
+    with pytest.raises(UserError, match=r"loading script take a copy as Parquet"):
+        build(DataConfig(source="hub", path=str(tmp_path / "old")), tokenizer)
+
+
 GOOD = b'{"prompt": "q", "answer": "a"}\n'
 
 

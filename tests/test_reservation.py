@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 
 import pytest
 
 from common.config_loader import load_config
 from common.errors import UserError
+from deploy import reservation
 from deploy.placement import actor_options, plan_cores
 from deploy.reservation import Wish, fewest_generators, missing, wishes
 
@@ -53,6 +55,25 @@ def test_on_shared_devices_a_rank_and_a_generator_have_one_place() -> None:
         config("weights.transport=ipc")
     with pytest.raises(UserError, match="generator.count=1 must be learner.ranks=2"):
         config(*keys, "learner.ranks=2")
+
+
+class Place:
+    def wait(self, seconds: float) -> bool:
+        return True
+
+
+def test_an_evaluation_has_no_learner_to_keep_a_place_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(reservation, "placement_group", lambda *_, **__: Place())
+    made = config("generator.count=2")
+    made.learner.ranks = 0  # as `grpo-lambda eval` has it
+    options = actor_options(made, plan_cores(made, [0, 1], []), cuda=False)
+    wanted = wishes(made, options)
+    assert "learner" not in {wish.name for wish in wanted}
+    places = reservation.Reservation(wanted)
+    names = asyncio.run(places.wait(made, 1.0, print))
+    assert names == ["generator-0", "generator-1"]
 
 
 def test_what_is_missing_is_named() -> None:

@@ -48,6 +48,18 @@ def test_old_restarts_are_forgiven() -> None:
         assert restarts.after(StallError("again")) == 3.0
 
 
+def test_slow_failures_that_lead_nowhere_end_the_run_and_steps_forgive_them() -> None:
+    """Each outlasts the window: a deadline of ten minutes at every start."""
+    clock = Clock()
+    restarts = Restarts(RestartConfig(limit=2, window_s=100.0, backoff_s=3.0), clock)
+    for number, step in enumerate((0, 0, 5, 5, 7, 6)):
+        clock.now = 1000.0 * number
+        assert restarts.after(StallError("again"), step) == 3.0
+    clock.now += 1000.0
+    with pytest.raises(RunError, match=r"(?s)3 failures in a row without .* than 7.*again"):
+        restarts.after(StallError("again"), 7)
+
+
 def test_none_allowed_means_the_first_ends_the_run() -> None:
     with pytest.raises(RunError, match=r"restart\.limit=0"):
         Restarts(RestartConfig(limit=0)).after(StallError("hangs"))

@@ -223,6 +223,14 @@ def test_a_problem_of_code_reaches_its_grader_whole(tmp_path: Path) -> None:
     body = "```python\ndef root(n):\n    return math.isqrt(n)\n```"  # the prompt's import stays
     assert code_tests.score(body, human).kind == "pass"
     assert code_tests.score(body.replace("isqrt", "sqrt"), human).kind == "fail"
+    future = "# mine\n\nfrom __future__ import annotations\n"
+    for program in (only_public, double, method, body):
+        given = human if program is body else leet if program is method else stdin
+        plain = code_tests.score(program, given)
+        first = program.replace("\n", f"\n{future}", 1)
+        assert code_tests.score(first, given) == plain
+    late = body.replace("    return", "    pass\nfrom __future__ import annotations\n    return")
+    assert code_tests.score(late, human).kind == "fail"
 
 
 class Evil:

@@ -33,6 +33,8 @@ from actors.verifiers.code_child import MAX_OUTPUT_BYTES, READY
 from common.errors import UserError
 
 _FENCED = re.compile(r"^[ \t]*```[^\n`]*\n(.*?)^[ \t]*```", re.DOTALL | re.MULTILINE)
+_BLANK = r"(?:[ \t]*(?:#[^\n]*)?\n)*"
+_FUTURE = re.compile(rf"{_BLANK}(?:from __future__ import [^\n]*\n{_BLANK})+")
 _FLOAT_TOLERANCE = 1e-6
 
 
@@ -83,9 +85,16 @@ def score(
     program = last_block(text)
     if program is None:
         return Verdict.scored(0.0, "no fenced block of code")
-    program = tests.get("setup", "") + "\n" + program
+    program = behind_setup(tests.get("setup", ""), program)
     failure = _JUDGES[tests["kind"]](program, tests, seconds, total_seconds)
     return Verdict.scored(float(not failure), failure)
+
+
+def behind_setup(setup: str, program: str) -> str:
+    """`program` behind `setup`, but for its imports from `__future__`, which must come first."""
+    found = _FUTURE.match(program)
+    head = found.group() if found else ""
+    return f"{head}{setup}\n{program.removeprefix(head)}"
 
 
 def last_block(text: str) -> str | None:
