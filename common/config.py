@@ -238,8 +238,8 @@ class RestartConfig:
     """What happens when a process of the run dies or hangs."""
 
     limit: int = 3
-    """So often within `window_s`, or in a row without a step more, the run goes on by itself from its
-    last checkpoint; then it ends with the causes. 0: the first one ends it."""
+    """So often within `window_s`, or in a row without a step more, the run goes on by itself from
+    its last checkpoint; then it ends with the causes. 0: the first one ends it."""
     window_s: float = 1800.0
     backoff_s: float = 2.0
     """Before the first restart; doubled for each further one in the window."""
