@@ -235,7 +235,23 @@ def check_config(config: Config) -> None:
     _require_positive(config, *_SECONDS)
     _require_finite(config, *_SECONDS)
     _require_not_negative(config, *_NOT_NEGATIVE)
-    generator, batch = config.generator, config.batch
+    _check_processes(config)
+    _check_groups(config)
+    if not config.verifier.rules:
+        raise UserError("verifier.rules is empty: name at least one verifier")
+    _check_colocated(config)
+    _check_data(config)
+    _check_guidance(config)
+    kind, kinds = config.algorithm.credit.kind, get_args(CreditKind)
+    if kind not in kinds and ":" not in kind:
+        raise UserError(
+            f"algorithm.credit.kind={kind} is not known{nearest(kind, kinds)}: use one of "
+            f"{', '.join(kinds)}, or a rule of your own as package.module:function"
+        )
+
+
+def _check_processes(config: Config) -> None:
+    generator = config.generator
     if generator.max_completion_tokens >= config.model.max_length:
         raise UserError(
             f"generator.max_completion_tokens={generator.max_completion_tokens} leaves no room for "
@@ -260,7 +276,11 @@ def check_config(config: Config) -> None:
         raise UserError(f"learner.shard_ranks={shards} must divide learner.ranks={ranks}")
     if not 0 < generator.memory_fraction <= 1:
         raise UserError(f"generator.memory_fraction={generator.memory_fraction} must lie in (0, 1]")
-    rollout = config.algorithm.rollout
+
+
+def _check_groups(config: Config) -> None:
+    """What leaves a group nothing to learn from."""
+    batch, rollout = config.batch, config.algorithm.rollout
     if not 0 <= rollout.prune_rate < 1 or (rollout.refill and rollout.prune_rate == 0):
         raise UserError(
             f"algorithm.rollout.prune_rate={rollout.prune_rate} must lie in [0, 1), and above 0 "
@@ -272,7 +292,7 @@ def check_config(config: Config) -> None:
             f"{rollout.keep_max_variance} leave nothing to learn of a group of "
             f"{batch.group_size}: keep at least one by the first, two by the second (0 keeps all)"
         )
-    if generator.temperature == 0:
+    if config.generator.temperature == 0:
         raise UserError(
             "generator.temperature=0 samples the same completion G times, which gives no "
             "advantage: use a temperature above 0 (evaluation is greedy by itself)"
@@ -281,17 +301,6 @@ def check_config(config: Config) -> None:
         raise UserError(
             f"batch.group_size=1 gives zero advantage under algorithm.baseline.kind="
             f"{config.algorithm.baseline.kind}: use at least 2"
-        )
-    if config.batch.prompts_per_step < 1 or not config.verifier.rules:
-        raise UserError("verifier.rules is empty: name at least one verifier")
-    _check_colocated(config)
-    _check_data(config)
-    _check_guidance(config)
-    kind, kinds = config.algorithm.credit.kind, get_args(CreditKind)
-    if kind not in kinds and ":" not in kind:
-        raise UserError(
-            f"algorithm.credit.kind={kind} is not known{nearest(kind, kinds)}: use one of "
-            f"{', '.join(kinds)}, or a rule of your own as package.module:function"
         )
 
 
