@@ -104,10 +104,10 @@ class PromptSource:
         """
         if count > len(self._held_out):
             raise ValueError(f"{count} evaluation prompts wanted, {len(self._held_out)} held out")
-        return [self._make(row, i, -1, -1) for i, row in enumerate(self._held_out[:count])]
+        return self.some_prompts(count)
 
     def some_prompts(self, count: int) -> list[Prompt]:
-        """`count` prompts, always the same: held-out ones, then those of training."""
+        """`count` prompts, always the same: held-out ones, then those of training; epoch is -1."""
         rows = [*self._held_out, *self._rows[:count]]
         return [self._make(row, i, -1, -1) for i, row in enumerate(rows[:count])]
 

@@ -231,8 +231,7 @@ _NOT_NEGATIVE = (
 
 def check_config(config: Config) -> None:
     """Raise `UserError` for values that cannot work together, naming the keys and a remedy."""
-    _require_positive(config, *_POSITIVE)
-    _require_positive(config, *_SECONDS)
+    _require_positive(config, *_POSITIVE, *_SECONDS)
     _require_finite(config, *_SECONDS)
     _require_not_negative(config, *_NOT_NEGATIVE)
     _check_processes(config)

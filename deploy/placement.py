@@ -170,22 +170,27 @@ def actor_options(config: Config, cores: CorePlan, cuda: bool) -> ActorOptions:
         # Huge pages where the kernel gives them to who asks: 6 % of a training step on two cores.
         "GLIBC_TUNABLES": os.environ.get("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1"),
     }
-    gpus = (config.generator.num_gpus or config.generator.devices) if cuda else 0
-    share = 0.5 if config.colocated else 1.0
+    of_generator, of_rank = gpus_each(config) if cuda else (0.0, 0.0)
     return ActorOptions(
         generator={
             "num_cpus": cores.generator_threads,
-            "num_gpus": gpus * share,
+            "num_gpus": of_generator,
             "max_concurrency": 1000,
             "runtime_env": {"env_vars": generator_environment},
         },
         learner={
             "num_cpus": cores.learner_threads,
-            "num_gpus": share if cuda else 0,
+            "num_gpus": of_rank,
             "runtime_env": {"env_vars": learner_environment},
         },
         verifier={"num_cpus": 0.5, "max_concurrency": 1000},
     )
+
+
+def gpus_each(config: Config) -> tuple[float, float]:
+    """CUDA devices of a generator and of a learner rank; those that take turns have half of one."""
+    share = 0.5 if config.colocated else 1.0
+    return share * (config.generator.num_gpus or config.generator.devices), share
 
 
 def cpus_needed(config: Config, cores: CorePlan) -> int:

@@ -24,7 +24,7 @@ from deploy.cluster import ActorFactory, Actors, connect, disconnect, learner_jo
 from deploy.cpu_runtime import preload_libraries
 from deploy.memory import check_memory
 from deploy.models import Located
-from deploy.placement import CorePlan, actor_options, plan_here, uses_cuda
+from deploy.placement import CorePlan, actor_options, gpus_each, plan_here, uses_cuda
 from deploy.reservation import Reservation, generator_names, wishes
 from learner.group import LearnerGroup
 
@@ -158,12 +158,12 @@ def _check_devices(config: Config) -> None:
     import torch
 
     here = torch.cuda.device_count()
-    share = 0.5 if config.colocated else 1.0
-    generator, ranks = config.generator, config.learner.ranks
-    wanted = share * (generator.count * (generator.num_gpus or generator.devices) + ranks)
+    generators, ranks = config.generator.count, config.learner.ranks
+    of_generator, of_rank = gpus_each(config)
+    wanted = generators * of_generator + ranks * of_rank
     if wanted > here:
         raise UserError(
-            f"{generator.count} generator(s) and {ranks} learner rank(s) want {wanted:g} CUDA "
+            f"{generators} generator(s) and {ranks} learner rank(s) want {wanted:g} CUDA "
             f"device(s), and torch sees {here} here: lower generator.count or learner.ranks, have "
             "them take turns on the same devices (weights.transport=ipc, "
             "generator.max_staleness=0), or train on the CPU (learner.device=cpu)"

@@ -22,9 +22,7 @@ from learner.group import LearnerGroup
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
 
 
-def test_a_group_is_fetched_while_the_learner_is_busy(
-    cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_group_is_fetched_while_the_learner_is_busy(cluster: Cluster, tmp_path: Path) -> None:
     add(cluster, "learning", cpus=1)
     tests = Path(__file__).resolve().parents[1]
     environment = {"env_vars": {"PYTHONPATH": f"{tests.parent}:{tests}"}}
