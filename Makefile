@@ -20,7 +20,7 @@ test-integration: setup
 # Our losses against TRL's, in an environment of its own.
 test-oracle: setup
 	@bash tests/bench/peer_setup.sh
-	PYTHONPATH=. $${TRL_PYTHON:-.venv-trl/bin/python} -m pytest tests/test_trl_oracle.py $(ARGS)
+	PYTHONPATH=. $${TRL_PYTHON:-.venv-trl/bin/python} -m pytest tests/learner/test_trl_oracle.py $(ARGS)
 
 # Every recipe, ten steps on real parts; the examples, a notebook and an evaluation: a quarter of an
 # hour on two cores.
@@ -37,7 +37,7 @@ faults: setup
 
 # ARGS='--minutes 20': processes killed at random, and the account at the end.
 soak: setup
-	PYTHONPATH=.:tests $(RUN) tests/faults/soak.py $(ARGS)
+	PYTHONPATH=.:tests/support $(RUN) tests/faults/soak.py $(ARGS)
 
 # About two hours on two cores; what is finished is not run again.
 compare: setup
@@ -67,7 +67,7 @@ lint: setup
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
-	MYPYPATH=tests:tests/bench $(VENV)/bin/mypy tests/bench/*.py
+	MYPYPATH=tests/support:tests/bench $(VENV)/bin/mypy tests/bench/*.py
 
 setup:
 	@bash deploy/setup.sh

@@ -128,5 +128,5 @@ def in_time(
 
 
 def _oldest_first(receipts: Iterable[GroupReceipt]) -> list[GroupReceipt]:
-    """A turn's place does not depend on how often it was dispatched, or in which process."""
-    return sorted(receipts, key=lambda group: (group.dispatch_version, group.turn))
+    """A ticket's place does not depend on how often it was dispatched, or in which process."""
+    return sorted(receipts, key=lambda group: (group.dispatch_version, group.ticket))

@@ -1,6 +1,6 @@
 """What the control plane passes around: requests and receipts, never tokens of completions.
 
-The tokens travel as Arrow record batches (`common.schema`) behind object references.
+The tokens travel as Arrow record batches (`common.record.schema`) behind object references.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from typing import Any
 
 
-def turn_seed(seed: int, turn: int) -> int:
-    """Of the samples of a turn, or of an evaluation's problem; sample i adds i."""
-    digest = hashlib.sha256(f"{seed}/{turn}".encode()).digest()
+def ticket_seed(seed: int, ticket: int) -> int:
+    """Of the samples of a ticket, or of an evaluation's problem; sample i adds i."""
+    digest = hashlib.sha256(f"{seed}/{ticket}".encode()).digest()
     return int.from_bytes(digest[:6])
 
 
@@ -21,7 +21,7 @@ class GroupRequest:
     """Sample `num_completions` completions of one prompt."""
 
     group_id: int
-    turn: int
+    ticket: int
     """The prompt's place in the order of serving, over all epochs; -1 outside training."""
     prompt_id: str
     epoch: int
@@ -49,7 +49,7 @@ class GroupReceipt:
     """A verified group that is in the trajectory log. `batch_ref` names its record batch."""
 
     group_id: int
-    turn: int
+    ticket: int
     batch_ref: Any
     dispatch_version: int
     min_version: int

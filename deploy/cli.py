@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from common.errors import RunError, UserError
-from deploy.arguments import parse, parser
+from deploy.command.arguments import parse, parser
 
 if TYPE_CHECKING:
-    from common.config import Config
+    from common.config.sections import Config
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -45,7 +45,7 @@ def _message(error: Exception) -> str:
 
 
 def _load(options: argparse.Namespace) -> Config:
-    from deploy.presets import load
+    from deploy.command.presets import load
 
     return load(options.config, options.overrides)
 
@@ -62,7 +62,7 @@ def _train(options: argparse.Namespace) -> int:
 
 def _pick_preset(options: argparse.Namespace) -> None:
     """A person is asked; a script gets the default, and is told so."""
-    from deploy.presets import DEFAULT, choose
+    from deploy.command.presets import DEFAULT, choose
 
     if sys.stdin.isatty() and sys.stdout.isatty():
         options.config = choose()
@@ -71,21 +71,21 @@ def _pick_preset(options: argparse.Namespace) -> None:
 
 
 def _plan(options: argparse.Namespace) -> int:
-    from deploy.plan import describe
+    from deploy.predict.plan import describe
 
     print(describe(_load(options), options.lengths, options.costs))
     return 0
 
 
 def _recipes(options: argparse.Namespace) -> int:
-    from deploy.presets import listing
+    from deploy.command.presets import listing
 
     print(listing())
     return 0
 
 
 def _completion(options: argparse.Namespace) -> int:
-    from deploy.completion import script
+    from deploy.command.completion import script
 
     print(script(options.shell, parser()), end="")
     return 0
@@ -97,7 +97,7 @@ def _inspect(options: argparse.Namespace) -> int:
     }
     if options.ledger:
         _refuse(given, "--ledger")
-        from deploy.account import inspect_ledger
+        from deploy.inspector.account import inspect_ledger
 
         return inspect_ledger(options.run)
     if options.html is not None:
@@ -121,9 +121,9 @@ def _refuse(options: set[str], of: str) -> None:
 
 
 def _replay(options: argparse.Namespace) -> int:
-    from deploy.presets import RECIPES
-    from deploy.replay import other_rule, replay
-    from deploy.replay_report import describe, name_of
+    from deploy.command.presets import RECIPES
+    from deploy.inspector.replay import other_rule, replay
+    from deploy.inspector.replay_report import describe, name_of
 
     rule = options.overrides
     other = other_rule(options.run, rule, RECIPES) if rule else None

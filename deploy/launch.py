@@ -19,18 +19,18 @@ from typing import Any, TypeVar
 import pyarrow as pa
 from ray.exceptions import RayError
 
-from common.config import Config
+from common.config.sections import Config
 from common.errors import RunError, StallError, UserError
-from common.metrics import read_metrics
-from common.stacks import stall_report
-from deploy.metric_sinks import check_sinks
-from deploy.mirror import Mirror
-from deploy.preemption import Preemption
-from deploy.presets import load
-from deploy.restart import Restarts, is_recoverable
-from deploy.run import Run
-from deploy.run_dir import RunDirectory, explained
-from deploy.service import Service
+from common.record.metrics import read_metrics
+from common.supervision.stacks import stall_report
+from deploy.command.presets import load
+from deploy.run.coordinator import Run
+from deploy.run.directory import RunDirectory, explained
+from deploy.run.metric_sinks import check_sinks
+from deploy.run.mirror import Mirror
+from deploy.run.preemption import Preemption
+from deploy.run.restart_budget import RestartBudget, is_recoverable
+from deploy.run.service import Service
 
 T = TypeVar("T")
 
@@ -157,7 +157,7 @@ async def _train_one(
     """A run in its directory, through the deaths of its processes."""
     automatic, config = config.resume == "auto", found(config)
     run = RunDirectory.reopen(config.resume) if config.resume else RunDirectory.create(config)
-    restarts = Restarts(config.restart)
+    restarts = RestartBudget(config.restart)
     try:
         if automatic and config.resume and is_done(run, config.steps):
             if last:
@@ -234,7 +234,7 @@ async def _attempt(
     run: RunDirectory,
     service: Service,
     preemption: Preemption,
-    restarts: Restarts,
+    restarts: RestartBudget,
     *,
     last: bool,
 ) -> dict[str, float]:

@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from common.errors import NumbersError
-from common.faults import reached
+from common.supervision.faults import reached
 from common.trajectory import GroupReceipt
-from learner.group import LearnerGroup
-from learner.publish import Exported, Publisher
+from learner.training.ranks import LearnerRanks
+from learner.weights.publish import Exported, Publisher
 
 
 class GroupSource(Protocol):
@@ -73,7 +73,7 @@ class LearnerLoop:
     def __init__(
         self,
         *,
-        learner: LearnerGroup,
+        learner: LearnerRanks,
         publisher: Publisher,
         groups: GroupSource,
         evaluation: Evaluation,

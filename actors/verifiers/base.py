@@ -14,7 +14,7 @@ from numbers import Real
 from typing import Any, Literal, Protocol, get_args
 
 from common.errors import UserError
-from common.schema import ERROR, FAIL, PASS, TIMEOUT
+from common.record.schema import ERROR, FAIL, PASS, TIMEOUT
 
 Extract = Literal["full", "last_number", "boxed", "answer_tag", "last_line"]
 

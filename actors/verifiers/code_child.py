@@ -20,7 +20,7 @@ import runpy
 import sys
 from typing import Any
 
-from actors.confinement import compute_only, lower_limit
+from actors.sandbox.confinement import compute_only, lower_limit
 
 MAX_OUTPUT_BYTES = 16 * 2**20
 READY = b"ready\n"

@@ -26,7 +26,7 @@ from actors.verifiers.base import (
     extract_answer,
     last_boxes,
 )
-from common.schema import TIMEOUT
+from common.record.schema import TIMEOUT
 
 SECONDS = 4
 """Limit of one parse and of one comparison, whole seconds; below the pool's usual deadline."""

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 from actors.verifiers.base import Verdict, as_verdict
 from common.errors import UserError
-from common.schema import ERROR
+from common.record.schema import ERROR
 
 if TYPE_CHECKING:
-    from common.config import VerifierConfig
+    from common.config.sections import VerifierConfig
 
 BUILTIN = ("reasoning_gym", "math_answer", "format_rules", "choice", "code_tests")
 _VOTING = ("reasoning_gym", "math_answer", "choice")

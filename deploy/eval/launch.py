@@ -5,7 +5,7 @@ already is not sampled again, and a folder that is done starts nothing.
 
 FOLDER/config.yaml          configuration of the parts
       /settings.json        what decides the results: a second call must have the same
-      /trajectories/        every sample as training logs it (`common.log_store`)
+      /trajectories/        every sample as training logs it (`common.record.trajectory_log`)
       /completions.parquet  every sample for reading: prompt, completion, answer, verdict
       /results.json         the numbers, written last
       /failures.json        why the grader could not judge, and how often
@@ -26,16 +26,14 @@ from typing import Any
 
 from ray.exceptions import RayError
 
-from actors.chat import Template
-from actors.data_sources import Rows
-from actors.pools import GeneratorPool, VerifierPool
-from actors.prompts import Prompt, PromptSource
-from common.config import Config
+from actors.data.chat import Template
+from actors.data.prompts import Prompt, PromptSource
+from actors.data.sources import Rows
+from actors.rollout.pools import GeneratorPool, VerifierPool
+from common.config.sections import Config
 from common.errors import RunError, UserError
-from common.heartbeat import beat
-from common.stream import GroupLog
-from deploy.cluster import start_stream
-from deploy.display import PlainDisplay
+from common.record.writer import TrajectoryLogClient
+from common.supervision.heartbeat import beat
 from deploy.eval import report
 from deploy.eval.runner import SuiteRunner, logged
 from deploy.eval.settings import (
@@ -49,14 +47,16 @@ from deploy.eval.settings import (
     suite_config,
 )
 from deploy.eval.suite import Suite, load_problems, load_suite
-from deploy.models import Located, check_vocabulary, resolve_model
-from deploy.placement import with_compute_dtype
-from deploy.preemption import Preemption
-from deploy.restart import Restarts
-from deploy.revival import Reviver
-from deploy.run import first_cause, until_learner_ends
-from deploy.run_dir import RunDirectory, explained
-from deploy.service import Service
+from deploy.models.resolve import Located, check_vocabulary, resolve_model
+from deploy.placement.options import with_compute_dtype
+from deploy.run.actors import start_log
+from deploy.run.coordinator import first_cause, until_learner_ends
+from deploy.run.directory import RunDirectory, explained
+from deploy.run.display import PlainDisplay
+from deploy.run.preemption import Preemption
+from deploy.run.replacements import Replacements
+from deploy.run.restart_budget import RestartBudget
+from deploy.run.service import Service
 
 SETTINGS, FAILURES = "settings.json", "failures.json"
 _SHOW_S = 10.0
@@ -212,15 +212,17 @@ async def _sample(jobs: list[Job], log_folder: Path, say: Say) -> None:
         generators = GeneratorPool(actors.generators, service.waits, 0)
         deadline_s = first.config.generator.start_timeout_s
         await generators.call_all("start", owner="start-up", deadline_s=deadline_s)
-        restarts = Restarts(first.config.restart)
-        generators.revival = Reviver(service.factory, first.run, restarts, say).generators()
+        restarts = RestartBudget(first.config.restart)
+        generators.replacement = Replacements(
+            service.factory, first.run, restarts, say
+        ).generators()
         try:
             for job in jobs:
                 if job is not first:
                     await service.change_verifiers(job.config)
                 verifiers = VerifierPool(actors.verifiers, service.waits)
-                reviver = Reviver(service.factory, job.run, restarts, say)
-                await _sample_suite(job, service, generators, verifiers, reviver, say)
+                replacements = Replacements(service.factory, job.run, restarts, say)
+                await _sample_suite(job, service, generators, verifiers, replacements, say)
         finally:
             generators.end()
     finally:
@@ -232,15 +234,15 @@ async def _sample_suite(
     service: Service,
     generators: GeneratorPool,
     verifiers: VerifierPool,
-    reviver: Reviver,
+    replacements: Replacements,
     say: Say,
 ) -> None:
     config = job.config
     deadline_s = config.generator.start_timeout_s
     await verifiers.call_all("warm_up", owner="start-up", deadline_s=deadline_s)
-    verifiers.revival = reviver.verifiers()
-    stream = start_stream(config, job.run.path)
-    log = GroupLog(stream, service.waits, config.verify_timeout_s, reviver.stream())
+    verifiers.replacement = replacements.verifiers()
+    stream = start_log(config, job.run.path)
+    log = TrajectoryLogClient(stream, service.waits, config.verify_timeout_s, replacements.stream())
     runner = SuiteRunner(
         job.prompts,
         job.sampling,

@@ -19,10 +19,10 @@ import pyarrow as pa
 import pyarrow.parquet
 
 from actors.verifiers.registry import voter
-from common.config import VerifierSpec
+from common.config.sections import VerifierSpec
 from common.errors import RunError
-from common.log_store import read_log
-from common.schema import ERROR, PASS, TIMEOUT, VERDICT_PREFIX
+from common.record.schema import ERROR, PASS, TIMEOUT, VERDICT_PREFIX
+from common.record.trajectory_log import read_log
 from deploy.eval.metrics import (
     CONFIDENCE,
     RESAMPLES,

@@ -12,12 +12,12 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from actors.pools import GeneratorPool, GroupLostError, VerifierPool
-from actors.prompts import Prompt
-from common.config import Config
-from common.log_store import read_log
-from common.stream import GroupLog
-from common.trajectory import GroupRequest, turn_seed
+from actors.data.prompts import Prompt
+from actors.rollout.pools import GeneratorPool, GroupLostError, VerifierPool
+from common.config.sections import Config
+from common.record.trajectory_log import read_log
+from common.record.writer import TrajectoryLogClient
+from common.trajectory import GroupRequest, ticket_seed
 from deploy.eval.settings import Sampling, in_flight
 
 
@@ -27,9 +27,9 @@ def logged(folder: Path) -> set[int]:
 
 
 def sample_seed(seed: int, problem: int, sample: int) -> int:
-    """As synchronous training seeds completion `sample` of turn `problem`: the same in every call,
-    whatever else is asked and in whatever order."""
-    return turn_seed(seed, problem) + sample
+    """As synchronous training seeds completion `sample` of ticket `problem`: the same in every
+    call, whatever else is asked and in whatever order."""
+    return ticket_seed(seed, problem) + sample
 
 
 class SuiteRunner:
@@ -42,7 +42,7 @@ class SuiteRunner:
         *,
         generators: GeneratorPool,
         verifiers: VerifierPool,
-        log: GroupLog,
+        log: TrajectoryLogClient,
         config: Config,
         progress: Callable[[int], None],
     ) -> None:
@@ -95,7 +95,7 @@ class SuiteRunner:
         prompt = self._prompts[problem]
         return GroupRequest(
             group_id=number,
-            turn=-1,
+            ticket=-1,
             prompt_id=prompt.prompt_id,
             epoch=prompt.epoch,
             prompt_text=prompt.text,

@@ -17,12 +17,12 @@ from typing import Any
 
 import xxhash
 
-from actors.data_sources import Row
-from common.config import BatchConfig, Config
-from common.config_loader import load_config
+from actors.data.sources import Row
+from common.config.load import load_config
+from common.config.sections import BatchConfig, Config
 from common.errors import UserError
 from deploy.eval.suite import Suite
-from deploy.models import text_config
+from deploy.models.resolve import text_config
 
 _OURS = {
     "generator.temperature": "--temperature",

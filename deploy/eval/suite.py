@@ -1,6 +1,6 @@
 """Suites: YAML files of `deploy/configs/suites`, and the problems they describe.
 
-`load_suite`: a checked `Suite`. `load_problems`: its questions as `Row`s of `actors.data_sources`,
+`load_suite`: a checked `Suite`. `load_problems`: its questions as `Row`s of `actors.data.sources`,
 prompt applied, with the reference its grader needs. How a record of a data set becomes a row is a
 choice from `_ROWS`.
 """
@@ -17,11 +17,11 @@ from typing import Any, Literal
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from actors.data_sources import Row, file_records, hub_records, load_rows
-from actors.quarantine import Quarantine
+from actors.data.quarantine import Quarantine
+from actors.data.sources import Row, file_records, hub_records, load_rows
 from actors.verifiers.choice import LETTERS
-from common.config import DataConfig, ReasoningGymConfig, VerifierSpec
-from common.config_loader import nearest
+from common.config.load import nearest
+from common.config.sections import DataConfig, ReasoningGymConfig, VerifierSpec
 from common.errors import UserError
 from deploy.eval import code_problems
 
@@ -46,7 +46,7 @@ class Suite:
     files: list[str] = field(default_factory=list)
     """`hub`: JSON lines in the repository that are read alone."""
     reasoning_gym: ReasoningGymConfig = field(default_factory=ReasoningGymConfig)
-    """`size` counts the problems, all of them on the held-out side of `common.split`."""
+    """`size` counts the problems, all of them on the held-out side of `actors.data.held_out`."""
     rows: Literal["answer", "choice", "human_eval", "live_code_bench"] = "answer"
     question_column: str = "question"
     answer_column: str = "answer"

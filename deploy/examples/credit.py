@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import torch
 
-from common.algorithm_config import CreditConfig
-from learner.credit import Credit, CreditInputs
+from common.config.algorithm import CreditConfig
+from learner.algorithm.credit import Credit, CreditInputs
 
 
 def by_entropy(inputs: CreditInputs, config: CreditConfig) -> Credit:

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from common.credit_log import credit_path, credit_rules, read_group_credit
 from common.errors import UserError
-from common.schema import REWARD_PREFIX, VERDICT_PREFIX
+from common.record.credit_log import credit_path, credit_rules, read_group_credit
+from common.record.schema import REWARD_PREFIX, VERDICT_PREFIX
 from deploy.inspector.tokens import TokenTexts
 
 Credit = dict[int, dict[str, Any]]
@@ -59,7 +59,8 @@ def details(
 
 
 def other_credit(run: Path, group_id: int, step: int | None) -> dict[str, Credit]:
-    """A group's credit under every other rule that was asked about its step (`deploy.replay`)."""
+    """A group's credit under every other rule that was asked about its step
+    (`deploy.inspector.replay`)."""
     if step is None:
         return {}
     rules = credit_rules(run, step)

@@ -7,12 +7,12 @@ from typing import Any
 
 import pyarrow as pa
 
-from common.ledger import reading
+from common.record.ledger import reading
 
 BOOKED = pa.schema(
     [
         pa.field("group_id", pa.int64()),
-        pa.field("turn", pa.int64()),
+        pa.field("ticket", pa.int64()),
         pa.field("prompt_id", pa.string()),
         pa.field("completions", pa.int64()),
         pa.field("dispatch_version", pa.int32()),
@@ -22,7 +22,7 @@ BOOKED = pa.schema(
     ]
 )
 _GROUPS = """
-SELECT group_id, turn, prompt_id, completions, dispatch_version, tokens, step,
+SELECT group_id, ticket, prompt_id, completions, dispatch_version, tokens, step,
     CASE WHEN state != 'closed' THEN state ELSE
         (SELECT outcome FROM outcomes AS o WHERE o.group_id = g.group_id
          ORDER BY outcome = 'failed' LIMIT 1) END

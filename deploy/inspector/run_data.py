@@ -17,17 +17,17 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from omegaconf import OmegaConf
 
-from common.credit_log import FOLDER as CREDIT
-from common.credit_log import credit_steps
 from common.errors import UserError
-from common.metrics import read_metrics
-from deploy.account import is_live
+from common.record.credit_log import FOLDER as CREDIT
+from common.record.credit_log import credit_steps
+from common.record.metrics import read_metrics
+from deploy.inspector.account import is_live
 from deploy.inspector.details import details, group_credit, other_credit
 from deploy.inspector.ledger_view import read_fate, read_groups
 from deploy.inspector.query import GroupQuery, page_of, rows, select
 from deploy.inspector.segments import LogIndex
 from deploy.inspector.tokens import TokenTexts, load_tokenizer
-from deploy.run_dir import LEDGER
+from deploy.run.directory import LEDGER
 
 METRICS = "metrics.jsonl"
 NOT_LOGGED = "the trajectory log does not have this group: it was not, or not yet, verified"
@@ -125,7 +125,7 @@ class RunData:
             return None
         row = groups.slice(place, 1)
         summary = rows(row)[0] | {
-            "turn": row["turn"][0].as_py(),
+            "ticket": row["ticket"][0].as_py(),
             "dispatch_version": row["dispatch_version"][0].as_py(),
         }
         fate = read_fate(self.run / LEDGER, group_id)
@@ -241,7 +241,7 @@ def _joined(log: pa.Table, booked: pa.Table) -> pa.Table:
     return pa.table(
         {
             "group_id": ids,
-            "turn": either("turn"),
+            "ticket": either("ticket"),
             "step": known["step"],
             "state": known["state"],
             "completions": completions,

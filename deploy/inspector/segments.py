@@ -19,12 +19,12 @@ import pyarrow.ipc
 import pyarrow.parquet
 
 from common.errors import RunError, UserError
-from common.log_store import segments
-from common.schema import check_schema
+from common.record.schema import check_schema
+from common.record.trajectory_log import segments
 
 _SCALARS = [
     "group_id",
-    "turn",
+    "ticket",
     "prompt_id",
     "epoch",
     "prompt_text",
@@ -37,7 +37,7 @@ _TEXTS = ["prompt_text", "text"]
 INDEX = pa.schema(
     [
         pa.field("group_id", pa.int64()),
-        pa.field("turn", pa.int64()),
+        pa.field("ticket", pa.int64()),
         pa.field("prompt_id", pa.string()),
         pa.field("epoch", pa.int32()),
         pa.field("dispatch_version", pa.int32()),

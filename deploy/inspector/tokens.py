@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from tokenizers import Tokenizer
 
-from deploy.models import BUILTIN, cache_folder
+from deploy.models.resolve import BUILTIN, cache_folder
 
 FILE = "tokenizer.json"
 REPLACEMENT = "\ufffd"

@@ -65,7 +65,7 @@ def _end(process: subprocess.Popen[str]) -> None:
 
 def _with_tests(inherited: str | None) -> str:
     """Rows use the made-up data of the tests."""
-    return os.pathsep.join([str(ROOT / "tests"), *([inherited] if inherited else [])])
+    return os.pathsep.join([str(ROOT / "tests" / "support"), *([inherited] if inherited else [])])
 
 
 def main() -> int:

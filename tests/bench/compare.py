@@ -13,7 +13,7 @@ those rows by their held-out accuracy, which no guidance touches.
 With one optimiser step a batch, as in `recipes`, the policy is the old one at every step: no clip
 binds, and ε-trace and ε-weight differ only in where the off-policy correction stands (S = 1).
 `epochs` trains twice on every batch. `staleness` compares plain and cut traces on the advantage,
-where the correction belongs to the token it weighs (`learner/traces.py`).
+where the correction belongs to the token it weighs (`learner/algorithm/traces.py`).
 
 The task: an answer of the tiny preset is either worked out in steps or blurted, which its first
 tokens decide, and only the number at its end is paid for. A rule that moves credit towards early
@@ -35,12 +35,12 @@ import numpy as np
 from curves import plot
 from harness import CONFIGS, RESULTS, ROOT
 
-from common.config import Config
-from common.config_loader import dump_config, load_config
-from common.log_store import read_log
-from common.metrics import read_metrics
+from common.config.load import dump_config, load_config
+from common.config.sections import Config
+from common.record.metrics import read_metrics
+from common.record.trajectory_log import read_log
 from deploy.launch import train_each
-from deploy.warm_start import solution
+from deploy.models.warm_start import solution
 
 
 @dataclass(frozen=True)

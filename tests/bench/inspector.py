@@ -1,6 +1,6 @@
 """How long the inspector takes to open a log of a million completions, and to answer.
 
-    PYTHONPATH=.:tests python tests/bench/inspector.py [GROUPS]
+    PYTHONPATH=.:tests/support python tests/bench/inspector.py [GROUPS]
 
 Makes 125,000 groups of 8 completions of 16 tokens (0.7 GB, two minutes), or GROUPS of them, opens
 them in a process of its own, as the verb would, and prints seconds; the second of each pair is of

@@ -13,11 +13,11 @@ from typing import Any
 
 from harness import CONFIGS, ROOT
 
-from common.config import Config
-from common.config_loader import load_config
-from common.log_store import read_log
-from common.metrics import read_metrics
-from deploy.placement import with_compute_dtype
+from common.config.load import load_config
+from common.config.sections import Config
+from common.record.metrics import read_metrics
+from common.record.trajectory_log import read_log
+from deploy.placement.options import with_compute_dtype
 
 HERE = Path(__file__).parent
 # What both sides do: the same rule for rewards, and TRL's own method.

@@ -19,13 +19,13 @@ from harness import CONFIGS, Row, emit
 from workload import without_end
 
 os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"
-from common.config_loader import load_config
+from common.config.load import load_config
 from common.trajectory import GroupRequest
 from common.weights import pack_tensors
-from deploy.cluster import ActorFactory, connect, disconnect
-from deploy.cpu_runtime import preload_libraries
-from deploy.models import Located, resolve_model
-from deploy.placement import actor_options, plan_here
+from deploy.models.resolve import Located, resolve_model
+from deploy.placement.cpu_runtime import preload_libraries
+from deploy.placement.options import actor_options, plan_here
+from deploy.run.actors import ActorFactory, connect, disconnect
 
 GROUPS, SIZE, TOKENS, REPEATS = 32, 8, 96, 5
 
@@ -82,7 +82,8 @@ def measure(folder: str) -> list[Row]:
 class Offline:
     """`LLM.generate`, engine and worker in one process; an actor only to have its environment.
 
-    Its norms are ours (`actors.cpu_kernels`): the row is about what an actor adds to an engine.
+    Its norms are ours (`actors.generation.cpu_kernels`): the row is about what an actor adds to an
+    engine.
     """
 
     def __init__(self, folder: str, cores: list[int] | None) -> None:
@@ -91,7 +92,7 @@ class Offline:
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         from vllm import LLM
 
-        from actors.cpu_kernels import IR_OP_PRIORITY
+        from actors.generation.cpu_kernels import IR_OP_PRIORITY
 
         self._llm = LLM(
             folder,

@@ -16,11 +16,11 @@ from harness import Row, emit, ratio_of_times
 from learner_models import trajectories
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from common.algorithm_config import AlgorithmConfig, CreditConfig
-from common.config import LearnerConfig, ModelConfig
-from learner.packing import StepBatch, pack_microbatch
-from learner.traces import LambdaTrace, PackedAxis
-from learner.worker import LearnerJob, LearnerWorker
+from common.config.algorithm import AlgorithmConfig, CreditConfig
+from common.config.sections import LearnerConfig, ModelConfig
+from learner.algorithm.traces import LambdaTrace, PackedAxis
+from learner.policy.packing import StepBatch, pack_microbatch
+from learner.training.rank import LearnerJob, LearnerRank
 
 VOCABULARY = 16_384
 
@@ -43,7 +43,7 @@ def model_folder(folder: Path) -> Path:
     return folder
 
 
-def worker(folder: Path) -> LearnerWorker:
+def worker(folder: Path) -> LearnerRank:
     job = LearnerJob(
         model=ModelConfig(path=str(folder), dtype="float32"),
         reference_path=None,
@@ -64,7 +64,7 @@ def worker(folder: Path) -> LearnerWorker:
         bucket_mib=64,
         tokens_per_microbatch=2048,
     )
-    made = LearnerWorker(job, 0, put=lambda buffer: buffer)
+    made = LearnerRank(job, 0, put=lambda buffer: buffer)
     made.setup(*made.rendezvous_address())
     return made
 

@@ -11,8 +11,8 @@ import torch
 from harness import Row, emit, peak_kib
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from learner.model import Policy
-from learner.packing import pack_row
+from learner.policy.model import Policy
+from learner.policy.packing import pack_row
 
 TOKENS, VOCABULARY, CHUNK = 8192, 150_000, 512
 

@@ -9,9 +9,9 @@ import torch
 from harness import Row, emit, ratio_of_times
 from learner_models import trajectories
 
-from learner.heap import keep_freed_memory
-from learner.packing import StepBatch, pack_microbatch, plan_packing
-from learner.traces import LambdaTrace, PackedAxis
+from learner.algorithm.traces import LambdaTrace, PackedAxis
+from learner.policy.packing import StepBatch, pack_microbatch, plan_packing
+from learner.training.heap import keep_freed_memory
 
 TRACE_TOKENS, SEQUENCES = 32_768, 256  # 32 MiB: a copy within the cache touches no memory
 

@@ -11,14 +11,14 @@ from pathlib import Path
 import psutil
 from harness import ROOT, Row, emit
 
-from common.metrics import read_metrics
+from common.record.metrics import read_metrics
 
 STEPS, EARLY = 500, 50
 KINDS = (
-    "LearnerWorker",
+    "LearnerRank",
     "Generator",
     "VerifierWorker",
-    "TrajectoryStream",
+    "TrajectoryLogWriter",
     "EngineCore",  # with CUDA
     "deploy.cli",
     "sandbox_child",  # of the verifiers: where rules run

@@ -21,7 +21,7 @@ from harness import Row, emit
 from peer import train
 from workload import without_end
 
-from deploy.models import resolve_model
+from deploy.models.resolve import resolve_model
 
 STEPS, SKIPPED = 11, 3
 KEYS = (

@@ -9,7 +9,7 @@ from pathlib import Path
 from harness import Row, emit
 from peer import EQUAL, prompts_of, train, trl
 
-from deploy.models import resolve_model
+from deploy.models.resolve import resolve_model
 
 STEPS, WARMING = 8, 2
 """Ours: the learner's heap grows in the first two, and its pages are touched for the first time."""

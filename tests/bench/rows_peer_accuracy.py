@@ -10,7 +10,7 @@ from pathlib import Path
 from harness import Row, emit
 from peer import EQUAL, held_out_of, prompts_of, train, trl
 
-from deploy.models import resolve_model
+from deploy.models.resolve import resolve_model
 
 EVERY = 5
 

@@ -14,10 +14,10 @@ import ray
 from harness import Row, emit
 from learner_models import trajectories
 
-from common.ledger import Ledger
-from common.stream import GroupLog, TrajectoryStreamActor
+from common.record.ledger import Ledger
+from common.record.writer import TrajectoryLogActor, TrajectoryLogClient
+from common.supervision.waits import Waits
 from common.trajectory import GroupReceipt, GroupRequest
-from common.waits import Waits
 
 GROUPS, REPEATS, STEP, UNDER_WAY = 320, 5, 16, 32
 
@@ -25,7 +25,7 @@ GROUPS, REPEATS, STEP, UNDER_WAY = 320, 5, 16, 32
 async def pass_through(stream: Any, ledger: Ledger, refs: list[Any], first: int) -> None:
     """Every group dispatched, logged, booked and trained on, as a run's coordinator does it."""
     slots = asyncio.Semaphore(UNDER_WAY)
-    log = GroupLog(stream, Waits(), deadline_s=60.0)
+    log = TrajectoryLogClient(stream, Waits(), deadline_s=60.0)
 
     async def one(group: int) -> GroupReceipt:
         async with slots:
@@ -47,7 +47,7 @@ def main() -> None:
     rates, ratios = [], []
     source = np.random.default_rng(0).integers(0, 255, nbytes, dtype=np.uint8)
     with tempfile.TemporaryDirectory() as name:
-        stream = TrajectoryStreamActor.options(num_cpus=0).remote(name, ["test"])
+        stream = TrajectoryLogActor.options(num_cpus=0).remote(name, ["test"])
         ledger = Ledger(Path(name) / "ledger.sqlite", "made up")
         asyncio.run(pass_through(stream, ledger, refs, 0))  # warms up
         for repeat in range(1, REPEATS + 1):

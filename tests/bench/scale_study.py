@@ -4,8 +4,8 @@
 
 Weak scaling: 32 prompts a step for every eight GPUs. Strong: 1,024 prompts a step on any number.
 Every point has the best of a few splits between generation and learning. Costs are derived from
-data sheets and assumptions (`deploy.costs`), which the table begins with; the coordinator and the
-log are one process each, whatever the size. Writes scale-study.md, .json and .png.
+data sheets and assumptions (`deploy.predict.costs`), which the table begins with; the coordinator
+and the log are one process each, whatever the size. Writes scale-study.md, .json and .png.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from harness import CONFIGS, RESULTS
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 
-from common.config import Config
-from common.config_loader import load_config
-from deploy.cluster_plan import ClusterPlan
-from deploy.costs import Assumptions
-from deploy.simulate import Prediction
+from common.config.load import load_config
+from common.config.sections import Config
+from deploy.predict.cluster_plan import ClusterPlan
+from deploy.predict.costs import Assumptions
+from deploy.predict.simulate import Prediction
 
 SIZES = (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 SHARES = (0.4, 0.5, 0.6, 0.7)

@@ -32,20 +32,20 @@ from harness import RESULTS, machine
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 
-from actors.engine import Completion
-from actors.generator import rollout_batch
-from actors.guidance import Guidance
-from actors.pools import GeneratorPool, VerifierPool
-from actors.prompts import Prompt
-from actors.rollout import RolloutLoop
-from actors.verifier_pool import with_verdicts
+from actors.data.prompts import Prompt
+from actors.generation.engine import Completion
+from actors.generation.generator import rollout_batch
+from actors.rollout.guidance import Guidance
+from actors.rollout.loop import RolloutLoop
+from actors.rollout.pools import GeneratorPool, VerifierPool
 from actors.verifiers.base import Verdict
-from common.config import Config
-from common.config_loader import load_config
-from common.ledger import Ledger
-from common.stream import GroupLog, TrajectoryStreamActor
+from actors.verifiers.worker import with_verdicts
+from common.config.load import load_config
+from common.config.sections import Config
+from common.record.ledger import Ledger
+from common.record.writer import TrajectoryLogActor, TrajectoryLogClient
+from common.supervision.waits import Waits
 from common.trajectory import GroupRequest
-from common.waits import Waits
 from common.weights import WeightBucket
 
 STEPS, SKIPPED, PROMPTS = 14, 4, 64
@@ -94,11 +94,11 @@ class Prompts:
     """One prompt, for ever."""
 
     def __init__(self) -> None:
-        self.turn = -1
+        self.ticket = -1
 
     def next(self) -> Prompt:
-        self.turn += 1
-        return Prompt(self.turn, "p", 0, 0, "?", [1] * 32, "{}", None, None)
+        self.ticket += 1
+        return Prompt(self.ticket, "p", 0, 0, "?", [1] * 32, "{}", None, None)
 
     def encode(self, solution: str) -> list[int]:
         return []
@@ -120,7 +120,7 @@ async def measure(config: Config, folder: Path, generators: int, tokens: int) ->
         for _ in range(HOSTS)
     ]
     verifier = ray.remote(ScriptedVerifier).options(num_cpus=0, max_concurrency=1000).remote()
-    stream = TrajectoryStreamActor.options(num_cpus=0).remote(str(folder), ["rule"])
+    stream = TrajectoryLogActor.options(num_cpus=0).remote(str(folder), ["rule"])
     waits = Waits()
     ledger = Ledger(folder / "ledger.sqlite", "one prompt")
     handles = {f"generator-{i}": hosts[i % HOSTS] for i in range(generators)}
@@ -130,7 +130,7 @@ async def measure(config: Config, folder: Path, generators: int, tokens: int) ->
         source=Prompts(),  # type: ignore[arg-type]
         generators=pool,
         verifiers=VerifierPool({"verifier-0": verifier}, waits),
-        log=GroupLog(stream, waits, 60.0),
+        log=TrajectoryLogClient(stream, waits, 60.0),
         guidance=Guidance(config.algorithm.rollout.guidance, 1, 1),
         ledger=ledger,
         waits=waits,

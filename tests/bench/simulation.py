@@ -1,4 +1,4 @@
-"""Is `deploy.simulate` right? Costs measured in synchronous runs predict asynchronous ones.
+"""Is `deploy.predict.simulate` right? Costs measured in synchronous runs predict asynchronous ones.
 
     python tests/bench/simulation.py [FOLDER]   # runs of before in FOLDER are not run again
 
@@ -23,13 +23,13 @@ import numpy as np
 import scaling
 from harness import CONFIGS, RESULTS, machine
 
-from common.config import Config
-from common.config_loader import load_config
-from common.log_store import read_log
-from common.metrics import read_metrics
-from common.schema import sampled_lengths
+from common.config.load import load_config
+from common.config.sections import Config
+from common.record.metrics import read_metrics
+from common.record.schema import sampled_lengths
+from common.record.trajectory_log import read_log
 from deploy.launch import train_each
-from deploy.simulate import Costs, Prediction, Simulation, Workload, measured_lengths
+from deploy.predict.simulate import Costs, Prediction, Simulation, Workload, measured_lengths
 
 SKIPPED = 3
 MEASURED = ((8, 8), (16, 16), (8, 64))
@@ -74,7 +74,7 @@ def measured(config: Config) -> Measured:
     run = Path(config.runs_dir) / str(config.name)
     records = [r for r in read_metrics(run / "metrics.jsonl") if r["step"] > SKIPPED]
     groups = {
-        b.column("turn")[0].as_py(): sampled_lengths(b) for b in read_log(run / "trajectories")
+        b.column("ticket")[0].as_py(): sampled_lengths(b) for b in read_log(run / "trajectories")
     }
     order = [groups[turn] for turn in sorted(groups)]
     per_step = config.batch.prompts_per_step

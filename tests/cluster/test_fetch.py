@@ -13,11 +13,11 @@ from learner_models import save_tiny_model, trajectories
 from ray.cluster_utils import Cluster
 from ray.experimental import get_object_locations
 from test_budget import receipt
-from test_learner_step import make_worker
+from test_trainer import make_worker
 
-from common.waits import Waits
-from deploy.cluster import LearnerActor
-from learner.group import LearnerGroup
+from common.supervision.waits import Waits
+from deploy.run.actors import LearnerActor
+from learner.training.ranks import LearnerRanks
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
 
@@ -25,12 +25,13 @@ pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
 def test_a_group_is_fetched_while_the_learner_is_busy(cluster: Cluster, tmp_path: Path) -> None:
     add(cluster, "learning", cpus=1)
     tests = Path(__file__).resolve().parents[1]
-    environment = {"env_vars": {"PYTHONPATH": f"{tests.parent}:{tests}"}}
+    path = f"{tests.parent}:{tests / 'support'}:{tests / 'common'}:{tests / 'learner'}"
+    environment = {"env_vars": {"PYTHONPATH": path}}
     ray.init(address=cluster.address, log_to_driver=False, runtime_env=environment)
     job = make_worker(save_tiny_model(tmp_path))._job
     learner = LearnerActor.options(num_cpus=1, resources={"learning": 1}).remote(job, 0)
     busy = learner.__ray_call__.remote(lambda _: time.sleep(60.0))
-    group = LearnerGroup([learner], Waits(), 60.0)
+    group = LearnerRanks([learner], Waits(), 60.0)
     refs = [ray.put(batch) for batch in trajectories([(512, [8192] * 8)] * 8)]
     try:
         for index, ref in enumerate(refs):

@@ -18,7 +18,7 @@ import sys
 from collections.abc import Awaitable
 from typing import Any
 
-from common.waits import Waits
+from common.supervision.waits import Waits
 from deploy.cli import main
 
 _on = Waits.on

@@ -24,9 +24,9 @@ from run_process import AGENTS, ROOT, finish, inspect, last_step, leftovers, pro
 VICTIMS = (
     "the driver",
     "ray::Generator",
-    "ray::LearnerWorker",
+    "ray::LearnerRank",
     "ray::VerifierWorker",
-    "ray::TrajectoryStream",
+    "ray::TrajectoryLogWriter",
     "raylet/raylet",
 )
 LONGEST_S = 40.0

@@ -23,8 +23,8 @@ from run_process import (
 )
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(1200)]
-OF_STATE = ("ray::LearnerWorker", "raylet/raylet")
-REPLACEABLE = ("ray::Generator", "ray::VerifierWorker", "ray::TrajectoryStream")
+OF_STATE = ("ray::LearnerRank", "raylet/raylet")
+REPLACEABLE = ("ray::Generator", "ray::VerifierWorker", "ray::TrajectoryLogWriter")
 STEPS = 80
 
 
@@ -55,12 +55,12 @@ def strike_all(folder: Path, marks: Sequence[str], how: signal.Signals) -> str:
 def test_a_run_outlives_the_death_of_each_of_its_processes(tmp_path: Path) -> None:
     output = strike_all(tmp_path / "mortal", OF_STATE + REPLACEABLE, signal.SIGKILL)
     assert output.count("all processes start again") == len(OF_STATE), output
-    for name in ("generator-0", "verifier-0", "the trajectory stream"):
+    for name in ("generator-0", "verifier-0", "the trajectory log"):
         assert output.count(f"{name} died and starts again") == 1, output
 
 
 def test_a_run_outlives_the_silence_of_each_of_its_processes(tmp_path: Path) -> None:
-    actors = ("ray::LearnerWorker", *REPLACEABLE)
+    actors = ("ray::LearnerRank", *REPLACEABLE)
     output = strike_all(tmp_path / "silent", (*actors, "raylet/raylet"), signal.SIGSTOP)
     assert output.count("all processes start again") == len(actors) + 1, output
     assert output.count("heartbeat waited 15 s for") >= len(actors), output

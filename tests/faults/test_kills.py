@@ -22,7 +22,7 @@ from run_process import (
     wait_for_step,
 )
 
-from common.metrics import read_metrics
+from common.record.metrics import read_metrics
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(900)]
 

@@ -9,7 +9,7 @@ import psutil
 import pytest
 from run_process import AGENTS, QUICK, check_whole, finish, leftovers, start
 
-from common.metrics import read_metrics
+from common.record.metrics import read_metrics
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(1500)]
 LOSSY = Path(__file__).with_name("lossy.py")

@@ -1,7 +1,7 @@
 """kill -9 at every named point of the loop, before and after each change of state.
 
-The points are those of `common.faults`. The coordinator is the run: killed, it is resumed, point
-after point on one run directory. An actor's death is survived by the run itself.
+The points are those of `common.supervision.faults`. The coordinator is the run: killed, it is
+resumed, point after point on one run directory. An actor's death is survived by the run itself.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import psutil
 import pytest
 from run_process import AGENTS, QUICK, check_whole, finish, leftovers, start
 
-from common.faults import MARK, POINTS, VARIABLE
-from common.metrics import read_metrics
+from common.record.metrics import read_metrics
+from common.supervision.faults import MARK, POINTS, VARIABLE
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(1800)]
 OF_ACTORS = {

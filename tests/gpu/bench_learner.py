@@ -25,9 +25,9 @@ import torch
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from learner.model import Policy, checkpoint_activations, use_varlen
-from learner.packing import PackedRow, pack_row
-from learner.traces import LambdaTrace, PackedAxis
+from learner.algorithm.traces import LambdaTrace, PackedAxis
+from learner.policy.model import Policy, checkpoint_activations, use_varlen
+from learner.policy.packing import PackedRow, pack_row
 
 PROMPT, GROUP = 256, 8
 CHUNK = 2048

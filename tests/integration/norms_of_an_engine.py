@@ -13,9 +13,9 @@ from typing import Any
 
 from vllm.ir.op import IrOp
 
-from actors.engine import Engine
-from common.config_loader import load_config
-from deploy.models import resolve_model
+from actors.generation.engine import Engine
+from common.config.load import load_config
+from deploy.models.resolve import resolve_model
 
 CONFIGS = Path(__file__).resolve().parents[2] / "deploy" / "configs"
 used: Counter[str] = Counter()

@@ -9,6 +9,6 @@ import json
 import sys
 from pathlib import Path
 
-from deploy.replay import replay
+from deploy.inspector.replay import replay
 
 print(json.dumps(replay(Path(sys.argv[1]), 1).metrics))

@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 from run_process import run_python
 
-from deploy import cluster
+from deploy.run import actors as cluster
 
 HANG = """
 import os, signal, sys
 from pathlib import Path
 import ray
-from common.stacks import descendants
-from deploy import cluster
+from common.supervision.stacks import descendants
+from deploy.run import actors as cluster
 ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False)
 cluster._LET_GO_S = 2.0
 (raylet,) = [p.pid for p in descendants(os.getpid()) if p.name.startswith("raylet")]

@@ -16,9 +16,9 @@ import pyarrow.parquet as pq
 import pytest
 from run_process import finish, inspect, leftovers, run_python, start
 
-from common.config_loader import load_config
-from common.log_store import read_log, segments
-from common.metrics import read_metrics
+from common.config.load import load_config
+from common.record.metrics import read_metrics
+from common.record.trajectory_log import read_log, segments
 
 STEPS = 24
 CONTRACT = [

@@ -16,7 +16,7 @@ import pytest
 from run_process import PROGRAM, ROOT, finish, leftovers
 
 from actors.verifiers import reasoning_gym
-from common.log_store import read_log
+from common.record.trajectory_log import read_log
 from deploy.eval.runner import logged, sample_seed
 
 pytestmark = pytest.mark.long

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from run_process import ROOT, TINY, finish, start
 
-from common.metrics import read_metrics
+from common.record.metrics import read_metrics
 
 pytestmark = pytest.mark.long
 SHORT = ("steps=3", "eval.every=0", "eval.prompts=16", "checkpoint.every=0")

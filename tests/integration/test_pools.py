@@ -11,10 +11,10 @@ import pyarrow as pa
 import pytest
 import ray
 
-from actors.pools import GeneratorPool
+from actors.rollout.pools import GeneratorPool
 from common.errors import StallError
+from common.supervision.waits import Waits
 from common.trajectory import GroupRequest
-from common.waits import Waits
 
 
 class Scripted:

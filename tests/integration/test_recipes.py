@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from common.config import Config
-from common.config_loader import load_config
-from common.metrics import read_metrics
+from common.config.load import load_config
+from common.config.sections import Config
+from common.record.metrics import read_metrics
 from deploy.launch import train_each
-from deploy.warm_start import solution
+from deploy.models.warm_start import solution
 
 CONFIGS = Path(__file__).resolve().parents[2] / "deploy" / "configs"
 GUIDED = "g2rpo_a"

@@ -65,7 +65,7 @@ function header(data) {
   const [before, after] = neighbours(data.group);
   const facts = [
     ["step", exact(data.step)],
-    ["turn", exact(data.turn)],
+    ["ticket", exact(data.ticket)],
     ["state", data.again ? `${data.state}, served again` : (data.state ?? "–")],
     ["mean reward", short(data.reward)],
     ["reward spread", short(data.spread)],

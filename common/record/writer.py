@@ -1,0 +1,265 @@
+"""The trajectory log: verified groups go into the log, receipts come out.
+
+An actor of its own, so that the coordinator never touches tokens. The batch stays where it is in
+Ray's object store; the stream maps it, checks it, appends it to the log, and returns a receipt.
+
+    TrajectoryLogWriter    the actor, owner of the trajectory log
+    TrajectoryLogClient            the coordinator's side of it
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet
+import ray
+from ray.exceptions import RayActorError
+
+from common.errors import StallError
+from common.record.schema import sampled_lengths, trajectory_schema
+from common.record.trajectory_log import TrajectoryLog, read_segment, segments
+from common.supervision.faults import reached
+from common.supervision.heartbeat import HEALTH
+from common.supervision.replacement import Replacement, is_own_death
+from common.supervision.stacks import arm
+from common.supervision.waits import Waits
+from common.trajectory import GroupReceipt
+
+_RECOVER_S = 600.0
+
+
+class TrajectoryLogWriter:
+    """Owns the trajectory log of a run directory."""
+
+    def __init__(self, run_folder: str, verifiers: list[str]) -> None:
+        arm()
+        self._schema = trajectory_schema(verifiers)
+        self._run_folder = Path(run_folder)
+        self._log = TrajectoryLog(self._run_folder / "trajectories", self._schema)
+
+    def ready(self) -> bool:
+        """Answers once the actor has started."""
+        return True
+
+    def append(self, sizes: list[int], *batches: pa.RecordBatch) -> list[GroupReceipt]:
+        """Log verified groups, the first of `sizes[0]` batches, the next of `sizes[1]`, and so on.
+
+        A receipt refers to its group as a whole: to a batch of its own where there were several,
+        to nothing (None) where the caller's only reference is the group's already. References are
+        arguments of their own, not a list of them: Ray then resolves them, and does so three
+        times as fast as a `get` in here, which has to ask their owner.
+
+        Raises:
+            ValueError: a batch does not have the run's schema.
+            OSError: the log cannot be written.
+        """
+        for batch in batches:
+            if not batch.schema.equals(self._schema, check_metadata=False):
+                raise ValueError(f"group has schema {batch.schema}, the log has {self._schema}")
+        groups = iter(batches)
+        receipts = [self._append_one(list(itertools.islice(groups, size))) for size in sizes]
+        reached("log appended")
+        return receipts
+
+    def _append_one(self, parts: list[pa.RecordBatch]) -> GroupReceipt:
+        group, ref = parts[0], None
+        if len(parts) > 1:
+            group = pa.concat_batches(parts).sort_by("completion_index")
+            ref = ray.put(group)
+        self._log.append(group)
+        return receipt(group, ref)
+
+    def recover(self, group_ids: list[int]) -> list[GroupReceipt]:
+        """Receipts of those groups that an earlier process of the run has logged whole.
+
+        Groups of another schema (other verifiers) are left out.
+        """
+        wanted, found = set(group_ids), []
+        for path in reversed(segments(self._run_folder / "trajectories")):
+            if not wanted:
+                break
+            for batch in read_segment(path):
+                group_id = batch.column("group_id")[0].as_py()
+                if group_id in wanted and batch.schema.equals(self._schema, check_metadata=False):
+                    wanted.discard(group_id)
+                    found.append(receipt(batch, ray.put(batch)))
+        return found
+
+    def write_evaluation(self, step: int, refs: list[Any]) -> dict[str, float]:
+        """Keep the held-out completions of one evaluation as `evaluations/step-N.parquet`.
+
+        Returns its sums: accuracy over all completions, those without a verdict counting as wrong.
+        """
+        folder = self._run_folder / "evaluations"
+        folder.mkdir(exist_ok=True)
+        table = pa.Table.from_batches(ray.get(refs, timeout=60.0), schema=self._schema)
+        pa.parquet.write_table(table, folder / f"step-{step:06d}.parquet", compression="zstd")
+        accuracy = table.column("accuracy").to_numpy()
+        lengths = pc.list_value_length(table.column("token_ids"))
+        return {
+            "eval/accuracy": float(np.nansum(accuracy)) / table.num_rows,
+            "eval/unscored": float(np.isnan(accuracy).sum()),
+            "eval/length": float(pc.mean(lengths).as_py()),
+        }
+
+    def ping(self) -> None:
+        """A sign of life."""
+
+    def close(self) -> None:
+        """Close the open segment."""
+        self._log.close()
+
+
+def receipt(batch: pa.RecordBatch, ref: Any) -> GroupReceipt:
+    """Sum a verified group up for the control plane."""
+    lengths_G = sampled_lengths(batch)
+    rewards_G = batch.column("reward").to_numpy(zero_copy_only=False).astype(np.float64)
+    scored = rewards_G[~np.isnan(rewards_G)]
+    versions = batch.column("weight_versions").flatten()
+    dispatch_version = batch.column("dispatch_version")[0].as_py()
+    dispatched_s = batch.column("dispatched_s")[0].as_py()
+    ended_s = pc.max(batch.column("finished_s")).as_py()
+    return GroupReceipt(
+        group_id=batch.column("group_id")[0].as_py(),
+        ticket=batch.column("ticket")[0].as_py(),
+        batch_ref=ref,
+        dispatch_version=dispatch_version,
+        min_version=pc.min(versions).as_py() if len(versions) else dispatch_version,
+        max_version=pc.max(versions).as_py() if len(versions) else dispatch_version,
+        num_completions=batch.num_rows,
+        num_tokens=int(lengths_G.sum()),
+        reward_mean=float(scored.mean()) if scored.size else float("nan"),
+        rewards_equal=bool(scored.size == 0 or scored.min() == scored.max()),
+        num_unscored=int(np.isnan(rewards_G).sum()),
+        unscored_tokens=int(lengths_G[np.isnan(rewards_G)].sum()),
+        generate_s=max(0.0, ended_s - dispatched_s),  # clocks may be set back
+    )
+
+
+class TrajectoryLogClient:
+    """The stream as the coordinator writes to it: one call at a time, with all that is ready.
+
+    A call of Ray costs more than the writing of a group, so groups that end while one is under
+    way go together in the next. A stream that dies is replaced, where there is a `replacement`;
+    what it had written is not written again.
+    """
+
+    def __init__(
+        self,
+        stream: Any,
+        waits: Waits,
+        deadline_s: float,
+        replacement: Replacement | None = None,
+    ) -> None:
+        self.stream = stream
+        self._waits = waits
+        self._deadline_s = deadline_s
+        self._replacement = replacement
+        self._ready: list[_Unlogged] = []
+        self._calling = asyncio.Lock()
+        self._replacing = asyncio.Lock()
+
+    async def append(self, group_id: int, refs: list[Any]) -> GroupReceipt:
+        """Log a verified group, in one batch or several; returns once it is written.
+
+        Raises:
+            StallError: the deadline passed.
+        """
+        group = _Unlogged(group_id, refs)
+        self._ready.append(group)
+        async with self._calling:
+            if group in self._ready:
+                sent, self._ready = self._ready, []
+                await self._send(sent)
+        if group.receipt is None:
+            raise StallError(f"group {group_id} was in a call to the trajectory log that failed")
+        return group.receipt
+
+    async def recover(self, group_ids: list[int]) -> list[GroupReceipt]:
+        """As `TrajectoryLogWriter.recover`."""
+        receipts: list[GroupReceipt] = await self._call(
+            "recover", group_ids, owner="resume", deadline_s=_RECOVER_S
+        )
+        return receipts
+
+    async def write_evaluation(
+        self, step: int, refs: list[Any], deadline_s: float
+    ) -> dict[str, float]:
+        """As `TrajectoryLogWriter.write_evaluation`."""
+        async with self._calling:
+            sums: dict[str, float] = await self._call(
+                "write_evaluation", step, refs, owner="evaluation", deadline_s=deadline_s
+            )
+        return sums
+
+    async def ping(self, deadline_s: float) -> None:
+        """Returns when the stream has answered, or one in its place."""
+        stream = self.stream
+        ping = stream.ping.options(concurrency_group=HEALTH).remote()
+        try:
+            await self._waits.on(
+                ping, owner="heartbeat", cause="the trajectory log", deadline_s=deadline_s
+            )
+        except RayActorError as error:
+            await self._replace(stream, error)
+
+    async def _send(self, groups: list[_Unlogged]) -> None:
+        while groups:
+            refs = [ref for group in groups for ref in group.refs]
+            sizes = [len(group.refs) for group in groups]
+            owner, stream = f"group {groups[0].group_id}", self.stream
+            try:
+                receipts: list[GroupReceipt] = await self._once(
+                    "append", sizes, *refs, owner=owner, deadline_s=self._deadline_s
+                )
+                logged = dict(zip([group.group_id for group in groups], receipts, strict=True))
+            except RayActorError as error:
+                await self._replace(stream, error)
+                found = await self.recover([group.group_id for group in groups])
+                logged = {made.group_id: made for made in found}
+            for group in groups:
+                if made := logged.get(group.group_id):
+                    ref = made.batch_ref or group.refs[0]
+                    group.receipt = replace(made, batch_ref=ref)
+            groups = [group for group in groups if group.receipt is None]
+
+    async def _call(self, method: str, *args: Any, owner: str, deadline_s: float) -> Any:
+        while True:
+            stream = self.stream
+            try:
+                return await self._once(method, *args, owner=owner, deadline_s=deadline_s)
+            except RayActorError as error:
+                await self._replace(stream, error)
+
+    async def _once(self, method: str, *args: Any, owner: str, deadline_s: float) -> Any:
+        return await self._waits.on(
+            getattr(self.stream, method).remote(*args),
+            owner=owner,
+            cause="the trajectory log",
+            deadline_s=deadline_s,
+        )
+
+    async def _replace(self, dead: Any, error: RayActorError) -> None:
+        """Put a new stream in the place of `dead`, unless that has been done."""
+        if self._replacement is None or not is_own_death(error):
+            raise error
+        async with self._replacing:
+            if self.stream is dead:
+                self.stream = await self._replacement.replace("the trajectory log", dead, error)
+
+
+@dataclass(eq=False)
+class _Unlogged:
+    group_id: int
+    refs: list[Any]
+    receipt: GroupReceipt | None = None
+
+
+TrajectoryLogActor = ray.remote(concurrency_groups={HEALTH: 1})(TrajectoryLogWriter)

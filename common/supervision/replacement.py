@@ -1,0 +1,62 @@
+"""A new actor in the place of one that died, generator, verifier or stream alike."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.exceptions import RayActorError, RayTaskError
+
+from common.errors import first_line
+
+
+async def _at_once(name: str) -> None:
+    """There is room."""
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """How actors of one kind are replaced."""
+
+    make: Callable[[str], Any]
+    """A new actor for a name."""
+    allow: Callable[[BaseException], float]
+    """Seconds to wait before the restart that answers an error; raises after too many."""
+    say: Callable[[str], None]
+    deadline_s: float
+    """For the start of the new one, where it takes any."""
+    room: Callable[[str], Awaitable[None]] = _at_once
+    """Returns when the cluster has room for the actor of a name."""
+    room_s: float = 0.0
+    """For the cluster to have it, where the run cannot go on without."""
+
+    @property
+    def arrival_s(self) -> float:
+        """Seconds within which a member must serve again where there is nothing to do without it:
+        room, start, and the pause, weights and proof around it."""
+        return self.room_s + 2 * self.deadline_s
+
+    async def bury(self, name: str, dead: Any, error: RayActorError) -> None:
+        """Make way for another in the place of `dead`; raises what `allow` raises."""
+        pause_s = self.allow(error)
+        self.say(f"{name} died and starts again in {pause_s:.0f} s: {first_line(error)}")
+        await asyncio.sleep(pause_s)
+        ray.kill(dead)  # if it only could not be reached
+
+    async def replace(self, name: str, dead: Any, error: RayActorError) -> Any:
+        """The actor that comes in the place of `dead`."""
+        await self.bury(name, dead, error)
+        return await self.bring(name)
+
+    async def bring(self, name: str) -> Any:
+        """A new actor, once there is room for it."""
+        await self.room(name)
+        return self.make(name)
+
+
+def is_own_death(error: RayActorError) -> bool:
+    """Whether the called actor died; else it was given what another one's death had lost."""
+    return not isinstance(error, RayTaskError)

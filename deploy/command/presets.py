@@ -1,0 +1,97 @@
+"""Presets and recipes by name, and a `Config` from them: what the command line and Python share.
+
+A YAML file begins with one line that says what it is; lists and menus show that line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from common.errors import UserError
+
+if TYPE_CHECKING:
+    from common.config.sections import Config
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+RECIPES = CONFIGS / "recipes"
+DEFAULT = "smollm2"
+
+
+@dataclass(frozen=True)
+class Described:
+    """A YAML file and its first line."""
+
+    name: str
+    path: Path
+    line: str
+
+
+def described(folder: Path) -> list[Described]:
+    """The YAML files of `folder` by name."""
+    return [
+        Described(path.stem, path, path.open(encoding="utf-8").readline().lstrip("# ").rstrip())
+        for path in sorted(folder.glob("*.yaml"))
+    ]
+
+
+def listing() -> str:
+    """Every recipe and preset with its line."""
+    lines = []
+    for title, folder in (
+        ("Recipes (recipe=NAME)", RECIPES),
+        ("Presets (--config FILE)", CONFIGS),
+    ):
+        entries = described(folder)
+        wide = max(len(entry.name) for entry in entries)
+        lines += [title, *(f"  {e.name:<{wide}}  {e.line}" for e in entries), ""]
+    return "\n".join(lines).rstrip()
+
+
+def choose(ask: Callable[[str], str] = input, say: Callable[[str], None] = print) -> Path:
+    """Let a person choose a preset by its number; Enter takes the default.
+
+    Raises:
+        UserError: the input ended.
+    """
+    entries = sorted(described(CONFIGS), key=lambda e: (e.name not in (DEFAULT, "tiny"), e.name))
+    wide = max(len(entry.name) for entry in entries)
+    say("No --config was given. Presets:")
+    for number, entry in enumerate(entries, 1):
+        say(f"  {number:>2}  {entry.name:<{wide}}  {entry.line}")
+    while True:
+        try:
+            answer = ask(f"Number [1, {entries[0].name}]: ").strip() or "1"
+        except EOFError as error:
+            raise UserError("no preset was chosen: give --config FILE") from error
+        if answer.isdecimal() and 1 <= int(answer) <= len(entries):
+            return entries[int(answer) - 1].path
+        say(f"{answer!r} is none of 1 to {len(entries)}")
+
+
+def load(path: Path | None, overrides: Sequence[str]) -> Config:
+    """The checked configuration of a file, or of the run that `resume=` names.
+
+    Raises:
+        UserError: wrong input, with the key and the remedy.
+    """
+    from common.config.load import load_config
+    from learner.algorithm.recipe import check_recipe
+
+    resumed = [o.partition("=")[2] for o in overrides if o.startswith("resume=")]
+    resumed = [run for run in resumed if run != "auto"]  # goes with --config
+    resolved = path is None and bool(resumed)
+    if path is None and resumed:
+        path = Path(resumed[-1]) / "config.yaml"
+        if not path.is_file():
+            raise UserError(
+                f"resume={resumed[-1]}: there is no run in this folder; give one that holds a "
+                "config.yaml"
+            )
+    config = load_config(
+        [path or CONFIGS / f"{DEFAULT}.yaml"], overrides, RECIPES, resolved=resolved
+    )
+    check_recipe(config.algorithm, config.correction_kind, config.generator.max_completion_tokens)
+    return config

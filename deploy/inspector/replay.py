@@ -1,0 +1,279 @@
+"""`grpo-lambda replay RUN --step N`: a learner step computed again, from the log and a checkpoint.
+
+The policy before step N is that of the newest checkpoint behind it, trained on through the steps
+between from the trajectory log. On the machine of the run, with as many threads, every number comes
+out bitwise; elsewhere it differs by rounding. Another credit rule is shown what it would have done:
+the same policy and completions, its advantages and its first gradient, which is not taken.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from common.config.algorithm import AlgorithmConfig
+from common.config.load import dump_config, load_config
+from common.config.sections import Config
+from common.errors import UserError
+from common.record.credit_log import credit_path, read_credit, write_credit
+from common.record.ledger import reading
+from common.record.metrics import read_metrics
+from common.record.trajectory_log import read_log
+from deploy.models.resolve import Located, resolve_model
+from deploy.placement.options import plan_here, with_compute_dtype
+from deploy.run.actors import learner_job
+from deploy.run.directory import LEDGER, RunDirectory
+from learner.algorithm.recipe import Recipe, check_recipe
+from learner.policy.packing import StepBatch
+from learner.training.batch_checks import check_staleness
+from learner.training.credit_sheet import CreditSheet
+from learner.training.rank import LearnerRank
+from learner.training.trainer import Trainer
+
+Batches = list[pa.RecordBatch]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A number of the record that the replay did not give."""
+
+    name: str
+    recorded: float
+    replayed: float
+
+    @property
+    def relative(self) -> float:
+        if not (math.isfinite(self.recorded) and math.isfinite(self.replayed)):
+            return math.inf
+        size = max(abs(self.recorded), abs(self.replayed))
+        return abs(self.recorded - self.replayed) / size if size else 0.0
+
+
+@dataclass(frozen=True)
+class Replay:
+    """A step, again."""
+
+    step: int
+    from_step: int
+    """The checkpoint it began from."""
+    ranks: int
+    """Of the run; the replay has one."""
+    metrics: dict[str, float]
+    compared: int
+    """Numbers of the record that were compared."""
+    differences: list[Difference]
+    credit: pa.Table
+    other: Other | None
+
+
+@dataclass(frozen=True)
+class Other:
+    """What another rule would have done."""
+
+    name: str
+    metrics: dict[str, float]
+    credit: pa.Table
+    logged: Path
+    """Its credit, beside that of the run."""
+
+
+def replay(run: Path, step: int, other: tuple[str, Config] | None = None) -> Replay:
+    """Compute `step` of the run directory `run` again.
+
+    Args:
+        other: name and configuration of a rule to judge by the same policy and completions; its
+            credit is kept beside that of the run.
+
+    Raises:
+        UserError: there is no such step, or its data or a checkpoint behind it are gone.
+    """
+    config = with_compute_dtype(run_config(run))
+    record = _record(run, step)
+    directory = RunDirectory(run)
+    first = directory.newest_checkpoint(print, before=step)
+    batches = step_batches(run, range(first + 1, step + 1))
+    staleness, sheet = config.generator.max_staleness, CreditSheet()
+    with _learner(config, directory, first) as learner:
+        for earlier in range(first + 1, step):
+            learner.step(batches[earlier], earlier - 1, staleness)
+        batch = StepBatch.from_record_batches(batches[step])
+        judged = None
+        if other is not None:
+            judged = _judge(learner.trainer, batch, batches[step], run, step, other)
+        found = check_staleness(batch, step - 1, staleness) | learner.trainer.train(batch, sheet)
+        credit = _table(sheet, step, batches[step])
+    found = {name: value for name, value in found.items() if not name.startswith("time/")}
+    pairs = _pairs(record, found)
+    if credit_path(run, step).is_file():
+        pairs |= _credit_pairs(read_credit(run, step), credit)
+    wrong = [Difference(name, *pair) for name, pair in pairs.items() if not _same(*pair)]
+    return Replay(step, first, config.learner.ranks, found, len(pairs), wrong, credit, judged)
+
+
+def other_rule(run: Path, overrides: Sequence[str], recipes: Path) -> tuple[str, Config]:
+    """Name and configuration of the rule that `overrides` describe.
+
+    `recipe=NAME` starts from the defaults, other keys from the rule of the run.
+
+    Raises:
+        UserError: as `load_config`, and for keys that are no credit rule's.
+    """
+    odd = [o for o in overrides if not o.startswith(("recipe=", "algorithm."))]
+    if odd:
+        raise UserError(f"{odd[0]}: another rule is recipe=NAME and keys of algorithm. only")
+    config = run_config(run)
+    named = [o.partition("=")[2] for o in overrides if o.startswith("recipe=")]
+    if named:
+        config = replace(config, recipe=None, algorithm=AlgorithmConfig())
+    with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
+        file.write(dump_config(config))
+        file.flush()
+        config = load_config([Path(file.name)], overrides, recipes, resolved=True)
+    check_recipe(config.algorithm, config.correction_kind, config.generator.max_completion_tokens)
+    parts = [Path(name).stem for name in named] + [
+        o.removeprefix("algorithm.") for o in overrides if not o.startswith("recipe=")
+    ]
+    return re.sub(r"[^\w.=-]+", "_", ",".join(parts)), config
+
+
+def step_batches(run: Path, steps: Sequence[int]) -> dict[int, Batches]:
+    """The groups of each step, in the learner's order.
+
+    Raises:
+        UserError: a step was not trained, or a group of it is not in the trajectory log.
+    """
+    with reading(run / LEDGER) as db:
+        rows = db.execute(
+            "SELECT group_id, step FROM groups WHERE step BETWEEN ? AND ?", (steps[0], steps[-1])
+        )
+        step_of = dict(rows.fetchall())
+    if missing := set(steps) - set(step_of.values()):
+        raise UserError(f"{run}: the ledger has no group that trained in step {min(missing)}")
+    found: dict[int, dict[int, pa.RecordBatch]] = {step: {} for step in steps}
+    for batch in read_log(run / "trajectories"):
+        group_id = batch.column("group_id")[0].as_py()
+        if group_id in step_of:
+            found[step_of[group_id]][group_id] = batch
+    lost = set(step_of) - {group_id for groups in found.values() for group_id in groups}
+    if lost:
+        raise UserError(
+            f"{run / 'trajectories'}: group {min(lost)}, trained in step {step_of[min(lost)]}, is "
+            "not in the log: put the missing segment back"
+        )
+    return {step: sorted(groups.values(), key=_place) for step, groups in found.items()}
+
+
+def _place(batch: pa.RecordBatch) -> tuple[int, int]:
+    """The order in which the learner takes groups (`common.budget`)."""
+    first = {name: batch.column(name)[0].as_py() for name in ("dispatch_version", "ticket")}
+    return first["dispatch_version"], first["ticket"]
+
+
+def run_config(run: Path) -> Config:
+    """As it was resolved when the run began. Raises `UserError` where there is no run."""
+    path = run / "config.yaml"
+    if not path.is_file():
+        raise UserError(f"{run}: there is no run (no config.yaml) in this folder")
+    return load_config([path], [], resolved=True)
+
+
+def _record(run: Path, step: int) -> Mapping[str, float]:
+    records = {int(record["step"]): record for record in read_metrics(run / "metrics.jsonl")}
+    if step < 1 or step not in records:
+        last = max(records, default=0)
+        raise UserError(f"--step {step}: {run} has steps 1 to {last} on record")
+    return records[step]
+
+
+@contextmanager
+def _learner(config: Config, directory: RunDirectory, first: int) -> Iterator[LearnerRank]:
+    """One rank in this process, with the policy and optimiser of checkpoint `first`."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    origin = Located(config.model.path, str(resolve_model(config.model.path)))
+    folder = str(directory.checkpoint(first)) if first else str(origin.folder)
+    threads = plan_here(config, []).learner_threads
+    torch.set_num_threads(threads)
+    alone = replace(
+        config,
+        model=replace(config.model, path=folder),
+        learner=replace(config.learner, ranks=1, threads=threads),
+    )
+    learner = LearnerRank(learner_job(alone, origin), rank=0)
+    try:
+        learner.setup(*learner.rendezvous_address())
+        if first:
+            learner.load_checkpoint(folder)
+        yield learner
+    finally:
+        learner.shutdown()
+
+
+def _judge(
+    trainer: Trainer,
+    batch: StepBatch,
+    groups: Batches,
+    run: Path,
+    step: int,
+    other: tuple[str, Config],
+) -> Other:
+    name, config = other
+    length = config.generator.max_completion_tokens
+    recipe = Recipe(config.algorithm, config.correction_kind, length)
+    sheet = CreditSheet()
+    metrics = replace(trainer, recipe=recipe).probe(batch, sheet)
+    credit = _table(sheet, step, groups)
+    write_credit(run, step, credit.combine_chunks().to_batches()[0], name)
+    return Other(name, metrics, credit, credit_path(run, step, name))
+
+
+def _table(sheet: CreditSheet, step: int, groups: Batches) -> pa.Table:
+    rows = sheet.record_batch(step, groups)
+    assert rows is not None  # the only rank
+    return pa.Table.from_batches([rows])
+
+
+def _pairs(
+    record: Mapping[str, float], found: Mapping[str, float]
+) -> dict[str, tuple[float, float]]:
+    """What both have; a record's null was not finite."""
+    return {
+        name: (math.nan if record[name] is None else record[name], value)
+        for name, value in found.items()
+        if name in record
+    }
+
+
+def _credit_pairs(recorded: pa.Table, found: pa.Table) -> dict[str, tuple[float, float]]:
+    """Per column of the credit log the first pair of numbers that differ, else any."""
+    pairs = {}
+    for name in ("reward", "advantage", "token_weight", "trace_weights", "advantages", "logprobs"):
+        mine, theirs = (_numbers(table.column(name)) for table in (recorded, found))
+        if len(mine) != len(theirs):
+            pairs[f"credit/{name}, how many"] = (float(len(mine)), float(len(theirs)))
+            continue
+        apart = np.flatnonzero((mine != theirs) & ~(np.isnan(mine) & np.isnan(theirs)))
+        at = apart[0] if len(apart) else 0
+        if len(mine):
+            pairs[f"credit/{name}"] = (float(mine[at]), float(theirs[at]))
+    return pairs
+
+
+def _numbers(column: pa.ChunkedArray) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+    flat = column.combine_chunks()
+    flat = flat.flatten() if pa.types.is_list(flat.type) else flat
+    return np.asarray(flat.to_numpy(zero_copy_only=False), np.float64)
+
+
+def _same(recorded: float, replayed: float) -> bool:
+    return recorded == replayed or (math.isnan(recorded) and math.isnan(replayed))

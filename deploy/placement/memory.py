@@ -1,0 +1,117 @@
+"""How much memory a run needs, estimated before anything starts.
+
+    learner, all ranks   16 bytes a parameter: float32 weights, gradients and AdamW's two moments;
+                         plus the gathered compute copy, on every rank
+    checkpoint           12 bytes a parameter and a compute copy, from when it is taken until it is
+                         written
+    generator, each      compute weights and the key-value cache
+    weights on the way   three copies in compute dtype: bucket, object store, the version before,
+                         which is kept for generators that start again
+    every process        the libraries it imports
+
+Activations are not counted: they follow from `batch.tokens_per_microbatch` and are smaller.
+Without a learner (an evaluation, `learner.ranks` 0) there are generators alone.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+
+from common.config.sections import Config
+from common.errors import UserError
+
+GIB = 2**30
+_LEARNER_BYTES_A_PARAMETER = 16
+_CHECKPOINT_BYTES_A_PARAMETER = 12
+_PROCESS_BYTES = {"learner": 0.5 * GIB, "generator": 1.5 * GIB, "others": 1.5 * GIB}
+"""Allowance for the imports, rounded up from process listings; not measured with care."""
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes, by what needs them, on a machine that holds the whole run."""
+
+    parameters: int
+    learner: float
+    checkpoint: float
+    generators: float
+    transfer: float
+    others: float
+
+    @property
+    def total(self) -> float:
+        return self.learner + self.checkpoint + self.generators + self.transfer + self.others
+
+    def lines(self) -> list[str]:
+        """For people."""
+        rows = {
+            "learner": self.learner,
+            "checkpoint": self.checkpoint,
+            "generators": self.generators,
+            "weights on the way": self.transfer,
+            "other processes": self.others,
+            "in all": self.total,
+        }
+        return [f"{name:<22} {size / GIB:.1f} GiB" for name, size in rows.items()]
+
+
+def estimate(config: Config, parameters: int) -> MemoryEstimate:
+    """Memory of a run on the CPU with a model of `parameters`."""
+    width = 2 if config.model.dtype == "bfloat16" else 4
+    ranks, generators = config.learner.ranks, config.generator.count
+    compute = parameters * width
+    reference = compute if config.algorithm.objective.kl > 0 else 0
+    trained = parameters if ranks else 0
+    return MemoryEstimate(
+        parameters=parameters,
+        learner=trained * _LEARNER_BYTES_A_PARAMETER
+        + reference
+        + ranks * (compute + _PROCESS_BYTES["learner"]),
+        checkpoint=trained * (_CHECKPOINT_BYTES_A_PARAMETER + width),
+        generators=generators
+        * (compute + config.generator.kv_cache_gib * GIB + _PROCESS_BYTES["generator"]),
+        transfer=(2 + generators) * trained * width,
+        others=_PROCESS_BYTES["others"],
+    )
+
+
+def count_parameters(folder: Path) -> int:
+    """Parameters of a model folder, from the headers of its safetensors files."""
+    total = 0
+    for path in folder.glob("*.safetensors"):
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            header = json.loads(file.read(length))
+        for name, entry in header.items():
+            if name == "__metadata__":
+                continue
+            total += math.prod(entry["shape"])
+    return total
+
+
+def available_bytes() -> int:
+    """Memory that can be had without swapping (Linux); 0 where that is not known."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return 0
+    sizes = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines}
+    return sizes.get("MemAvailable", 0)
+
+
+def check_memory(config: Config, folder: Path) -> None:
+    """Raise `UserError` when this machine cannot hold the run."""
+    needed = estimate(config, count_parameters(folder))
+    available = available_bytes()
+    if available and needed.total > available:
+        raise UserError(
+            f"this run needs about {needed.total / GIB:.1f} GiB and {available / GIB:.1f} GiB are "
+            "available:\n  "
+            + "\n  ".join(needed.lines())
+            + "\nUse a smaller model, lower generator.kv_cache_gib or generator.count, or end "
+            "other programs"
+        )

@@ -1,0 +1,214 @@
+"""Who runs where: cores on a CPU machine, Ray resources everywhere.
+
+With `max_staleness: 0` generator and learner take turns, so each may use every core. With
+asynchronous operation both work at once: from four cores on they get disjoint sets, so that they
+never fight for one by accident. On fewer, the cores are one shared resource: both use all of them,
+their threads sleep instead of spinning while they wait, and the operating system divides the time.
+On two cores, SmolLM2, a step took 10.4 s that way, 12.4 s in turns, about 15 s with a core each,
+because the learner has twice the work (AVX-512, means of four steps, one run each); with AVX2 alone
+28, 38 and 32 s (medians of four steps, one run each, on a noisy machine).
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+from common.config.sections import Config
+from common.errors import UserError
+from deploy.placement.cores import available_cores, core_quota
+
+MIB = 2**20
+_FEWEST_TO_DIVIDE = 4
+_CLUSTER_THREADS = 4
+"""Of an actor on a cluster, unless the configuration says more: its work is on a GPU there."""
+STREAM_OPTIONS: dict[str, object] = {"num_cpus": 0.1}
+
+
+@dataclass(frozen=True)
+class CorePlan:
+    """Cores of each generator and learner rank; None where the operating system decides."""
+
+    generator_cores: list[list[int] | None]
+    generator_threads: int
+    learner_cores: list[list[int] | None]
+    learner_threads: int
+    reason: str
+    preload: list[str] = field(default_factory=list)
+    """Libraries for LD_PRELOAD of the generators."""
+
+
+def plan_here(config: Config, preload: list[str]) -> CorePlan:
+    """`plan_cores` on this machine.
+
+    Under a quota below the number of cores nothing is bound to any: others may have been given
+    the same ones. The parts then have threads as if there were as many cores as the quota.
+    """
+    cores, quota = available_cores(), core_quota()
+    if quota is None or quota >= len(cores):
+        return plan_cores(config, cores, preload)
+    plan = plan_cores(config, cores[:quota], preload)
+    return replace(
+        plan,
+        generator_cores=[None] * len(plan.generator_cores),
+        learner_cores=[None] * len(plan.learner_cores),
+        reason=f"{plan.reason}; none bound, for a quota of {quota}",
+    )
+
+
+def plan_cores(config: Config, cores: list[int], preload: list[str]) -> CorePlan:
+    """Divide `cores` between generators and learner ranks; those of a cluster are Ray's to give."""
+    generators, ranks = config.generator.count, config.learner.ranks
+    if config.ray.address != "local":
+        return CorePlan(
+            generator_cores=[None] * generators,
+            generator_threads=config.generator.threads or _CLUSTER_THREADS,
+            learner_cores=[None] * ranks,
+            learner_threads=config.learner.threads or _CLUSTER_THREADS,
+            reason="cores of a cluster",
+            preload=preload,
+        )
+    wanted = config.placement.cores
+    asynchronous = config.generator.max_staleness > 0
+    if wanted == "split" and len(cores) < generators + ranks:
+        raise UserError(
+            f"placement.cores=split: {len(cores)} core(s) for {generators} generator(s) and "
+            f"{ranks} learner rank(s); use auto or shared"
+        )
+    enough = len(cores) >= max(_FEWEST_TO_DIVIDE, generators + ranks)
+    if wanted == "split" or (wanted == "auto" and asynchronous and enough):
+        half = min(max(generators, len(cores) // 2), len(cores) - ranks)
+        generator_cores = _deal(cores[:half], generators)
+        learner_cores = _deal(cores[half:], ranks)
+        reason = "disjoint cores"
+    else:
+        generator_cores = [list(cores)] * generators
+        learner_cores = [list(cores)] * ranks
+        reason = "all cores to each in turn" if not asynchronous else "cores shared"
+        if asynchronous and not enough:
+            reason += ", too few to divide"
+    return CorePlan(
+        generator_cores=list(generator_cores),
+        generator_threads=config.generator.threads or _threads(generator_cores, generators),
+        learner_cores=list(learner_cores),
+        learner_threads=config.learner.threads or _threads(learner_cores, ranks),
+        reason=reason,
+        preload=preload,
+    )
+
+
+def _deal(cores: list[int], parts: int) -> list[list[int]]:
+    return [cores[part::parts] for part in range(parts)]
+
+
+def _threads(cores: list[list[int]], sharing: int) -> int:
+    """Threads of each of `sharing` processes of one kind; none has more than cores."""
+    shared = sharing > 1 and cores[0] == cores[1]
+    fewest = min(map(len, cores))
+    return max(1, fewest // sharing if shared else fewest)
+
+
+def uses_cuda(config: Config) -> bool:
+    """Whether this run trains on CUDA devices."""
+    if config.learner.device != "auto":
+        return config.learner.device == "cuda"
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def with_compute_dtype(config: Config) -> Config:
+    """`config` with `model.dtype: auto` resolved for this machine."""
+    if config.model.dtype != "auto":
+        return config
+    native = uses_cuda(config) or cpu_multiplies_bfloat16()
+    dtype: Literal["bfloat16", "float32"] = "bfloat16" if native else "float32"
+    return replace(config, model=replace(config.model, dtype=dtype))
+
+
+def cpu_multiplies_bfloat16() -> bool:
+    """Without such instructions a bfloat16 product took 6 to 8 times the float32 one (AVX2)."""
+    import torch
+
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+@dataclass(frozen=True)
+class ActorOptions:
+    """`ray.remote(...).options` of each kind of actor."""
+
+    generator: dict[str, object]
+    learner: dict[str, object]
+    verifier: dict[str, object]
+
+
+def actor_options(config: Config, cores: CorePlan, cuda: bool) -> ActorOptions:
+    """Resources and environment of the actors."""
+    generator_environment = {
+        "OMP_NUM_THREADS": str(cores.generator_threads),
+        "OMP_WAIT_POLICY": "PASSIVE",
+        # vLLM would bind its threads to cores of its own choice; the actor has bound them already.
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "WARNING"),
+        "VLLM_NO_USAGE_STATS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        # oneDNN keeps a compiled matmul of a quarter MiB for each size of vLLM's batch. Its 1024
+        # made generators grow by 240 MiB over 500 steps; with 256 the tiny one used no more CPU.
+        "ONEDNN_PRIMITIVE_CACHE_CAPACITY": os.environ.get("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256"),
+    }
+    if cores.preload and not cuda:
+        generator_environment["LD_PRELOAD"] = ":".join(cores.preload)
+    learner_environment = {
+        "OMP_NUM_THREADS": str(cores.learner_threads),
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "TOKENIZERS_PARALLELISM": "false",
+        # Steps run in a thread of their own, beside that which writes checkpoints. An arena of
+        # their own could not keep freed blocks of more than 64 MiB (`learner.training.heap`).
+        "MALLOC_ARENA_MAX": "1",
+        # Huge pages where the kernel gives them to who asks: 6 % of a training step on two cores.
+        "GLIBC_TUNABLES": os.environ.get("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1"),
+    }
+    of_generator, of_rank = gpus_each(config) if cuda else (0.0, 0.0)
+    return ActorOptions(
+        generator={
+            "num_cpus": cores.generator_threads,
+            "num_gpus": of_generator,
+            "max_concurrency": 1000,
+            "runtime_env": {"env_vars": generator_environment},
+        },
+        learner={
+            "num_cpus": cores.learner_threads,
+            "num_gpus": of_rank,
+            "runtime_env": {"env_vars": learner_environment},
+        },
+        verifier={"num_cpus": 0.5, "max_concurrency": 1000},
+    )
+
+
+def gpus_each(config: Config) -> tuple[float, float]:
+    """CUDA devices of a generator and of a learner rank; those that take turns have half of one."""
+    share = 0.5 if config.colocated else 1.0
+    return share * (config.generator.num_gpus or config.generator.devices), share
+
+
+def cpus_needed(config: Config, cores: CorePlan) -> int:
+    """Logical CPUs of a cluster of our own: actors that take turns count twice."""
+    needed = (
+        config.generator.count * cores.generator_threads
+        + config.learner.ranks * cores.learner_threads
+        + config.verifier.workers
+        + 1
+    )
+    return max(needed, len(available_cores()))
+
+
+def object_store_bytes(config: Config) -> int:
+    """Object store of a cluster of our own, within what shared memory can hold."""
+    wanted = int(config.ray.object_store_gib * 1024 * MIB)
+    shared_memory = Path("/dev/shm")
+    if shared_memory.exists():
+        stat = os.statvfs(shared_memory)
+        wanted = min(wanted, int(stat.f_bavail * stat.f_frsize * 0.5))
+    return wanted

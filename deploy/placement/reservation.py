@@ -1,0 +1,206 @@
+"""Room on a cluster: a placement group for each part of a run, or an error saying what is missing.
+
+The learner's ranks are packed onto as few nodes as hold them, verifiers are spread, and every
+generator has a group of its own, so that one can come or go alone. A group for which there is no
+room yet stays pending: that is what an autoscaler sees.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.util.placement_group import (
+    PlacementGroup,
+    placement_group,
+    placement_group_table,
+)
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from common.config.sections import Config
+from common.errors import UserError
+from deploy.placement.options import ActorOptions
+
+_LOOK_S = 0.5
+LEARNER, VERIFIERS = "learner", "verifiers"
+
+
+@dataclass(frozen=True)
+class Wish:
+    """`count` times `bundle`, on nodes with `labels`."""
+
+    name: str
+    bundle: dict[str, float]
+    count: int
+    labels: dict[str, str]
+    strategy: str
+
+    def __str__(self) -> str:
+        wanted = ", ".join(f"{name} {amount:g}" for name, amount in self.bundle.items())
+        on = ", ".join(f"{key}={value}" for key, value in self.labels.items())
+        return f"{self.name}: {self.count} x ({wanted})" + (f" on nodes with {on}" if on else "")
+
+
+def wishes(config: Config, options: ActorOptions) -> list[Wish]:
+    """What a run asks of a cluster; an evaluation has no learner (`learner.ranks` 0)."""
+    generator, learner, verifier = config.generator, config.learner, config.verifier
+    verifiers = Wish(
+        VERIFIERS,
+        _bundle(options.verifier, verifier.resources),
+        verifier.workers,
+        verifier.labels,
+        "SPREAD",
+    )
+    if config.colocated:
+        both = Counter(_bundle(options.generator, generator.resources))
+        both.update(_bundle(options.learner, learner.resources))
+        labels = generator.labels | learner.labels
+        return [Wish(LEARNER, dict(both), learner.ranks, labels, "PACK"), verifiers]
+    generators = [
+        Wish(name, _bundle(options.generator, generator.resources), 1, generator.labels, "PACK")
+        for name in generator_names(config)
+    ]
+    ranks = Wish(
+        LEARNER, _bundle(options.learner, learner.resources), learner.ranks, learner.labels, "PACK"
+    )
+    return [
+        *([ranks] if learner.ranks else []),
+        verifiers,
+        *generators,
+    ]
+
+
+def generator_names(config: Config) -> list[str]:
+    return [f"generator-{index}" for index in range(config.generator.count)]
+
+
+def _bundle(options: dict[str, Any], resources: dict[str, float]) -> dict[str, float]:
+    bundle = {"CPU": options["num_cpus"], "GPU": options.get("num_gpus", 0), **resources}
+    return {name: float(amount) for name, amount in bundle.items() if amount}
+
+
+class Reservation:
+    """The placement groups of one run; gone with its connection to Ray.
+
+    A generator that has no wish of its own stands where the learner's rank of its number does.
+    """
+
+    def __init__(self, wanted: Sequence[Wish]) -> None:
+        self._wishes = {wish.name: wish for wish in wanted}
+        self._groups: dict[str, PlacementGroup] = {
+            wish.name: placement_group(
+                [wish.bundle] * wish.count,
+                strategy=wish.strategy,
+                bundle_label_selector=[wish.labels] * wish.count if wish.labels else None,
+            )
+            for wish in wanted
+        }
+
+    def is_ready(self, name: str) -> bool:
+        """Whether its place is kept."""
+        place = name if name in self._groups else LEARNER
+        return bool(self._groups[place].wait(0))
+
+    async def wait(
+        self, config: Config, deadline_s: float, say: Callable[[str], None]
+    ) -> list[str]:
+        """The generators that have a place, once all that the run cannot do without has one.
+
+        Raises:
+            UserError: something has none after `deadline_s`; it names what is missing.
+        """
+        generators = generator_names(config)
+        needed = [name for name in self._wishes if name not in generators]
+        ends = asyncio.get_running_loop().time() + deadline_s
+        said = False
+        while True:
+            ready = [name for name in generators if await asyncio.to_thread(self.is_ready, name)]
+            fixed = [await asyncio.to_thread(self.is_ready, name) for name in needed]
+            if all(fixed) and len(ready) >= fewest_generators(config):
+                return ready
+            if asyncio.get_running_loop().time() > ends:
+                raise UserError(self._missing(deadline_s))
+            if not said:
+                said = True
+                say(f"waiting up to {deadline_s:.0f} s for room on the cluster")
+            await asyncio.sleep(_LOOK_S)
+
+    async def room(self, name: str) -> None:
+        """Returns when a place is kept. No deadline: who cannot go on meanwhile has one."""
+        while not await asyncio.to_thread(self.is_ready, name):
+            await asyncio.sleep(_LOOK_S)
+
+    def options(self, name: str, index: int = 0) -> dict[str, Any]:
+        """For `.options` of the actor that takes the place, besides its own.
+
+        Places that follow each other are on one node as far as there is room: `learner.shard_ranks`
+        ranks in a row gather their layers from each other.
+        """
+        if name not in self._groups:  # generator-N; custom resources of the place are the rank's
+            beside = self.options(LEARNER, int(name.rpartition("-")[2]))
+            return {"scheduling_strategy": beside["scheduling_strategy"]}
+        group, wish = self._groups[name], self._wishes[name]
+        if wish.count > 1:
+            nodes = placement_group_table(group)["bundles_to_node_id"]
+            index = sorted(nodes, key=lambda place: (nodes[place], place))[index]
+        strategy = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index)
+        return {"scheduling_strategy": strategy, "resources": _custom(wish.bundle)}
+
+    def _missing(self, waited_s: float) -> str:
+        lacking = [wish for name, wish in self._wishes.items() if not self.is_ready(name)]
+        return missing(lacking, ray.nodes(), ray.available_resources(), waited_s)
+
+
+def _custom(bundle: dict[str, float]) -> dict[str, float]:
+    return {name: amount for name, amount in bundle.items() if name not in ("CPU", "GPU")}
+
+
+def fewest_generators(config: Config) -> int:
+    """Without so many a run waits."""
+    fewest = config.generator.min_count
+    return config.generator.count if fewest is None else fewest
+
+
+def missing(
+    lacking: Sequence[Wish],
+    nodes: Sequence[dict[str, Any]],
+    free: dict[str, float],
+    waited_s: float,
+) -> str:
+    """What a cluster does not have, for people.
+
+    Args:
+        nodes: as `ray.nodes()` gives them.
+        free: as `ray.available_resources()`.
+    """
+    alive = [node for node in nodes if node["Alive"]]
+    wanted: dict[str, float] = defaultdict(float)
+    for wish in lacking:
+        for name, amount in wish.bundle.items():
+            wanted[name] += amount * wish.count
+    total: Counter[str] = Counter()
+    for node in alive:
+        total.update(node["Resources"])
+    short = [
+        f"{name}: {amount:g} wanted, {free.get(name, 0.0):g} free of {total[name]:g}"
+        for name, amount in wanted.items()
+        if amount > free.get(name, 0.0)
+    ]
+    labels = [
+        f"no node has the label {key}={value}"
+        for key, value in {(k, v) for wish in lacking for k, v in wish.labels.items()}
+        if not any(node.get("Labels", {}).get(key) == value for node in alive)
+    ]
+    reasons = short + labels or ["enough in all, but no node holds one of them at once"]
+    lines = [
+        f"the cluster of {len(alive)} node(s) has no room, after {waited_s:.0f} s, for",
+        *(f"  {wish}" for wish in lacking),
+        *(f"  {reason}" for reason in reasons),
+        "Add nodes, lower generator.count, learner.ranks or their resources, or give it more time "
+        "by ray.placement_timeout_s",
+    ]
+    return "\n".join(lines)

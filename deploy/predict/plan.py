@@ -1,0 +1,132 @@
+"""`grpo-lambda plan`: what a run would be, without starting any of it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+from common.config.load import dump_config
+from common.config.sections import Config
+from common.errors import UserError
+from deploy.placement.cores import available_cores
+from deploy.placement.cpu_runtime import preload_libraries
+from deploy.placement.options import CorePlan, plan_here, with_compute_dtype
+from deploy.predict.cluster_plan import ClusterPlan, logged_lengths
+from deploy.predict.simulate import Costs
+
+
+def describe(config: Config, lengths: Path | None = None, costs: Path | None = None) -> str:
+    """Configuration, placement and batch arithmetic as text; on GPUs also what a step would take.
+
+    Args:
+        lengths: a run whose completions' lengths are taken.
+        costs: a JSON object of `Costs`, measured.
+
+    Raises:
+        UserError: the configuration cannot run where it is meant to.
+    """
+    head, tail = ["# Configuration"], ["", "# Batch arithmetic", *_batches(config)]
+    if config.placement.generator_device is None:
+        if lengths is not None or costs is not None:
+            raise UserError(
+                "--lengths and --costs are for the simulation of GPUs: name what to compute with, "
+                "e.g. placement.generator_device=H100-80GB"
+            )
+        config = with_compute_dtype(config)
+        cores = plan_here(config, preload_libraries())
+        placed = _placement(config, cores, len(available_cores()))
+        return "\n".join([*head, dump_config(config), "# Placement", *placed, *tail])
+    config = replace(config, model=replace(config.model, dtype="bfloat16"))
+    plan = ClusterPlan.of(config)
+    lines = plan.lines(logged_lengths(lengths) if lengths else None, read_costs(costs))
+    text = "\n".join([*head, dump_config(config), *lines, *tail])
+    if plan.problems:
+        raise UserError(f"{text}\n\nthis plan does not fit: {'; '.join(plan.problems)}")
+    return text
+
+
+def read_costs(path: Path | None) -> Costs | None:
+    """Raises `UserError` when the file does not hold them."""
+    if path is None:
+        return None
+    try:
+        return Costs(**json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(
+            f"--costs {path}: {error}; it should be a JSON object with "
+            f"{', '.join(Costs.__dataclass_fields__)}"
+        ) from error
+
+
+def _placement(config: Config, cores: CorePlan, num_cores: int) -> list[str]:
+    generator, learner, verifier = config.generator, config.learner, config.verifier
+    lines = [
+        f"ray.address            {config.ray.address}"
+        + (" (a cluster of this run's own)" if config.ray.address == "local" else ""),
+        f"cores                  {num_cores} here; {cores.reason}",
+    ]
+    for index in range(generator.count):
+        lines.append(
+            f"generator-{index}            {cores.generator_threads} thread(s), cores "
+            f"{_shown(cores.generator_cores[index])}, {generator.kv_cache_gib} GiB of KV cache, "
+            f"{config.weights.transport} weights"
+        )
+    allocator = ", ".join(cores.preload) or "the C library's (tcmalloc is used where installed)"
+    lines.append(f"their allocator        {allocator}")
+    for rank in range(learner.ranks):
+        lines.append(
+            f"learner rank {rank}         {cores.learner_threads} thread(s), cores "
+            f"{_shown(cores.learner_cores[rank])}"
+        )
+    rules = ", ".join(f"{rule.name} x {rule.weight:g}" for rule in verifier.rules)
+    lines.append(f"verifiers              {verifier.workers} ({rules})")
+    return lines
+
+
+def _shown(cores: list[int] | None) -> str:
+    return "any" if cores is None else ",".join(map(str, cores))
+
+
+def _batches(config: Config) -> list[str]:
+    """Each line says what follows from what."""
+    batch, generator = config.batch, config.generator
+    groups, completions = config.groups_per_step, config.completions_per_step
+    most_tokens = completions * generator.max_completion_tokens
+    rows = -(-most_tokens // batch.tokens_per_microbatch)
+    staleness, in_flight = generator.max_staleness, config.max_groups_in_flight
+    lines = []
+    if groups != batch.prompts_per_step:
+        rate = config.algorithm.rollout.prune_rate
+        lines.append(
+            f"prompts a step         batch.prompts_per_step {batch.prompts_per_step} / (1 - "
+            f"algorithm.rollout.prune_rate {rate:g}) = {groups}: more, for the places that pruning "
+            "frees"
+        )
+    epochs = config.algorithm.objective.epochs
+    return [
+        *lines,
+        f"completions a step     {groups} prompts x {batch.group_size} completions = "
+        f"{completions}: batch.prompts_per_step x batch.group_size, each compared with its group",
+        f"completion tokens      {completions} completions x generator.max_completion_tokens "
+        f"{generator.max_completion_tokens} = {most_tokens} a step at most",
+        f"micro-batches          {most_tokens} tokens / batch.tokens_per_microbatch "
+        f"{batch.tokens_per_microbatch} = {rows} forward and backward passes at most for the "
+        "completions; their prompts come on top. It bounds memory and changes no gradient",
+        f"optimiser steps        steps {config.steps} x algorithm.objective.epochs {epochs} = "
+        f"{config.steps * epochs}, each on all {completions} completions",
+        f"staleness budget       (generator.max_staleness {staleness} + 1) x {groups} prompts = "
+        f"{in_flight} groups in flight at most, so no token is trained on that is more than "
+        f"{staleness} version(s) old",
+        f"in flight              {in_flight} groups x {batch.group_size} = "
+        f"{in_flight * batch.group_size} completions over {generator.count} generator(s) of "
+        f"generator.max_concurrent_sequences {generator.max_concurrent_sequences}",
+        f"off-policy correction  {config.correction_kind}"
+        + (
+            f", because generator.max_staleness is {staleness}"
+            if config.algorithm.correction.kind == "auto"
+            else ", as algorithm.correction.kind says"
+        ),
+        f"completions in all     steps {config.steps} x {completions} = "
+        f"{config.steps * completions}, and what is filtered or abandoned",
+    ]

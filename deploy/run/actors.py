@@ -1,0 +1,260 @@
+"""Ray: connecting with a deadline, starting the actors, ending without leftovers."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from actors.generation.generator import GeneratorActor
+from actors.verifiers.registry import verifier_names
+from actors.verifiers.worker import VerifierActor
+from common.config.sections import Config
+from common.errors import StartError, UserError
+from common.record.writer import TrajectoryLogActor
+from common.supervision.heartbeat import HEALTH
+from common.supervision.stacks import descendants
+from deploy.models.resolve import Located
+from deploy.placement.options import (
+    STREAM_OPTIONS,
+    ActorOptions,
+    CorePlan,
+    actor_options,
+    cpus_needed,
+    object_store_bytes,
+)
+from deploy.placement.reservation import LEARNER, VERIFIERS, Reservation
+from learner.training.rank import LearnerJob, LearnerRank
+from learner.training.ranks import WRITING
+
+PROJECT_ROOT = Path(__file__).resolve().parents[2]
+_TASKS_REMEMBERED = 2_000
+"""By Ray's server, for its own tools: of 100,000, its default, a long run has it grow by 200 MB."""
+
+
+LearnerActor = ray.remote(concurrency_groups={WRITING: 1, HEALTH: 1})(LearnerRank)
+
+
+@dataclass
+class Actors:
+    """What several runs may use one after the other."""
+
+    generators: dict[str, Any]
+    verifiers: dict[str, Any]
+    learners: list[Any]
+
+
+def connect(config: Config, cores: CorePlan) -> None:
+    """Join the cluster that `ray.address` names, or start one of our own for `local`.
+
+    Raises:
+        UserError: nothing answers at the address.
+    """
+    # A group's batch is acknowledged apart from its content (`actors.rollout.pools`): the
+    # acknowledgement raises what went wrong, and Ray would print the same again for the batch
+    # nobody fetched.
+    os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
+    address = config.ray.address
+    environment = {"env_vars": {"PYTHONPATH": _python_path()}}
+    if address == "local":
+        try:
+            ray.init(
+                address="local",
+                num_cpus=cpus_needed(config, cores),
+                object_store_memory=object_store_bytes(config),
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level="ERROR",
+                runtime_env=environment,
+                _system_config={"task_events_max_num_task_in_gcs": _TASKS_REMEMBERED},
+            )
+        except Exception as error:  # Ray raises just that when its node is not up in 30 s
+            _kill_servers()  # else they live until this process ends
+            raise StartError(
+                f"Ray did not start on this machine: {error} If the machine is busy, try again; "
+                "else see Ray's logs under /tmp/ray/session_latest/logs"
+            ) from error
+        return
+    _check_address(address, config.ray.connect_timeout_s)
+    try:
+        ray.init(
+            address=address, log_to_driver=False, logging_level="ERROR", runtime_env=environment
+        )
+    except (ConnectionError, RuntimeError, TimeoutError) as error:
+        raise UserError(
+            f"no Ray cluster at ray.address={address}: {error}. Start one with `ray start --head`, "
+            "or use ray.address=local; one that asks for a token wants RAY_AUTH_MODE=token and its "
+            "token in RAY_AUTH_TOKEN or ~/.ray/auth_token"
+        ) from error
+
+
+def _python_path() -> str:
+    """Actors import the project from here also when it is not installed."""
+    inherited = os.environ.get("PYTHONPATH", "")
+    return os.pathsep.join([str(PROJECT_ROOT), *([inherited] if inherited else [])])
+
+
+def _check_address(address: str, timeout_s: float) -> None:
+    """Ray waits for minutes on an address where nothing listens: knock first."""
+    if address == "auto":
+        return
+    host, _, port = address.rpartition(":")
+    if address.startswith("ray://") or not host or not port.isdigit():
+        raise UserError(
+            f"ray.address={address}: use local, auto or HOST:PORT (Ray Client, ray://, cannot "
+            "stream from actors: submit the run as a job on the cluster instead)"
+        )
+    try:
+        with socket.create_connection((host, int(port)), timeout=timeout_s):
+            return
+    except OSError as error:
+        raise UserError(
+            f"nothing answers at ray.address={address} ({error}): start the cluster with "
+            "`ray start --head --port PORT`, or use ray.address=local"
+        ) from error
+
+
+@dataclass(frozen=True)
+class ActorFactory:
+    """Makes the actors of a configuration, the first ones and those in the place of dead ones.
+
+    `config.model.path` is a folder of this node by now, with the weights of `version`.
+    """
+
+    config: Config
+    cores: CorePlan
+    cuda: bool
+    version: int
+    locate: Located
+    reservation: Reservation | None = None
+    """Places on a cluster; None on one of our own, which is as large as the run."""
+
+    def generator(self, name: str, model_folder: str) -> Any:
+        """`name` is generator-N."""
+        config, index = self.config, int(name.rpartition("-")[2])
+        options = self._options.generator | self._place(name)
+        return GeneratorActor.options(**options).remote(
+            name,
+            replace(config.model, path=model_folder),
+            config.generator,
+            config.weights.transport,
+            config.seed + index,
+            self.version,
+            self.cores.generator_cores[index] if self._bound else None,
+            self.locate,
+        )
+
+    def verifier(self, name: str) -> Any:
+        """`name` is verifier-N."""
+        index = int(name.rpartition("-")[2])
+        options = self._options.verifier | self._place(VERIFIERS, index)
+        return VerifierActor.options(**options).remote(self.config.verifier)
+
+    def _place(self, name: str, index: int = 0) -> dict[str, Any]:
+        return {} if self.reservation is None else self.reservation.options(name, index)
+
+    def all(self, generators: Sequence[str]) -> Actors:
+        """Every actor but the stream; they start up on their own, `Run` awaits them."""
+        config, job = self.config, learner_job(self.config, self.locate)
+        verifiers = [f"verifier-{index}" for index in range(config.verifier.workers)]
+        learners = [
+            LearnerActor.options(**self._options.learner | self._place(LEARNER, rank)).remote(
+                job,
+                rank,
+                self.cores.learner_cores[rank] if self._bound else None,
+                locate=self.locate,
+            )
+            for rank in range(config.learner.ranks)
+        ]
+        return Actors(
+            {name: self.generator(name, config.model.path) for name in generators},
+            {name: self.verifier(name) for name in verifiers},
+            learners,
+        )
+
+    @property
+    def _options(self) -> ActorOptions:
+        return actor_options(self.config, self.cores, self.cuda)
+
+    @property
+    def _bound(self) -> bool:
+        """Core numbers mean nothing on other machines."""
+        return self.config.ray.address == "local" and not self.cuda
+
+
+def learner_job(config: Config, origin: Located) -> LearnerJob:
+    """What a run with a local `config.model.path`, begun from `origin`, asks of the learner."""
+    return LearnerJob(
+        model=config.model,
+        reference_path=origin.folder,
+        learner=config.learner,
+        algorithm=config.algorithm,
+        correction_kind=config.correction_kind,
+        max_completion_tokens=config.generator.max_completion_tokens,
+        temperature=config.generator.temperature,
+        seed=config.seed,
+        total_steps=config.steps,
+        primary_verifier=verifier_names(config.verifier)[0],
+        bucket_mib=config.weights.bucket_mib,
+        tokens_per_microbatch=config.batch.tokens_per_microbatch,
+        checkpoint_timeout_s=config.checkpoint.timeout_s,
+    )
+
+
+def start_log(config: Config, run_folder: Path) -> Any:
+    """The trajectory log of one run."""
+    names = verifier_names(config.verifier)
+    return TrajectoryLogActor.options(**STREAM_OPTIONS).remote(str(run_folder), names)
+
+
+_LET_GO_S = 20.0
+_SERVERS = ("raylet", "gcs_server")
+
+
+def _tear_away() -> None:
+    """Kill the servers of a cluster of our own that hang; leave one of others by ending."""
+    if not _kill_servers():
+        print(
+            f"error: Ray did not let go of this process within {_LET_GO_S:.0f} s, so it ends; go "
+            "on by resume=",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(1)
+
+
+def _kill_servers() -> int:
+    """Those that this process has started; how many."""
+    servers = [
+        process.pid for process in descendants(os.getpid()) if process.name.startswith(_SERVERS)
+    ]
+    for pid in servers:
+        os.kill(pid, signal.SIGKILL)
+    return len(servers)
+
+
+def disconnect(log_folder: Path) -> None:
+    """Leave Ray; a cluster of our own ends with it. Keeps the logs of its processes."""
+    if not ray.is_initialized():
+        return
+    session = Path(ray._private.worker._global_node.get_session_dir_path()) / "logs"
+    impatient = threading.Timer(_LET_GO_S, _tear_away)
+    impatient.daemon = True
+    impatient.start()
+    try:
+        ray.shutdown()  # waits for the raylet without a deadline
+    finally:
+        impatient.cancel()
+    log_folder.mkdir(exist_ok=True)
+    for source in [*session.glob("worker-*.out"), *session.glob("worker-*.err")]:
+        if source.stat().st_size > 0:
+            shutil.copyfile(source, log_folder / source.name)

@@ -1,0 +1,377 @@
+"""One run: its parts made and connected, its loops side by side until the learner is done.
+
+The coordinator is this process. Only the learner's loop may end without an error; whatever ends
+first ends the run.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.ipc
+import ray
+
+from actors.data.prompts import PromptSource, build_prompt_source
+from actors.rollout.evaluate import Evaluator
+from actors.rollout.guidance import Guidance
+from actors.rollout.loop import RolloutLoop
+from actors.rollout.pools import GeneratorPool, VerifierPool
+from common.config.sections import Config
+from common.errors import RunError, UserError
+from common.record.credit_log import forget_credit_after
+from common.record.ledger import Ledger
+from common.record.metrics import Metrics
+from common.record.writer import TrajectoryLogClient
+from common.supervision.heartbeat import beat
+from common.trajectory import GroupReceipt
+from deploy.models.resolve import Located, check_vocabulary, resolve_model
+from deploy.placement.options import with_compute_dtype
+from deploy.placement.reservation import fewest_generators, generator_names
+from deploy.run.actors import Actors, start_log
+from deploy.run.checkpoints import Checkpoints
+from deploy.run.directory import FAILED_BATCH, LEDGER, QUARANTINE, RunDirectory
+from deploy.run.display import Display, make_display
+from deploy.run.metric_sinks import open_metrics
+from deploy.run.mirror import Mirror
+from deploy.run.preemption import Preemption
+from deploy.run.replacements import Replacements
+from deploy.run.restart_budget import RestartBudget
+from deploy.run.service import Service
+from learner.loop import LearnerLoop, Schedule
+from learner.training.guards import check_logprob_gap
+from learner.training.ranks import LearnerRanks
+from learner.weights.publish import (
+    Canary,
+    DeviceToDevice,
+    OnSharedDevices,
+    Publisher,
+    ThroughObjectStore,
+    Transport,
+)
+
+_FETCH_S = 60.0
+
+
+class Run:
+    """One run in its directory. `main` is its life."""
+
+    def __init__(
+        self,
+        config: Config,
+        run: RunDirectory,
+        service: Service,
+        preemption: Preemption,
+        restarts: RestartBudget,
+    ) -> None:
+        self._config = config
+        self._restarts = restarts
+        self._preemption = preemption
+        self._run = run
+        self._service = service
+        self._waits = service.waits
+        place = config.checkpoint.mirror
+        self._mirror = Mirror(place) if place is not None else None
+        if self._mirror is not None:
+            self._mirror.check_apart(run.path)
+        self._rollout: RolloutLoop | None = None
+        self._display: Display = make_display(config.steps, self._waits, self._status)
+        self._first_step = 0
+
+    async def main(self) -> dict[str, float]:
+        """Start what is missing, train, end what is this run's own."""
+        with self._display:
+            self._display.event(f"run directory {self._run.path}")
+            folder = self._model_folder()
+            origin = self._origin(folder)
+            source = self._prompt_source(folder)
+            config = with_compute_dtype(self._config)
+            self._config = replace(config, model=replace(config.model, path=folder))
+            actors, used = await self._service.open(
+                self._config, self._first_step, origin, self._display.event
+            )
+            self._preemption.listen()
+            stream = start_log(self._config, self._run.path)
+            timeout_s = self._config.verify_timeout_s
+            log = TrajectoryLogClient(stream, self._waits, timeout_s, self._replacements.stream())
+            try:
+                return await self._train(actors, log, source, used)
+            except ExceptionGroup as group:
+                raise first_cause(group) from group
+            finally:
+                await self._service.end_run(log.stream)
+
+    @property
+    def _replacements(self) -> Replacements:
+        return Replacements(self._service.factory, self._run, self._restarts, self._display.event)
+
+    def _model_folder(self) -> str:
+        """The model's folder, or on resume the newest checkpoint if there is one."""
+        if self._config.resume:
+            self._first_step = self._run.newest_checkpoint(self._display.event)
+        if not self._first_step:
+            self._display.event(f"model {self._config.model.path}, from step 0")
+            return str(resolve_model(self._config.model.path))
+        if self._first_step >= self._config.steps:
+            raise UserError(
+                f"{self._run.path} is at step {self._first_step} and steps={self._config.steps}: "
+                f"give a larger steps= to go on"
+            )
+        self._display.event(f"resuming from step {self._first_step}")
+        return str(self._run.checkpoint(self._first_step))
+
+    def _origin(self, folder: str) -> Located:
+        """The model before step 1: after a resume it is still the reference policy."""
+        name = self._config.model.path
+        if not self._first_step:
+            return Located(name, folder)
+        needed = self._config.algorithm.objective.kl > 0
+        return Located(name, str(resolve_model(name)) if needed else None)
+
+    def _prompt_source(self, folder: str) -> PromptSource:
+        from transformers import AutoTokenizer
+
+        config = self._config
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=config.model.trust_remote_code
+        )
+        check_vocabulary(tokenizer.get_vocab().values(), Path(folder))
+        source = build_prompt_source(
+            config.data,
+            config.eval.prompts,
+            config.seed,
+            tokenizer,
+            config.model.max_length - config.generator.max_completion_tokens,
+        )
+        if bad := source.quarantine.rows:
+            path = self._run.path / QUARANTINE
+            source.quarantine.write(path)
+            self._display.event(
+                f"{len(bad)} of {source.quarantine.seen} rows cannot be used, the first because "
+                f"{bad[0].reason}; all are in {path}"
+            )
+        return source
+
+    async def _train(
+        self, actors: Actors, log: TrajectoryLogClient, source: PromptSource, used: bool
+    ) -> dict[str, float]:
+        """`used`: the generators hold the weights of a run before this one."""
+        config = self._config
+        fewest = fewest_generators(config)
+        generators = GeneratorPool(actors.generators, self._waits, self._first_step, fewest)
+        verifiers = VerifierPool(actors.verifiers, self._waits)
+        learner = LearnerRanks(
+            actors.learners,
+            self._waits,
+            config.learner.step_timeout_s,
+            str(self._run.path),
+            config.learner.credit_log_every,
+        )
+        await self._start(generators, verifiers, learner, used)
+        generators.replacement = self._replacements.generators()
+        verifiers.replacement = self._replacements.verifiers()
+        ledger = Ledger(self._run.path / LEDGER, source.identity)
+        room = config.generator.max_completion_tokens - 1
+        self._rollout = RolloutLoop(
+            config,
+            source=source,
+            generators=generators,
+            verifiers=verifiers,
+            log=log,
+            guidance=Guidance(config.algorithm.rollout.guidance, config.steps, room),
+            ledger=ledger,
+            waits=self._waits,
+            # On one node they are in the learner's reach as soon as they are in the store.
+            announce=None if config.ray.address == "local" else learner.fetch_ahead,
+        )
+        try:
+            await self._restore(learner, self._rollout)
+            publisher = await self._publisher(learner, generators, source)
+            generators.proof = publisher.prove_newcomer
+            generators.expect(set(generator_names(config)) - set(actors.generators))
+            if used:
+                await publisher.deliver(await publisher.export(self._first_step))
+            self._display.event("all parts are up")
+            return await self._loops(learner, publisher, source, generators, verifiers, log)
+        finally:
+            generators.end()
+            verifiers.end()
+            ledger.end()
+
+    async def _loops(
+        self,
+        learner: LearnerRanks,
+        publisher: Publisher,
+        source: PromptSource,
+        generators: GeneratorPool,
+        verifiers: VerifierPool,
+        log: TrajectoryLogClient,
+    ) -> dict[str, float]:
+        """The two loops, until the learner's ends."""
+        config = self._config
+        assert self._rollout is not None
+        metrics = self._metrics()
+        loop = LearnerLoop(
+            learner=learner,
+            publisher=publisher,
+            groups=self._rollout,
+            evaluation=Evaluator(
+                prompts=source.eval_prompts(config.eval.prompts),
+                generators=generators,
+                verifiers=verifiers,
+                log=log,
+                config=config.eval,
+                max_tokens=config.generator.max_completion_tokens,
+            ),
+            checkpoints=Checkpoints(
+                config.checkpoint,
+                self._run,
+                learner,
+                self._rollout.save,
+                self._display.event,
+                self._waits,
+                self._mirror,
+            ),
+            record=self._recorder(metrics),
+            schedule=self._schedule(),
+            keep_batch=self._keep_batch,
+            stop=self._preemption.requested,
+        )
+        with metrics, self._preemption.between_steps():
+            return await until_learner_ends(
+                loop.run(),
+                self._rollout.run(),
+                self._heartbeat(generators, verifiers, learner, log),
+            )
+
+    async def _start(
+        self, generators: GeneratorPool, verifiers: VerifierPool, learner: LearnerRanks, used: bool
+    ) -> None:
+        config = self._config
+        starts: list[Awaitable[Any]] = [learner.setup(config.learner.start_timeout_s)]
+        if not used:
+            deadline_s = config.generator.start_timeout_s
+            starts += [
+                generators.call_all("start", owner="start-up", deadline_s=deadline_s),
+                verifiers.call_all("warm_up", owner="start-up", deadline_s=deadline_s),
+            ]
+        await asyncio.gather(*starts)
+
+    async def _restore(self, learner: LearnerRanks, rollout: RolloutLoop) -> None:
+        """On resume: the learner, the groups not yet trained on, the cursor of the prompts.
+
+        Step 0 is a checkpoint too, that of the untrained model.
+        """
+        if not self._config.resume:
+            rollout.save(0)
+            return
+        state = {}
+        if self._first_step:
+            folder = str(self._run.checkpoint(self._first_step))
+            state = await learner.load_checkpoint(folder, self._config.checkpoint.timeout_s)
+        forget_credit_after(self._run.path, self._first_step)
+        kept, again = await rollout.resume(self._first_step, state)
+        self._display.event(
+            f"{kept} verified group(s) taken from the trajectory log, {again} to be sampled again"
+        )
+
+    async def _publisher(
+        self, learner: LearnerRanks, generators: GeneratorPool, source: PromptSource
+    ) -> Publisher:
+        weights, generator = self._config.weights, self._config.generator
+        transport: Transport
+        transport = ThroughObjectStore(learner, generators, weights.publish_timeout_s)
+        if weights.transport != "object_store":
+            transport = DeviceToDevice(learner)
+            if self._config.colocated:
+                transport = OnSharedDevices(learner, generators, weights.publish_timeout_s)
+            await learner.open_transport(
+                weights.transport,
+                list(generators.handles.values()),
+                generator.devices,
+                weights.publish_timeout_s,
+            )
+        prompts = source.some_prompts(weights.canary_sequences)
+        canary = Canary.from_prompts(
+            [prompt.token_ids for prompt in prompts], weights.canary_tokens
+        )
+        return Publisher(
+            learner,
+            generators,
+            transport,
+            canary,
+            self._config.canary_tolerance,
+            weights.publish_timeout_s,
+            weights.resends,
+        )
+
+    def _heartbeat(self, *parts: Any) -> Awaitable[None]:
+        restart = self._config.restart
+        asks = [partial(part.ping, restart.silence_s) for part in parts]
+        return beat(restart.heartbeat_s, asks)
+
+    def _keep_batch(self, receipts: list[GroupReceipt]) -> None:
+        batches = ray.get([receipt.batch_ref for receipt in receipts], timeout=_FETCH_S)
+        with pa.ipc.new_file(self._run.path / FAILED_BATCH, batches[0].schema) as file:
+            for batch in batches:
+                file.write_batch(batch)
+
+    def _metrics(self) -> Metrics:
+        last_step = None
+        if self._config.resume:
+            last_step = self._first_step or -1  # step 0 is evaluated again
+        return open_metrics(self._config, self._run.path, last_step, self._display.event)
+
+    def _recorder(self, metrics: Metrics) -> Callable[[int, dict[str, float]], None]:
+        def record(step: int, values: dict[str, float]) -> None:
+            metrics.write(step, values)
+            self._display.step(step, values)
+            if "logprob_gap/mean" in values and not values["steps/skipped"]:
+                gap = values["logprob_gap/mean"]
+                check_logprob_gap(gap, step, self._config.learner, self._display.event)
+
+        return record
+
+    def _schedule(self) -> Schedule:
+        config = self._config
+        return Schedule(
+            first_step=self._first_step,
+            last_step=config.steps,
+            eval_every=config.eval.every,
+            checkpoint_every=config.checkpoint.every,
+            max_staleness=config.generator.max_staleness,
+            take_timeout_s=2 * config.generator.group_timeout_s,
+        )
+
+    def _status(self) -> str:
+        return self._rollout.status() if self._rollout else "starting"
+
+
+async def until_learner_ends(learner: Any, *endless: Any) -> dict[str, float]:
+    """Run all loops; the learner's result, or the error of whichever ended first."""
+    tasks = [asyncio.ensure_future(loop) for loop in (learner, *endless)]
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        for task in tasks[1:]:
+            if task.done():
+                await task
+                raise RunError("a loop returned, which only the learner's should: please report it")
+        result: dict[str, float] = await tasks[0]
+        return result
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def first_cause(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """The first error inside nested groups."""
+    error: BaseException = group
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error

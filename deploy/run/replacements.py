@@ -1,0 +1,61 @@
+"""Generators, verifiers and the stream start again by themselves, while the others go on.
+
+The learner does not: its ranks hold one model together, so all start again from the last checkpoint
+(`deploy.run.restart_budget`). Nor does a generator whose weights come by a collective (nccl, ipc).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from common.supervision.replacement import Replacement
+from deploy.run.actors import ActorFactory, start_log
+from deploy.run.directory import RunDirectory
+from deploy.run.restart_budget import RestartBudget
+
+
+class Replacements:
+    """Makes the actors that come in the place of dead ones, and counts them."""
+
+    def __init__(
+        self,
+        factory: ActorFactory,
+        run: RunDirectory,
+        restarts: RestartBudget,
+        say: Callable[[str], None],
+    ) -> None:
+        self._factory = factory
+        self._run = run
+        self._restarts = restarts
+        self._say = say
+
+    def generators(self) -> Replacement | None:
+        """None where a new one could not get the weights."""
+        if self._factory.config.weights.transport != "object_store":
+            return None
+        return self._by(self._generator, has_place=True)
+
+    def verifiers(self) -> Replacement:
+        return self._by(self._factory.verifier)
+
+    def stream(self) -> Replacement:
+        return self._by(lambda _: start_log(self._factory.config, self._run.path))
+
+    def _by(self, make: Callable[[str], Any], *, has_place: bool = False) -> Replacement:
+        """`has_place`: the cluster keeps one under the name of each."""
+        config, reservation = self._factory.config, self._factory.reservation
+        deadline_s = config.generator.start_timeout_s
+        replacement = Replacement(make, self._restarts.after, self._say, deadline_s)
+        if reservation is None or not has_place:
+            return replacement
+        return replace(replacement, room=reservation.room, room_s=config.ray.placement_timeout_s)
+
+    def _generator(self, name: str) -> Any:
+        folder = self._factory.config.model.path
+        if not Path(folder).is_dir():  # a checkpoint that has been pruned since
+            newest = self._run.newest_checkpoint(self._say)
+            folder = str(self._run.checkpoint(newest))
+        return self._factory.generator(name, folder)

@@ -1,0 +1,183 @@
+"""Ray and the actors: the part of a run that the next run can use again.
+
+Starting vLLM takes most of a short run's time. A comparison of many recipes therefore keeps one
+`Service`: each run loads its own learner into the processes that the last run left behind, and
+sends its first weights to their generators. These keep the random state of the runs before:
+`seed` then decides the prompts and their order, not the samples. An evaluation has no learner
+(`learner.ranks` 0), and verifiers of its own for each suite.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from common.config.sections import Config
+from common.errors import UserError
+from common.supervision.waits import Waits
+from deploy.models.resolve import Located
+from deploy.placement.cpu_runtime import preload_libraries
+from deploy.placement.memory import check_memory
+from deploy.placement.options import CorePlan, actor_options, gpus_each, plan_here, uses_cuda
+from deploy.placement.reservation import Reservation, generator_names, wishes
+from deploy.run.actors import ActorFactory, Actors, connect, disconnect, learner_job
+from learner.training.ranks import LearnerRanks
+
+SHUTDOWN_S = 30.0
+
+
+class Service:
+    """Starts with the first run that needs it; `end` ends everything that was started."""
+
+    def __init__(self) -> None:
+        self.waits = Waits()
+        self._actors: Actors | None = None
+        self._served: object = None
+        self._factory: ActorFactory | None = None
+
+    @property
+    def factory(self) -> ActorFactory:
+        """Of the actors that are open."""
+        assert self._factory is not None
+        return self._factory
+
+    async def open(
+        self, config: Config, version: int, origin: Located, say: Callable[[str], None]
+    ) -> tuple[Actors, bool]:
+        """Actors for `config`, and whether they served another run before.
+
+        `config.model.path` is a local folder with the weights of `version`; `origin` finds the
+        model that the run began from.
+
+        Raises:
+            UserError: the configuration cannot run here, or needs other actors than the runs
+                before it.
+        """
+        wanted = _sections(config)
+        if self._actors is not None:
+            if wanted != self._served:
+                raise UserError(
+                    "runs that share actors must have the same model, generator, verifier, "
+                    "weights.transport and ray sections and as many learner ranks "
+                    "(generator.max_staleness may differ)"
+                )
+            learner = LearnerRanks(self._actors.learners, self.waits, SHUTDOWN_S)
+            await learner.begin(learner_job(config, origin), SHUTDOWN_S)
+            return self._actors, True
+        cuda = _check(config)
+        cores = plan_here(config, [] if cuda else preload_libraries())
+        say(_described(config, cores))
+        connect(config, cores)
+        reservation, generators = None, generator_names(config)
+        if config.ray.address != "local" or config.colocated:
+            reservation = Reservation(wishes(config, actor_options(config, cores, cuda)))
+            generators = await reservation.wait(config, config.ray.placement_timeout_s, say)
+        self._factory = ActorFactory(config, cores, cuda, version, origin, reservation)
+        self._actors, self._served = self._factory.all(generators), wanted
+        return self._actors, False
+
+    async def change_verifiers(self, config: Config) -> dict[str, Any]:
+        """Verifiers of `config.verifier` in the place of those that are open; the rest stays."""
+        assert self._actors is not None
+        old = self._actors.verifiers
+        await self._all_answered([handle.close.remote() for handle in old.values()])
+        for handle in old.values():
+            ray.kill(handle)
+        changed = replace(self.factory.config, verifier=config.verifier)
+        self._factory, self._served = replace(self.factory, config=changed), _sections(changed)
+        self._actors.verifiers = {name: self.factory.verifier(name) for name in old}
+        return self._actors.verifiers
+
+    async def end_run(self, stream: Any) -> None:
+        """Close what belongs to one run; the learner lets go of its policy."""
+        assert self._actors is not None
+        calls = [handle.shutdown.remote() for handle in self._actors.learners]
+        await self._all_answered([*calls, stream.close.remote()])
+        ray.kill(stream)
+
+    async def end(self, log_folder: Path) -> None:
+        """End every actor and Ray; the logs of all processes go to `log_folder`."""
+        if self._actors is not None:
+            generators, verifiers = self._actors.generators, self._actors.verifiers
+            self._actors = None
+            await self._all_answered(
+                [handle.shutdown.remote() for handle in generators.values()]
+                + [handle.close.remote() for handle in verifiers.values()]
+            )
+        disconnect(log_folder)
+
+    async def _all_answered(self, calls: list[Any]) -> None:
+        """Every actor was asked to end its own children; whatever does not answer is killed after.
+
+        Errors are not raised: a dead or hanging actor is why we may be here.
+        """
+        waiting = [
+            self.waits.on(call, owner="shutdown", cause="an actor", deadline_s=SHUTDOWN_S)
+            for call in calls
+        ]
+        await asyncio.gather(*waiting, return_exceptions=True)
+
+
+def _sections(config: Config) -> object:
+    """What the actors are made from."""
+    generator = replace(config.generator, max_staleness=0)
+    learner = (config.learner.ranks, config.learner.threads, config.learner.device)
+    transport = config.weights.transport
+    placement = config.placement
+    return config.model, generator, config.verifier, learner, transport, placement, config.ray
+
+
+def _check(config: Config) -> bool:
+    """Whether the run uses CUDA. Raises `UserError` when it cannot run on this machine."""
+    cuda = uses_cuda(config)
+    if config.weights.transport != "object_store" and not cuda:
+        raise UserError(
+            f"weights.transport={config.weights.transport} moves weights between CUDA devices "
+            "and there is none: use weights.transport=object_store"
+        )
+    if config.learner.attention == "varlen" and not (cuda and config.model.dtype == "bfloat16"):
+        raise UserError(
+            "learner.attention=varlen is a kernel for CUDA devices and bfloat16, and this run is "
+            f"{config.model.dtype} on {'CUDA' if cuda else 'CPU'}: use learner.attention=grids"
+        )
+    if config.ray.address == "local":
+        if cuda:
+            _check_devices(config)
+        else:
+            check_memory(config, Path(config.model.path))
+    return cuda
+
+
+def _check_devices(config: Config) -> None:
+    """Actors that ask for devices which a cluster of our own does not have wait for ever."""
+    import torch
+
+    here = torch.cuda.device_count()
+    generators, ranks = config.generator.count, config.learner.ranks
+    of_generator, of_rank = gpus_each(config)
+    wanted = generators * of_generator + ranks * of_rank
+    if wanted > here:
+        raise UserError(
+            f"{generators} generator(s) and {ranks} learner rank(s) want {wanted:g} CUDA "
+            f"device(s), and torch sees {here} here: lower generator.count or learner.ranks, have "
+            "them take turns on the same devices (weights.transport=ipc, "
+            "generator.max_staleness=0), or train on the CPU (learner.device=cpu)"
+        )
+
+
+def _described(config: Config, cores: CorePlan) -> str:
+    learners = (
+        f"{config.learner.ranks} learner rank(s) of {cores.learner_threads} thread(s), "
+        if config.learner.ranks
+        else ""
+    )
+    return (
+        f"starting {config.generator.count} generator(s) of {cores.generator_threads} "
+        f"thread(s), {learners}{config.verifier.workers} verifier(s), in {config.model.dtype} "
+        f"({cores.reason})"
+    )

@@ -1,0 +1,221 @@
+"""The baseline axis: rewards of a group of completions -> one advantage a completion.
+
+All functions are pure and work in float64. A completion without a reward (NaN: its verifier gave
+`error` or `timeout`) takes no part: it enters no mean and is not kept.
+
+Legend: B completions of the batch, V of them with a reward, P groups, G completions of one group.
+Evidence: [P] paper or official code, [R] reviewer, [3P] third parties, [D] derived, [I] inferred.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from common.config.algorithm import BaselineConfig
+from common.errors import VerifierError
+
+
+def check_rewards(rewards: Tensor, verifier_name: str) -> None:
+    """Raise `VerifierError` naming the verifier when any reward is NaN or infinite."""
+    wrong = (~rewards.isfinite()).nonzero().flatten()
+    if wrong.numel():
+        first = int(wrong[0])
+        raise VerifierError(
+            f"verifier {verifier_name!r} returned {float(rewards[first])} as reward of completion "
+            f"{first} ({wrong.numel()} of {rewards.numel()} rewards are not finite). A verifier "
+            "must return a finite number, or raise, so that the completion is left out of training"
+        )
+
+
+@dataclass(frozen=True)
+class GroupedRewards:
+    """Rewards with the group of each, and the statistics of the groups spread back to members."""
+
+    rewards_V: Tensor
+    group_V: Tensor
+
+    @cached_property
+    def groups(self) -> int:
+        return int(self.group_V.max()) + 1 if self.group_V.numel() else 0
+
+    def sum(self, values_V: Tensor) -> Tensor:
+        """Sum of `values_V` over the group of each member."""
+        zeros_P = values_V.new_zeros(self.groups)
+        return zeros_P.index_add(0, self.group_V, values_V)[self.group_V]
+
+    @cached_property
+    def size_V(self) -> Tensor:
+        return self.sum(torch.ones_like(self.rewards_V))
+
+    @cached_property
+    def uniform_V(self) -> Tensor:
+        """True in groups whose rewards are all equal, groups of one included."""
+        empty_P = self.rewards_V.new_zeros(self.groups)
+        ends = [
+            empty_P.scatter_reduce(0, self.group_V, self.rewards_V, how, include_self=False)
+            for how in ("amin", "amax")
+        ]
+        return (ends[0] == ends[1])[self.group_V]
+
+    @cached_property
+    def centred_V(self) -> Tensor:
+        """R - mean, exactly 0 in uniform groups, where rounding would leave a remainder."""
+        mean_V = self.sum(self.rewards_V) / self.size_V
+        return (self.rewards_V - mean_V).masked_fill(self.uniform_V, 0.0)
+
+
+def _grpo(grouped: GroupedRewards, epsilon: float) -> tuple[Tensor, Tensor]:
+    """(R - mean) / (std + epsilon), arXiv 2402.03300 [P].
+
+    The paper writes std without saying which; the implementations in use take the sample standard
+    deviation (divisor G - 1, `torch.std`), and so does this. Uniform groups give zeros.
+    """
+    variance_V = grouped.sum(grouped.centred_V**2) / (grouped.size_V - 1).clamp(min=1)
+    return grouped.centred_V / (variance_V.sqrt() + epsilon), _all(grouped)
+
+
+def _dr_grpo(grouped: GroupedRewards, epsilon: float) -> tuple[Tensor, Tensor]:
+    """R - mean, arXiv 2503.20783 [P]."""
+    return grouped.centred_V, _all(grouped)
+
+
+def _rloo(grouped: GroupedRewards, epsilon: float) -> tuple[Tensor, Tensor]:
+    """R minus the mean of the others, = (R - mean) G / (G - 1); zero in a group of one.
+
+    arXiv 2402.14740 [P].
+    """
+    size_V = grouped.size_V
+    return grouped.centred_V * size_V / (size_V - 1).clamp(min=1), _all(grouped)
+
+
+KALMAN_PROCESS_NOISE = 1e-5
+KALMAN_MEASUREMENT_NOISE = 1e-2
+
+
+def _krpo(grouped: GroupedRewards, epsilon: float) -> tuple[Tensor, Tensor]:
+    """Scalar Kalman filter over the rewards of a group in order, arXiv 2505.07527 [P].
+
+    x0 = 0, P0 = 1, Q = 1e-5, R = 1e-2; A_i = (R_i - x_i) / (sqrt(P_i) + 1e-8) with the state
+    after R_i. The filter starts from 0, so uniform groups of non-zero reward keep a small signal.
+    """
+    states: dict[int, tuple[float, float]] = {}
+    advantages = []
+    pairs = zip(grouped.group_V.tolist(), grouped.rewards_V.tolist(), strict=True)
+    for group, reward in pairs:
+        mean, variance = states.get(group, (0.0, 1.0))
+        variance += KALMAN_PROCESS_NOISE
+        gain = variance / (variance + KALMAN_MEASUREMENT_NOISE)
+        mean += gain * (reward - mean)
+        variance *= 1.0 - gain
+        states[group] = (mean, variance)
+        advantages.append((reward - mean) / (variance**0.5 + 1e-8))
+    return grouped.rewards_V.new_tensor(advantages), _all(grouped)
+
+
+def _raft(grouped: GroupedRewards, epsilon: float) -> tuple[Tensor, Tensor]:
+    """A = R on completions of positive reward, the others dropped, arXiv 2504.11343 [P]."""
+    return grouped.rewards_V, grouped.rewards_V > 0
+
+
+def _reinforce_rej(grouped: GroupedRewards, epsilon: float) -> tuple[Tensor, Tensor]:
+    """A = R, prompts answered all right or all wrong dropped, arXiv 2504.11343 [P].
+
+    With graded rewards "all right or all wrong" is read as: all rewards of the group equal [I].
+    """
+    return grouped.rewards_V, ~grouped.uniform_V
+
+
+def _none(grouped: GroupedRewards, epsilon: float) -> tuple[Tensor, Tensor]:
+    """A = R (REINFORCE)."""
+    return grouped.rewards_V, _all(grouped)
+
+
+def _all(grouped: GroupedRewards) -> Tensor:
+    return torch.ones_like(grouped.group_V, dtype=torch.bool)
+
+
+BASELINES: dict[str, Callable[[GroupedRewards, float], tuple[Tensor, Tensor]]] = {
+    "grpo": _grpo,
+    "dr_grpo": _dr_grpo,
+    "rloo": _rloo,
+    "krpo": _krpo,
+    "raft": _raft,
+    "reinforce_rej": _reinforce_rej,
+    "none": _none,
+}
+
+
+def group_advantages(
+    rewards_B: Tensor, group_B: Tensor, config: BaselineConfig
+) -> tuple[Tensor, Tensor]:
+    """Advantages [B] float64, and [B] bool: the completion belongs to the batch at all.
+
+    `group_B` (long) holds the index of each completion's group, in any order. Where the second
+    result is False (no reward, or rejected by the baseline) the advantage is 0 and the completion
+    counts in no denominator. `config.min_advantage` clamps from below (GRPO-lambda: -0.1 [R]).
+    """
+    valid_B = ~rewards_B.isnan()
+    grouped = GroupedRewards(rewards_B[valid_B].double(), group_B[valid_B])
+    advantages_V, kept_V = BASELINES[config.kind](grouped, config.epsilon)
+    if config.min_advantage is not None:
+        advantages_V = advantages_V.clamp(min=config.min_advantage)
+    advantages_B = torch.zeros_like(rewards_B, dtype=torch.float64)
+    advantages_B[valid_B] = advantages_V.masked_fill(~kept_V, 0.0)
+    kept_B = torch.zeros_like(valid_B)
+    kept_B[valid_B] = kept_V
+    return advantages_B, kept_B
+
+
+def kl_penalised_rewards(rewards_B: Tensor, log_ratio_sums_B: Tensor, beta: float) -> Tensor:
+    """R - beta * sum_t (log mu - log pi_ref): the KL term inside the reward, not the loss [D].
+
+    mu is the policy that sampled, so the sum is the unbiased one-sample (k1) estimate of the
+    completion's KL divergence, in nats.
+    """
+    return rewards_B - beta * log_ratio_sums_B
+
+
+def max_variance_subset(rewards_G: Tensor, keep: int) -> Tensor:
+    """PODS (arXiv 2504.13818 [P]): the `keep` of G completions of most reward variance, [G] bool.
+
+    The best subset is the i highest and the keep - i lowest rewards for some i, so scanning i
+    after one sort is exact. Advantages are normalised over the kept ones afterwards.
+    Raises `ValueError` unless 1 <= keep <= G.
+    """
+    size = rewards_G.numel()
+    if not 1 <= keep <= size:
+        raise ValueError(f"cannot keep {keep} of {size} completions")
+    order_G = rewards_G.argsort(stable=True)
+    # Centred first: the variance is a small difference of large sums otherwise.
+    centred_G = (rewards_G - rewards_G.mean()).double()[order_G]
+    highest = torch.arange(keep + 1)
+    moments = []
+    for values_G in (centred_G, centred_G**2):
+        prefix = torch.cat([values_G.new_zeros(1), values_G.cumsum(0)])
+        moments.append(prefix[keep - highest] + prefix[size] - prefix[size - highest])
+    variance = moments[1] / keep - (moments[0] / keep) ** 2
+    best = int(variance.argmax())
+    mask_G = torch.zeros_like(rewards_G, dtype=torch.bool)
+    mask_G[order_G[: keep - best]] = True
+    mask_G[order_G[size - best :]] = True
+    return mask_G
+
+
+def prune_by_advantage(advantages_G: Tensor, rate: float) -> Tensor:
+    """CPPO (arXiv 2503.22342 [P]): keep the floor(G (1 - rate)) largest |advantages|, [G] bool.
+
+    The advantages are those of the whole group; ties keep the earlier completion.
+    Raises `ValueError` unless 0 <= rate < 1.
+    """
+    if not 0 <= rate < 1:
+        raise ValueError(f"pruning rate {rate} is outside [0, 1)")
+    # Rounded, because G * (1 - rate) in floating point may fall just short of an integer.
+    keep = int(round(advantages_G.numel() * (1 - rate), 9))
+    mask_G = torch.zeros_like(advantages_G, dtype=torch.bool)
+    mask_G[advantages_G.abs().argsort(descending=True, stable=True)[:keep]] = True
+    return mask_G

@@ -1,0 +1,176 @@
+"""The aggregation axis: one weight a completion, so that the loss is -sum_i w_i sum_t l_{i,t}.
+
+The weights come from the whole global batch, once. A microbatch or a rank then only sums its own
+completions, and its part adds up to the global loss whatever the split.
+
+    sequence_mean  1 / (V |o_i|)       GRPO, arXiv 2402.03300 [P]
+    token_mean     1 / sum_i |o_i|     DAPO, arXiv 2503.14476 [P]
+    constant       1 / (V L_max)       Dr. GRPO, arXiv 2503.20783 [P]
+    lambda_grpo    f_i / sum_i |o_i|   lambda-GRPO, arXiv 2510.06870, f learnable
+
+Legend: V completions of the batch that count (with a reward, not rejected), P groups; |o_i| counts
+trained tokens. Evidence tags: [P] paper, [R] reviewer, [3P] third parties, [D] derived.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from common.config.algorithm import AggregationConfig
+
+PREFERENCE_FLOOR = 1e-3
+"""h = 1 + r z is clamped from below; r = 1/9 reaches it only in groups of more than 81 [D]."""
+
+EXPONENT_LIMIT = 50.0
+"""On lambda * ln h, so that a lambda that runs away cannot overflow."""
+
+LAMBDA_METRIC = "lambda_grpo/lambda"
+
+
+class Aggregation(Protocol):
+    """Weights of a batch, and what the aggregation learns from it."""
+
+    def weights(self, lengths_V: Tensor, group_V: Tensor) -> Tensor: ...
+
+    def end_step(
+        self, lengths_V: Tensor, group_V: Tensor, surrogate_sums_V: Tensor
+    ) -> dict[str, float]: ...
+
+    def state_dict(self) -> dict[str, float]: ...
+
+    def load_state_dict(self, state: dict[str, float]) -> None: ...
+
+
+class FixedAggregation:
+    """An aggregation that is a formula of the lengths and learns nothing."""
+
+    def __init__(self, formula: Callable[[Tensor], Tensor]) -> None:
+        self._formula = formula
+
+    def weights(self, lengths_V: Tensor, group_V: Tensor) -> Tensor:
+        return self._formula(lengths_V.double())
+
+    def end_step(
+        self, lengths_V: Tensor, group_V: Tensor, surrogate_sums_V: Tensor
+    ) -> dict[str, float]:
+        return {}
+
+    def state_dict(self) -> dict[str, float]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        """That of another aggregation, which the run had before a resume, is left behind."""
+
+
+def _sequence_mean(lengths_V: Tensor) -> Tensor:
+    return 1 / (lengths_V.numel() * lengths_V.clamp(min=1))
+
+
+def _token_mean(lengths_V: Tensor) -> Tensor:
+    return torch.ones_like(lengths_V) / lengths_V.sum().clamp(min=1)
+
+
+def _group_softmax(scores_V: Tensor, group_V: Tensor, groups: int) -> Tensor:
+    highest_P = scores_V.new_zeros(groups).scatter_reduce(
+        0, group_V, scores_V, "amax", include_self=False
+    )
+    powers_V = (scores_V - highest_P[group_V]).exp()
+    return powers_V / powers_V.new_zeros(groups).index_add(0, group_V, powers_V)[group_V]
+
+
+def length_preference(
+    lengths_V: Tensor, group_V: Tensor, lambda_: float, length_scale: float
+) -> tuple[Tensor, Tensor]:
+    """f(o_i) of lambda-GRPO and its derivative df_i/dlambda, each [V] float64.
+
+    z_i = (|o_i| - mu) / sigma with the population sigma of the group; h_i = 1 + r z_i [R];
+    g_i = h_i^lambda; f_i = G softmax_i(g), the softmax over g itself [3P]. Hence sum_i f_i = G,
+    f = 1 at lambda = 0 or when all lengths of the group are equal, and [D]
+    df_i/dlambda = G s_i (dg_i - sum_j s_j dg_j), s = softmax(g), dg = h^lambda ln h.
+    """
+    lengths_V = lengths_V.double()
+    groups = int(group_V.max()) + 1 if group_V.numel() else 0
+
+    def group_sum(values_V: Tensor) -> Tensor:
+        return values_V.new_zeros(groups).index_add(0, group_V, values_V)[group_V]
+
+    size_V = group_sum(torch.ones_like(lengths_V))
+    # In units of 1/G, lengths are integers: equal lengths give exactly 0, not rounding noise.
+    centred_V = (lengths_V * size_V - group_sum(lengths_V)) / size_V
+    sigma_V = (group_sum(centred_V**2) / size_V).sqrt()
+    z_V = torch.where(sigma_V > 0, centred_V / sigma_V, 0.0)
+    h_V = 1 + length_scale * z_V
+    if bool((h_V < PREFERENCE_FLOOR).any()):
+        warnings.warn(
+            f"lambda_grpo: length preference {float(h_V.min()):.3f} clamped to {PREFERENCE_FLOOR} "
+            f"in a group of {int(size_V.max())}; lower aggregation.length_scale "
+            f"({length_scale:.4f}) below 1 / sqrt(G - 1) to avoid it",
+            stacklevel=2,
+        )
+    log_h_V = h_V.clamp(min=PREFERENCE_FLOOR).log()
+    exponent_V = lambda_ * log_h_V
+    g_V = exponent_V.clamp(max=EXPONENT_LIMIT).exp()
+    dg_V = (g_V * log_h_V).masked_fill(exponent_V > EXPONENT_LIMIT, 0.0)
+    share_V = _group_softmax(g_V, group_V, groups)
+    derivative_V = size_V * share_V * (dg_V - group_sum(share_V * dg_V))
+    return size_V * share_V, derivative_V
+
+
+class LambdaGrpo:
+    """Learnable length preference: one scalar lambda, trained by its own SGD [3P: 0.0, lr 0.1].
+
+    lambda = 0 is `token_mean` exactly; lambda < 0 favours short answers, lambda > 0 long ones [D].
+    Every rank holds the same lambda, because every rank feeds `end_step` the same global sums.
+    """
+
+    def __init__(self, config: AggregationConfig) -> None:
+        self._config = config
+        self.lambda_ = config.lambda_init
+
+    def weights(self, lengths_V: Tensor, group_V: Tensor) -> Tensor:
+        preference_V, _ = self._preference(lengths_V, group_V)
+        return preference_V * _token_mean(lengths_V.double())
+
+    def gradient(self, lengths_V: Tensor, group_V: Tensor, surrogate_sums_V: Tensor) -> float:
+        """dL/dlambda = -(1 / sum|o|) sum_i df_i/dlambda sum_t l_{i,t} [D]."""
+        _, derivative_V = self._preference(lengths_V, group_V)
+        pull_V = derivative_V * surrogate_sums_V.double()
+        return -float((pull_V * _token_mean(lengths_V.double())).sum())
+
+    def end_step(
+        self, lengths_V: Tensor, group_V: Tensor, surrogate_sums_V: Tensor
+    ) -> dict[str, float]:
+        gradient = self.gradient(lengths_V, group_V, surrogate_sums_V)
+        self.lambda_ -= self._config.lambda_learning_rate * gradient
+        return {LAMBDA_METRIC: self.lambda_, "lambda_grpo/gradient": gradient}
+
+    def state_dict(self) -> dict[str, float]:
+        return {"lambda": self.lambda_}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        """Without one, as from a run that had another aggregation, lambda begins anew."""
+        self.lambda_ = float(state.get("lambda", self._config.lambda_init))
+
+    def _preference(self, lengths_V: Tensor, group_V: Tensor) -> tuple[Tensor, Tensor]:
+        return length_preference(lengths_V, group_V, self.lambda_, self._config.length_scale)
+
+
+def build_aggregation(config: AggregationConfig, max_completion_tokens: int) -> Aggregation:
+    """The aggregation that `config.kind` names."""
+
+    def constant(lengths_V: Tensor) -> Tensor:
+        size = max(lengths_V.numel(), 1)
+        return torch.full_like(lengths_V, 1 / (size * max_completion_tokens))
+
+    kinds: dict[str, Callable[[], Aggregation]] = {
+        "sequence_mean": lambda: FixedAggregation(_sequence_mean),
+        "token_mean": lambda: FixedAggregation(_token_mean),
+        "constant": lambda: FixedAggregation(constant),
+        "lambda_grpo": lambda: LambdaGrpo(config),
+    }
+    return kinds[config.kind]()

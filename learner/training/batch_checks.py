@@ -1,0 +1,53 @@
+"""Metrics of a step that follow from its data alone.
+
+Shapes: B completions of the step.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from common.errors import RunError
+from learner.algorithm.recipe import Prepared
+from learner.policy.packing import StepBatch
+
+
+def describe(batch: StepBatch, prepared: Prepared) -> dict[str, float]:
+    """Metrics of the data alone. Completions without a reward count in no mean of rewards."""
+    rewarded_B = ~np.isnan(batch.rewards_B)
+    # Those that the recipe left out, pruned or cut short, are not among them.
+    idle_B = prepared.kept_B.numpy() & (prepared.advantages_B.numpy() == 0)
+    trained_B = prepared.trained_B.numpy()
+    return {
+        "reward/mean": _mean(batch.rewards_B[rewarded_B]),
+        "reward/accuracy": _mean(batch.accuracy_B[~np.isnan(batch.accuracy_B)]),
+        "completion_length/mean": _mean(batch.lengths_B),
+        "completions/zero_advantage": float(idle_B.sum()),
+        "tokens/trained": float(batch.trained_lengths_B[trained_B].sum()),
+    }
+
+
+def check_staleness(batch: StepBatch, version: int, max_staleness: int) -> dict[str, float]:
+    """Staleness of every token in the loss: learner's version minus the token's.
+
+    Raises:
+        RunError: a token is older than `max_staleness`, or from a version that does not exist yet.
+    """
+    staleness = version - batch.weight_versions[batch.loss_mask].astype(np.int64)
+    if not len(staleness):
+        return {"staleness/max": 0.0, "staleness/mean": 0.0}
+    oldest, newest = int(staleness.max()), int(staleness.min())
+    if oldest > max_staleness or newest < 0:
+        raise RunError(
+            f"the learner at version {version} got tokens of versions {version - oldest} to "
+            f"{version - newest}; allowed are {version - max_staleness} to {version} "
+            "(generator.max_staleness). The stream in front of the learner must hold this bound"
+        )
+    return {"staleness/max": float(oldest), "staleness/mean": float(staleness.mean())}
+
+
+def _mean(values: npt.NDArray[Any]) -> float:
+    return float(values.mean()) if len(values) else 0.0

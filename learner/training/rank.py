@@ -1,0 +1,395 @@
+"""One rank of the learner, as an actor sees it.
+
+`LearnerRank` owns the sharded policy, its optimiser and the recipe. All ranks are called with
+the same arguments, in the same order: every method except `rendezvous_address`, `fetch_ahead`,
+`ping` and `shutdown` is a collective. `write_checkpoint`, `fetch_ahead` and `ping` may run beside
+another, in threads of their own.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+import torch.distributed as dist
+from torch._C._distributed_c10d import TCPStore
+from torch.distributed.device_mesh import DeviceMesh
+
+from common.config.algorithm import AlgorithmConfig
+from common.config.sections import LearnerConfig, ModelConfig
+from common.errors import RunError
+from common.record.credit_log import write_credit
+from common.record.schema import check_schema
+from common.supervision.faults import reached
+from common.supervision.stacks import arm
+from common.weights import WeightBucket, pack_tensors
+from learner.algorithm.recipe import Recipe
+from learner.policy.model import (
+    DTYPES,
+    Policy,
+    check_policy,
+    checkpoint_activations,
+    load_policy,
+    use_varlen,
+)
+from learner.policy.packing import StepBatch, pack_row, split_by_length
+from learner.training import fsdp
+from learner.training.batch_checks import check_staleness
+from learner.training.checkpoint import (
+    Snapshot,
+    TrainerState,
+    load_checkpoint,
+    take_snapshot,
+    write_snapshot,
+)
+from learner.training.credit_sheet import CreditSheet
+from learner.training.fetch import fetch, fetch_ahead
+from learner.training.heap import keep_freed_memory, release_freed_memory
+from learner.training.trainer import Trainer
+
+if TYPE_CHECKING:
+    from learner.weights.device_transport import DeviceTransport
+
+log = logging.getLogger(__name__)
+
+
+def _ray_put(value: Any) -> Any:
+    import ray
+
+    return ray.put(value)
+
+
+@dataclass(frozen=True)
+class LearnerJob:
+    """What a run asks of the learner; the same on every rank."""
+
+    model: ModelConfig
+    reference_path: str | None
+    """Folder of the reference policy, where there is one: the model that the run began from, also
+    after a resume."""
+    learner: LearnerConfig
+    algorithm: AlgorithmConfig
+    correction_kind: str
+    max_completion_tokens: int
+    temperature: float
+    """Of sampling; log-probabilities in the loss are taken at it."""
+    seed: int
+    total_steps: int
+    """Learner steps of the run, for the learning-rate schedule."""
+    primary_verifier: str
+    """Name used in errors about rewards."""
+    bucket_mib: int
+    """Largest weight bucket of `export_weights`."""
+    tokens_per_microbatch: int
+    """The row budget (`batch.tokens_per_microbatch`)."""
+    checkpoint_timeout_s: float = 900.0
+    """For one rank to wait for the others while a checkpoint is written."""
+
+
+class LearnerRank:
+    """A rank: construct, `setup`, then `step` and `export_weights` in turns.
+
+    Args:
+        cores: CPU cores of this process; None leaves it where it is.
+        locate: gives the model's folder on this node for that of the driver.
+        put: stores a weight buffer and returns its reference.
+    """
+
+    def __init__(
+        self,
+        job: LearnerJob,
+        rank: int,
+        cores: list[int] | None = None,
+        put: Callable[[Any], Any] = _ray_put,
+        locate: Callable[[str], str] = str,
+    ) -> None:
+        if cores is not None:
+            os.sched_setaffinity(0, cores)
+        self._rank = rank
+        self._put = put
+        self._locate = locate
+        self.begin(job)
+
+    def begin(self, job: LearnerJob) -> None:
+        """Start over for another run in the same process; `setup` follows."""
+        self._job = job
+        self._config = job.learner
+        self._recipe = Recipe(job.algorithm, job.correction_kind, job.max_completion_tokens)
+        self._dtype = DTYPES[job.model.dtype]
+        self._device = torch.device("cpu")
+        self._store: TCPStore | None = None
+        self._trainer: Trainer | None = None
+        self._transport: DeviceTransport | None = None
+        self._snapshot: Snapshot | None = None
+        self._writing_group: dist.ProcessGroup | None = None
+
+    def rendezvous_address(self) -> tuple[str, int]:
+        """Rank 0 only: open the rendezvous and say where it is."""
+        if self._rank != 0:
+            raise RunError(f"rank {self._rank} was asked for rank 0's rendezvous: please report it")
+        self._store, host, port = fsdp.serve_rendezvous(
+            self._config.ranks, self._config.start_timeout_s
+        )
+        return host, port
+
+    def setup(self, master_host: str, master_port: int) -> dict[str, Any]:
+        """Join the other ranks, load and shard the model, prove it, make the optimiser.
+
+        Returns:
+            Facts for the log: device, parameters (count), self_check_gap (nats), host, pid.
+
+        Raises:
+            UserError: no such model, or one whose packed forward pass gives other numbers.
+        """
+        arm()
+        if self._config.threads is not None:
+            torch.set_num_threads(self._config.threads)
+        fsdp.seed_everything(self._job.seed + self._rank)
+        self._device = fsdp.pick_device(self._config.device, self._rank)
+        if self._device.type == "cpu":
+            keep_freed_memory()
+        store = self._store or fsdp.connect_rendezvous(
+            master_host, master_port, self._config.ranks, self._config.start_timeout_s
+        )
+        fsdp.join_process_group(
+            store, self._device, self._rank, self._config.ranks, self._config.step_timeout_s
+        )
+        self._writing_group = fsdp.writing_group(self._job.checkpoint_timeout_s)
+        mesh = fsdp.data_mesh(self._device, self._config.shard_ranks)
+        path = self._job.model.path
+        policy, gap = self._sharded_policy(path, torch.float32, mesh, trainable=True)
+        reference = None
+        if self._recipe.needs_reference:
+            assert self._job.reference_path is not None
+            path = self._job.reference_path
+            reference, _ = self._sharded_policy(path, self._dtype, mesh, trainable=False)
+        self._trainer = self._make_trainer(policy, reference, mesh)
+        return {
+            "device": str(self._device),
+            "parameters": sum(p.numel() for p in policy.model.parameters()),
+            "self_check_gap": gap,
+            "host": fsdp.host_address(self._config.ranks),
+            "pid": os.getpid(),
+        }
+
+    def _sharded_policy(
+        self, path: str, dtype: torch.dtype, mesh: DeviceMesh, *, trainable: bool
+    ) -> tuple[Policy, float]:
+        """Rank 0 reads the weights and hands out the shards; `dtype` is that of the shards."""
+        reader = self._rank == 0
+        model = replace(self._job.model, path=self._locate(path))
+        policy, gap = load_policy(
+            model,
+            dtype,
+            logits_mib=self._config.logits_mib,
+            temperature=self._job.temperature,
+            weights=reader,
+        )
+        gap = fsdp.gather_objects(gap)[0]
+        check_policy(gap, dtype, path)
+        policy.model.requires_grad_(trainable)
+        if trainable and self._config.activation_checkpointing:
+            checkpoint_activations(policy.layers)
+        if self._config.compile:
+            for layer in policy.layers:
+                layer.compile(dynamic=True)
+        fsdp.shard_from_rank_zero(policy.model, policy.layers, mesh, self._dtype)
+        if self._config.attention == "varlen":
+            use_varlen(policy, self._device, self._job.temperature)
+            fsdp.reshard(policy.model)
+        return policy, gap
+
+    def _make_trainer(self, policy: Policy, reference: Policy | None, mesh: DeviceMesh) -> Trainer:
+        optimizer = torch.optim.AdamW(
+            policy.model.parameters(),
+            lr=self._config.learning_rate,
+            betas=self._config.betas,
+            weight_decay=self._config.weight_decay,
+            fused=True,
+        )
+        return Trainer(
+            policy=policy,
+            reference=reference,
+            optimizer=optimizer,
+            recipe=self._recipe,
+            config=self._config,
+            mesh=mesh,
+            device=self._device,
+            temperature=self._job.temperature,
+            tokens_per_microbatch=self._job.tokens_per_microbatch,
+            epochs=self._job.algorithm.objective.epochs,
+            total_steps=self._job.total_steps,
+            keep_gathered=fsdp.gather_once(policy.model, mesh),
+            primary_verifier=self._job.primary_verifier,
+        )
+
+    @property
+    def trainer(self) -> Trainer:
+        if self._trainer is None:
+            raise RunError(f"learner rank {self._rank} was used before `setup`: please report it")
+        return self._trainer
+
+    def step(
+        self,
+        batches: Sequence[Any],
+        version: int,
+        max_staleness: int,
+        credit_run: str | None = None,
+    ) -> dict[str, float]:
+        """One learner step on whole groups; the metrics are the same on every rank.
+
+        Args:
+            batches: record batches under `trajectory_schema`, or Ray references to them.
+            version: weight version of the policy before this step.
+            credit_run: run directory that gets this step's credit log, written by rank 0.
+
+        Raises:
+            RunError: a token is staler than `max_staleness`, the gradient is not finite, or the
+                disk does not take the credit log.
+        """
+        started = time.perf_counter()
+        groups = fetch(batches)
+        for group in groups:
+            check_schema(group.schema)
+        batch = StepBatch.from_record_batches(groups)
+        staleness = check_staleness(batch, version, max_staleness)
+        fetched_s = time.perf_counter() - started
+        sheet = CreditSheet() if credit_run is not None else None
+        metrics = self.trainer.train(batch, sheet)
+        if sheet is not None and credit_run is not None:
+            metrics["time/credit"] = _log_credit(sheet, Path(credit_run), version + 1, groups)
+        reached("gradient step done")
+        return metrics | staleness | {"time/fetch": fetched_s}
+
+    def export_weights(self, version: int) -> list[WeightBucket]:
+        """Put the weights into the store in compute dtype; rank 0 returns the buckets.
+
+        Tied weights travel once, under the embedding's name. The other ranks return [].
+        """
+        tensors = fsdp.full_tensors(self.trainer.policy.model, self._dtype)
+        if self._rank != 0:
+            for _ in tensors:  # takes part in the gathering
+                pass
+            return []
+        buckets = [
+            replace(bucket, ref=self._put(bucket.ref))
+            for bucket in pack_tensors(tensors, self._job.bucket_mib * 2**20)
+        ]
+        log.debug("weights %d: %d buckets", version, len(buckets))
+        return buckets
+
+    def open_transport(
+        self, backend: str, generators: list[Any], workers_each: int, deadline_s: float
+    ) -> None:
+        """Join vLLM's `nccl` or `ipc` weight transfer to `generators`. Collective, CUDA only."""
+        from learner.weights.device_transport import DeviceTransport, GeneratorClient
+
+        address = fsdp.gather_objects(fsdp.free_address(self._config.ranks))[0]
+        self._transport = DeviceTransport(
+            backend,
+            self.trainer.policy.model,
+            self._dtype,
+            self._device,
+            self._rank,
+            address,
+            GeneratorClient(generators, workers_each, deadline_s),
+            num_workers=len(generators) * workers_each,
+        )
+
+    def send_weights(self, version: int) -> tuple[float, int]:
+        """Bring the generators to `version`: (seconds of stall, bytes). Collective."""
+        if self._transport is None:
+            raise RunError("send_weights before open_transport: please report it")
+        return self._transport.send(version)
+
+    def release_memory(self) -> None:
+        """Give freed memory back to the device, for a generator that shares it."""
+        release_freed_memory()
+
+    @torch.no_grad()
+    def score(
+        self, sequences: Sequence[Sequence[int]], prompt_lengths: Sequence[int]
+    ) -> list[list[float]]:
+        """Log-probabilities at temperature 1 of each sequence behind its prompt, in nats."""
+        parts = [
+            (np.asarray(ids[:n], np.int64), [np.asarray(ids[n:], np.int64)])
+            for ids, n in zip(sequences, prompt_lengths, strict=True)
+        ]
+        row = pack_row(parts, range(len(parts)), self._device)
+        policy = self.trainer.policy
+        logprobs_N, _ = policy.logprobs(row, temperature=1.0)
+        fsdp.reshard(policy.model)
+        return split_by_length(logprobs_N.tolist(), row.lengths)
+
+    def take_checkpoint(self, extra: dict[str, Any]) -> None:
+        """Copy a checkpoint into memory; `extra` is JSON and comes back on load."""
+        trainer = self.trainer
+        schedule = {
+            "kind": self._config.schedule,
+            "warmup_steps": self._config.warmup_steps,
+            "total_steps": self._job.total_steps,
+            "learning_rate": self._config.learning_rate,
+        }
+        state = TrainerState(trainer.step, schedule, self._recipe.state_dict(), extra)
+        self._snapshot = take_snapshot(trainer.policy, trainer.optimizer, state, self._dtype)
+
+    def write_checkpoint(self, folder: str) -> None:
+        """Write what `take_checkpoint` took (see `learner.training.checkpoint`); `step` may go on
+        beside it.
+
+        Raises:
+            RunError: nothing was taken.
+            OSError: the disk does not take it.
+        """
+        snapshot, self._snapshot = self._snapshot, None
+        if snapshot is None or self._writing_group is None:
+            raise RunError("write_checkpoint before take_checkpoint: please report it")
+        policy = self.trainer.policy
+        write_snapshot(snapshot, Path(folder), policy, self._dtype, self._writing_group)
+
+    def load_checkpoint(self, folder: str) -> dict[str, Any]:
+        """Go on from a checkpoint, whatever number of ranks wrote it; returns its `extra`."""
+        trainer = self.trainer
+        state = load_checkpoint(Path(folder), trainer.policy, trainer.optimizer)
+        trainer.step = state.step
+        self._recipe.load_state_dict(state.recipe)
+        return state.extra
+
+    def fetch_ahead(self, batches: Sequence[Any]) -> None:
+        """Begin to bring batches of a later step, given as Ray references, to this node."""
+        fetch_ahead(batches)
+
+    def ping(self) -> None:
+        """A sign of life."""
+
+    def shutdown(self) -> None:
+        """Leave the process group and let go of the policy; `begin` may follow."""
+        self._trainer = self._transport = self._snapshot = self._writing_group = None
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        release_freed_memory()
+
+
+def _log_credit(
+    sheet: CreditSheet, run: Path, step: int, groups: Sequence[pa.RecordBatch]
+) -> float:
+    """Write the credit log of `step`; returns the seconds that took. Collective."""
+    started = time.perf_counter()
+    rows = sheet.record_batch(step, groups)
+    if rows is not None:
+        try:
+            write_credit(run, step, rows)
+        except OSError as error:
+            raise RunError(
+                f"the credit log of step {step} cannot be written: {error}. Make room or mend the "
+                "disk, then go on with resume= (learner.credit_log_every=0 does without)"
+            ) from error
+    return time.perf_counter() - started

@@ -1,0 +1,390 @@
+"""One learner step: groups in, one policy update and its metrics out.
+
+    StepBatch --recipe.prepare--> advantages --plan_packing--> micro-batches
+        --policy--> log-probabilities --recipe.loss--> backward ... --> clip, AdamW
+
+The recipe owns the maths and its one global denominator; this module owns how it is computed:
+micro-batches, ranks, precision, epochs. pi_old is the policy before the first optimiser step of
+the batch, so the first epoch's forward pass is pi_old, and later epochs reuse what it stored.
+
+Shapes: B completions of the step, N completion tokens of a micro-batch.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from common.config.sections import LearnerConfig
+from common.errors import RunError, UserError
+from learner.algorithm.advantages import kl_penalised_rewards
+from learner.algorithm.loss import CompletionBatch, Metrics
+from learner.algorithm.prefix_sets import prefix_set_sizes
+from learner.algorithm.recipe import Prepared, Recipe
+from learner.algorithm.traces import PackedAxis
+from learner.policy.model import Policy
+from learner.policy.packing import (
+    PackedRow,
+    PackingPlan,
+    Segment,
+    StepBatch,
+    pack_microbatch,
+    plan_packing,
+)
+from learner.training import fsdp
+from learner.training.batch_checks import describe
+from learner.training.credit_sheet import CreditSheet
+from learner.training.guards import GradientGuard
+from learner.training.heap import HeapWatch
+
+_ZERO_METRICS = ("loss/policy", "loss/kl", "clip_fraction", "is_ratio/mean", "logprob_gap/mean")
+"""Reported as 0 where no token of the step trains."""
+
+
+def learning_rate(config: LearnerConfig, step: int, total_steps: int) -> float:
+    """Learning rate of 0-based `step`: linear warm-up, then constant or decay to 0."""
+    if step < config.warmup_steps:
+        return config.learning_rate * (step + 1) / config.warmup_steps
+    progress = (step - config.warmup_steps) / max(1, total_steps - config.warmup_steps)
+    progress = min(progress, 1.0)
+    if config.schedule == "linear":
+        return config.learning_rate * (1.0 - progress)
+    if config.schedule == "cosine":
+        return config.learning_rate * 0.5 * (1.0 + math.cos(math.pi * progress))
+    return config.learning_rate
+
+
+@dataclass
+class _Totals:
+    """Additive results of one rank; the sum over ranks is the step's."""
+
+    metrics: Metrics = field(default_factory=dict)
+    surrogate_sums_B: npt.NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
+
+    def add_metrics(self, metrics: Metrics) -> None:
+        for name, (value, weight) in metrics.items():
+            old_value, old_weight = self.metrics.get(name, (0.0, 0.0))
+            self.metrics[name] = (old_value + value, old_weight + weight)
+
+    def over_ranks(self) -> _Totals:
+        """The same on every rank: summed in rank order. Collective."""
+        total = _Totals({}, np.zeros_like(self.surrogate_sums_B))
+        for part in fsdp.gather_objects(self):
+            total.add_metrics(part.metrics)
+            total.surrogate_sums_B += part.surrogate_sums_B
+        return total
+
+    def means(self, epochs: int) -> dict[str, float]:
+        return {name: value / (weight or epochs) for name, (value, weight) in self.metrics.items()}
+
+
+@dataclass(frozen=True)
+class _Microbatch:
+    """A packed row and what the loss needs beside it, on the device."""
+
+    row: PackedRow
+    indices_B: Tensor
+    lengths_B: Tensor
+    behaviour_logprobs_N: Tensor
+    loss_mask_N: Tensor
+    prefix_counts_N: Tensor | None
+
+
+@dataclass(frozen=True)
+class _Work:
+    """A step's data, and this rank's share of it."""
+
+    batch: StepBatch
+    prepared: Prepared
+    microbatches: Sequence[_Microbatch]
+
+
+@dataclass
+class Trainer:
+    """What a step needs: the sharded policy, its optimiser and the recipe."""
+
+    policy: Policy
+    reference: Policy | None
+    optimizer: torch.optim.Optimizer
+    recipe: Recipe
+    config: LearnerConfig
+    mesh: DeviceMesh
+    device: torch.device
+    temperature: float
+    tokens_per_microbatch: int
+    epochs: int
+    total_steps: int
+    keep_gathered: bool
+    primary_verifier: str
+    step: int = 0
+    """Learner steps done."""
+    guard: GradientGuard = field(init=False)
+    heap: HeapWatch = field(default_factory=HeapWatch)
+
+    def __post_init__(self) -> None:
+        self.guard = GradientGuard(self.config)
+
+    def train(self, batch: StepBatch, sheet: CreditSheet | None = None) -> dict[str, float]:
+        """Update the policy on `batch`: one optimiser step an epoch. Collective.
+
+        Args:
+            sheet: takes down what the tokens are credited with, if given.
+
+        Returns:
+            The step's metrics, the same on every rank.
+
+        Raises:
+            RunError: the gradient norms of too many steps in a row were not finite.
+        """
+        started = time.perf_counter()
+        rate = learning_rate(self.config, self.step, self.total_steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        work, metrics = self._begin(batch, sheet)
+        metrics["time/pack"] = time.perf_counter() - started
+        probe_every = self.config.credit_probe_every
+        if probe_every and self.step % probe_every == 0 and self.recipe.shapes_credit:
+            metrics["grad_norm/broadcast_credit"], _ = self._gradient(work, self.recipe.broadcast())
+        metrics |= self._epochs(work, sheet)
+        metrics["learning_rate"] = rate
+        metrics["time/train"] = time.perf_counter() - started
+        self.step += 1
+        self.heap.after_step()
+        return metrics
+
+    def probe(self, batch: StepBatch, sheet: CreditSheet | None = None) -> dict[str, float]:
+        """Metrics of a step on `batch` whose first gradient is computed and not taken. Collective.
+
+        Raises:
+            UserError: the recipe compares with a reference policy, and there is none.
+        """
+        if self.recipe.needs_reference and self.reference is None:
+            raise UserError(
+                "algorithm.objective.kl > 0 compares with a reference policy, which the run did "
+                "not have: set algorithm.objective.kl=0"
+            )
+        work, metrics = self._begin(batch, sheet)
+        metrics["grad_norm"], totals = self._gradient(work, self.recipe, sheet)
+        return metrics | totals.over_ranks().means(epochs=1)
+
+    def _begin(self, batch: StepBatch, sheet: CreditSheet | None) -> tuple[_Work, dict[str, float]]:
+        """What the step works on, and the metrics that are known before any gradient."""
+        metrics = dict.fromkeys(_ZERO_METRICS, 0.0)
+        if self.recipe.kl_in_reward:
+            batch, penalty = self._with_kl_in_rewards(batch)
+            metrics |= penalty
+        prepared = self._prepare(batch)
+        if sheet is not None:
+            sheet.begin(batch, prepared)
+        plan = self._plan(batch, prepared.trained_B.numpy())
+        metrics |= describe(batch, prepared)
+        metrics["packing/efficiency"] = plan.efficiency
+        return _Work(batch, prepared, self._mine(batch, plan)), metrics
+
+    def _plan(self, batch: StepBatch, trained_B: npt.NDArray[np.bool_]) -> PackingPlan:
+        return plan_packing(
+            batch,
+            trained_B,
+            ranks=self.mesh.size(),
+            budget=self.tokens_per_microbatch,
+            share_prefix=self.config.packing == "shared_prefix",
+            pairs_per_token=6.0 * self.policy.hidden_size,
+        )
+
+    def _mine(self, batch: StepBatch, plan: PackingPlan) -> list[_Microbatch]:
+        mine = plan.microbatches[self.mesh.get_rank()]
+        return [self._load(batch, segments) for segments in mine]
+
+    def _with_kl_in_rewards(self, batch: StepBatch) -> tuple[StepBatch, dict[str, float]]:
+        """Rewards less beta times each completion's KL to the reference, from the sampler's side.
+
+        The policy's log-probabilities are those it sampled with, which are at hand: the sum over
+        sampled tokens of log mu - log pi_ref is the unbiased one-sample estimate. Collective.
+        """
+        kl_B = np.zeros(len(batch.group_B))
+        plan = self._plan(batch, batch.lengths_B > 0)
+        for microbatch in self._mine(batch, plan):
+            gap_N = microbatch.behaviour_logprobs_N - self._reference_logprobs(microbatch.row)
+            given_N = microbatch.behaviour_logprobs_N.isnan()  # not sampled
+            sums_B = PackedAxis(microbatch.lengths_B).sum(gap_N.masked_fill(given_N, 0.0))
+            kl_B[microbatch.indices_B.numpy()] = sums_B.cpu().numpy()
+        kl_B = np.sum(fsdp.gather_objects(kl_B), axis=0)
+        if not np.isfinite(kl_B).all():
+            raise RunError(
+                "the reference policy gives log-probabilities that are not finite: check the "
+                "weights at model.path, or set algorithm.objective.kl=0"
+            )
+        rewards_B = kl_penalised_rewards(
+            torch.from_numpy(batch.rewards_B), torch.from_numpy(kl_B), self.recipe.kl
+        )
+        penalty = {"reward/kl_penalty": float(self.recipe.kl * kl_B.mean())}
+        return replace(batch, rewards_B=rewards_B.numpy()), penalty
+
+    @torch.no_grad()
+    def _reference_logprobs(self, row: PackedRow) -> Tensor:
+        assert self.reference is not None
+        return self.reference.logprobs(row, temperature=self.temperature)[0]
+
+    def _gradient(
+        self, work: _Work, recipe: Recipe, sheet: CreditSheet | None = None
+    ) -> tuple[float, _Totals]:
+        """Norm of the first gradient under `recipe`, all else equal, and what came with it.
+
+        Under GRPO's credit, against `grad_norm`, it says how far the traces blow the gradient up.
+        One more forward and backward pass. Collective.
+        """
+        totals = _Totals({}, np.zeros(len(work.batch.group_B)))
+        self._pass(work, None, totals, recipe, sheet)
+        norm = fsdp.clip_gradients(self.policy.model, math.inf) if work.microbatches else 0.0
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm, totals
+
+    def _pass(
+        self,
+        work: _Work,
+        old: Sequence[Tensor] | None,
+        totals: _Totals,
+        recipe: Recipe,
+        sheet: CreditSheet | None,
+    ) -> list[Tensor]:
+        """Forward and backward of every micro-batch; returns their log-probabilities.
+
+        Args:
+            old: those before the first optimiser step, None while it is still to come.
+        """
+        logprobs = []
+        for i, microbatch in enumerate(work.microbatches):
+            fsdp.before_backward(
+                self.policy.model,
+                last=i == len(work.microbatches) - 1,
+                keep_gathered=self.keep_gathered,
+            )
+            old_N = None if old is None else old[i]
+            logprobs_N, credit_M = self._accumulate(
+                microbatch, work.prepared, old_N, totals, recipe
+            )
+            if sheet is not None:
+                sheet.add(microbatch.row, microbatch.loss_mask_N, logprobs_N, credit_M)
+            logprobs.append(logprobs_N)
+        return logprobs
+
+    def _prepare(self, batch: StepBatch) -> Prepared:
+        return self.recipe.prepare(
+            torch.from_numpy(batch.rewards_B),
+            torch.from_numpy(batch.group_B),
+            torch.from_numpy(batch.trained_lengths_B),
+            self.primary_verifier,
+            torch.from_numpy(batch.lengths_B),
+            torch.from_numpy(batch.truncated_B),
+        )
+
+    def _epochs(self, work: _Work, sheet: CreditSheet | None) -> dict[str, float]:
+        """Every optimiser step of the batch, and the metrics that come from them."""
+        old: list[Tensor] | None = None
+        totals = _Totals()
+        metrics = {"grad_norm": 0.0, "steps/skipped": 0.0}
+        for epoch in range(self.epochs):
+            if epoch:  # the weights follow what `end_step` learned
+                work = replace(work, prepared=self._prepare(work.batch))
+            totals.surrogate_sums_B = np.zeros(len(work.batch.group_B))
+            logprobs = self._pass(work, old, totals, self.recipe, None if epoch else sheet)
+            old = logprobs if old is None else old
+            # Without a gradient AdamW's momentum must not move the weights.
+            finite = True
+            if work.microbatches:
+                metrics["grad_norm"], finite = self._optimize()
+            summed = totals.over_ranks()
+            if finite:
+                metrics |= self.recipe.end_step(torch.from_numpy(summed.surrogate_sums_B))
+            metrics["steps/skipped"] += float(not finite)
+        return metrics | summed.means(self.epochs)
+
+    def _load(self, batch: StepBatch, segments: Sequence[Segment]) -> _Microbatch:
+        row = pack_microbatch(batch, segments, self.device)
+
+        def tokens(column: npt.NDArray[Any]) -> Tensor:
+            parts = [column[batch.tokens_of(c)] for c in row.completions]
+            return torch.from_numpy(np.concatenate([column[:0], *parts])).to(self.device)
+
+        counts_N = None
+        if self.recipe.needs_prefix_counts:
+            parts = [_prefix_counts(batch, segment) for segment in segments]
+            counts_N = torch.cat([torch.empty(0), *parts]).to(self.device)
+        return _Microbatch(
+            row,
+            torch.tensor(row.completions, dtype=torch.long),
+            torch.tensor(row.lengths, dtype=torch.long, device=self.device),
+            tokens(batch.behaviour_logprobs),
+            tokens(batch.loss_mask),
+            counts_N,
+        )
+
+    def _accumulate(
+        self,
+        microbatch: _Microbatch,
+        prepared: Prepared,
+        old_N: Tensor | None,
+        totals: _Totals,
+        recipe: Recipe,
+    ) -> tuple[Tensor, Tensor]:
+        """Forward and backward of one micro-batch.
+
+        Returns:
+            Log-probabilities of its tokens, and the credit of those in the loss; both detached.
+        """
+        reference_N = None
+        if recipe.kl_in_loss:
+            reference_N = self._reference_logprobs(microbatch.row)
+        logprobs_N, entropy_N = self.policy.logprobs(
+            microbatch.row,
+            temperature=self.temperature,
+            with_entropy=recipe.needs_entropy,
+        )
+        if not microbatch.row.completions:  # takes part in the collectives, and adds nothing
+            logprobs_N.sum().backward()
+            return logprobs_N.detach(), logprobs_N.detach()
+        chosen = microbatch.indices_B
+        output = recipe.loss(
+            CompletionBatch(
+                logprobs_N=logprobs_N,
+                old_logprobs_N=logprobs_N.detach() if old_N is None else old_N,
+                behaviour_logprobs_N=microbatch.behaviour_logprobs_N,
+                reference_logprobs_N=reference_N,
+                entropy_N=entropy_N.detach() if recipe.needs_entropy else None,
+                loss_mask_N=microbatch.loss_mask_N,
+                lengths_B=microbatch.lengths_B,
+                advantages_B=prepared.advantages_B[chosen].to(self.device),
+                token_weights_B=prepared.token_weights_B[chosen].to(self.device),
+                prefix_counts_N=microbatch.prefix_counts_N,
+            )
+        )
+        output.loss.backward()
+        totals.add_metrics(output.metrics)
+        totals.surrogate_sums_B[chosen.numpy()] = output.surrogate_sums_B.cpu().numpy()
+        return logprobs_N.detach(), output.credit_N
+
+    def _optimize(self) -> tuple[float, bool]:
+        """(gradient norm, whether the step was taken)."""
+        grad_norm = fsdp.clip_gradients(self.policy.model, self.config.max_grad_norm)
+        allowed = self.guard.allows(grad_norm, self.step + 1)
+        if allowed:
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return grad_norm, allowed
+
+
+def _prefix_counts(batch: StepBatch, segment: Segment) -> Tensor:
+    """[n] sizes over the whole group, for the completions of one segment."""
+    members = np.flatnonzero(batch.group_B == segment.group).tolist()
+    ids = [batch.token_ids[batch.tokens_of(c)].tolist() for c in members]
+    parts = dict(zip(members, prefix_set_sizes(ids).split([len(i) for i in ids]), strict=True))
+    return torch.cat([parts[c] for c in segment.completions])

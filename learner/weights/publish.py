@@ -1,0 +1,309 @@
+"""Publishing: the learner's weights to every generator, and the proof that they arrived.
+
+Three proofs, cheapest first: every bucket carries a checksum that the generator verifies before a
+tensor is loaded; vLLM's protocol refuses half an update; and the *canary*, fixed token
+sequences scored by the learner and by every generator after the update, whose gap must stay below
+a tolerance. The canary catches what the other two cannot: weights that arrived but are not used.
+What arrives damaged is sent again as a whole, for nothing of it was loaded. Weights that the canary
+refutes have been sampled from, and under the number of the right ones: the run starts again from
+its last checkpoint, which gives up every group with a token of them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+from common.errors import UserError, WeightsError
+from common.supervision.faults import reached
+from common.weights import Scorer, WeightBucket
+from learner.training.ranks import LearnerRanks
+
+log = logging.getLogger(__name__)
+
+
+class WeightReceivers(Protocol):
+    """The generators, as publishing sees them."""
+
+    version: int
+    """The weights all of them hold."""
+
+    async def update_weights(
+        self, buckets: list[WeightBucket], version: int, deadline_s: float
+    ) -> float: ...
+
+    async def score(
+        self, sequences: list[list[int]], prompt_lengths: list[int], deadline_s: float
+    ) -> dict[str, list[list[float]]]: ...
+
+
+@dataclass(frozen=True)
+class Canary:
+    """Fixed sequences; what comes after `prompt_lengths` tokens of each is scored."""
+
+    sequences: list[list[int]]
+    prompt_lengths: list[int]
+
+    @classmethod
+    def from_prompts(cls, prompts: list[list[int]], scored_tokens: int) -> Canary:
+        """The last `scored_tokens` tokens of each prompt; the first token is never scored.
+
+        Raises:
+            UserError: no prompt has a second token.
+        """
+        long = [ids for ids in prompts if len(ids) > 1]
+        if not long:
+            raise UserError(
+                f"none of {len(prompts)} prompts has two tokens, and the canary, which proves the "
+                "generators' weights, scores those behind the first: use another data.template"
+            )
+        return cls(long, [max(1, len(ids) - scored_tokens) for ids in long])
+
+
+class SleepingReceivers(Protocol):
+    """Generators that share their devices with the learner."""
+
+    async def sleep(self, deadline_s: float) -> None: ...
+
+    async def wake(self, part: Literal["weights", "cache"], deadline_s: float) -> None: ...
+
+
+class Transport(Protocol):
+    """Moves weights. What needs the learner is done by `export`, the rest by `deliver`."""
+
+    shares_devices: bool
+    """Generators must stand still while the learner steps."""
+
+    async def make_room(self) -> None:
+        """The learner is about to step; with `shares_devices`, nothing is being generated."""
+        ...
+
+    async def export(self, version: int) -> Any: ...
+
+    async def deliver(self, exported: Any, version: int) -> tuple[float, int]:
+        """Bring every generator to `version`; (longest stall of generation, seconds; bytes)."""
+        ...
+
+
+@dataclass(frozen=True)
+class ThroughObjectStore:
+    """The learner puts buckets into Ray's object store, every generator takes them out."""
+
+    learner: LearnerRanks
+    receivers: WeightReceivers
+    deadline_s: float
+    shares_devices = False
+
+    async def make_room(self) -> None:
+        """There is."""
+
+    async def export(self, version: int) -> list[WeightBucket]:
+        return await self.learner.export_weights(version)
+
+    async def deliver(self, exported: list[WeightBucket], version: int) -> tuple[float, int]:
+        stall_s = await self.receivers.update_weights(exported, version, self.deadline_s)
+        return stall_s, sum(bucket.nbytes for bucket in exported)
+
+
+@dataclass(frozen=True)
+class DeviceToDevice:
+    """vLLM's own transports, which the learner group has opened: a collective of both sides."""
+
+    learner: LearnerRanks
+    shares_devices = False
+
+    async def make_room(self) -> None:
+        """There is."""
+
+    async def export(self, version: int) -> tuple[float, int]:
+        return await self.learner.send_weights(version)
+
+    async def deliver(self, exported: tuple[float, int], version: int) -> tuple[float, int]:
+        return exported
+
+
+@dataclass(frozen=True)
+class OnSharedDevices(DeviceToDevice):
+    """vLLM's `ipc`: generators sleep while the learner steps, and wake to its weights."""
+
+    receivers: SleepingReceivers
+    deadline_s: float
+    shares_devices = True
+
+    async def make_room(self) -> None:
+        await self.receivers.sleep(self.deadline_s)
+
+    async def export(self, version: int) -> tuple[float, int]:
+        """The cache comes last: until the weights are over, the device holds both copies."""
+        await self.learner.release_memory(self.deadline_s)
+        await self.receivers.wake("weights", self.deadline_s)
+        sent = await self.learner.send_weights(version)
+        await self.learner.release_memory(self.deadline_s)
+        await self.receivers.wake("cache", self.deadline_s)
+        return sent
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A version on its way: it no longer needs the learner."""
+
+    version: int
+    weights: Any
+    seconds: float
+
+
+class Publisher:
+    """Moves weights from learner to generators, version by version.
+
+    In two halves, so that the learner's next step may begin while the generators still load:
+    `export` needs the learner as it is, `deliver` does not.
+    """
+
+    def __init__(
+        self,
+        learner: LearnerRanks,
+        receivers: WeightReceivers,
+        transport: Transport,
+        canary: Canary,
+        tolerance: float,
+        deadline_s: float,
+        resends: int = 0,
+    ) -> None:
+        self._learner = learner
+        self._receivers = receivers
+        self._transport = transport
+        self._canary = canary
+        self._tolerance = tolerance
+        self._deadline_s = deadline_s
+        self._resends = resends
+        self.proved = -1
+        """The newest version whose canary every generator has passed."""
+        self._news = asyncio.Event()
+        """Set when `proved` moves on."""
+        self._expected: dict[int, list[list[float]]] = {}
+        """The learner's scores of the canary, by version; the last two."""
+
+    @property
+    def shares_devices(self) -> bool:
+        """Generators must stand still while the learner steps."""
+        return self._transport.shares_devices
+
+    async def make_room(self) -> None:
+        """The learner is about to step."""
+        await self._transport.make_room()
+
+    async def export(self, version: int) -> Exported:
+        """Take the learner's weights and its own scores of the canary under them."""
+        started = time.monotonic()
+        weights = await self._transport.export(version)
+        await self._score(version)
+        return Exported(version, weights, time.monotonic() - started)
+
+    async def _score(self, version: int) -> None:
+        """The learner's scores, while it is at `version`."""
+        older = {known: self._expected[known] for known in sorted(self._expected)[-1:]}
+        scores = await self._learner.score(self._canary.sequences, self._canary.prompt_lengths)
+        self._expected = older | {version: scores}
+
+    async def deliver(self, exported: Exported) -> dict[str, float]:
+        """Bring every generator to the exported version, again where it arrives damaged; prove it.
+
+        Raises:
+            WeightsError: the weights arrived damaged, after `resends` more attempts, or a
+                generator does not reproduce the learner's log-probabilities.
+            StallError: the deadline passed.
+        """
+        started = time.monotonic()
+        for resent in range(self._resends + 1):
+            try:
+                stall_s, nbytes = await self._transport.deliver(exported.weights, exported.version)
+            except WeightsError as error:
+                if resent == self._resends:
+                    raise
+                log.warning("version %d is sent again: %s", exported.version, error)
+            else:
+                break
+        self._receivers.version = exported.version
+        reached("weights delivered")
+        gap = await self._prove(exported.version)
+        reached("weights proved")
+        return {
+            "publish/stall": stall_s,
+            "publish/bytes": float(nbytes),
+            "publish/resends": float(resent),
+            "canary/gap": gap,
+            "time/export": exported.seconds,
+            "time/publish": exported.seconds + time.monotonic() - started,
+        }
+
+    async def until_proved(self, version: int, delivery: asyncio.Future[Any]) -> None:
+        """Returns when `version` is proved, by `delivery` at the latest; raises what that raises.
+
+        What else the delivery does behind the proof, an evaluation say, is not waited for.
+        """
+        while self.proved < version and not delivery.done():
+            self._news.clear()
+            news = asyncio.ensure_future(self._news.wait())
+            await asyncio.wait((news, delivery), return_when=asyncio.FIRST_COMPLETED)
+            news.cancel()
+        if delivery.done():
+            delivery.result()
+
+    async def prove(self, version: int) -> float:
+        """Score the canary on both sides; the largest mean gap of a sequence, in nats."""
+        await self._score(version)
+        return await self._prove(version)
+
+    async def prove_newcomer(self, name: str, version: int, score: Scorer) -> None:
+        """The same of one generator, in the place of another, before it serves.
+
+        Before the first proof there is nothing to compare with: it will be among those proved.
+        Nor is there for a version with two newer ones: it will have to load those.
+
+        Raises:
+            WeightsError: it does not have the weights of `version`.
+        """
+        ours = self._expected.get(version)
+        if ours is not None:
+            theirs = await score(self._canary.sequences, self._canary.prompt_lengths)
+            self._check(version, ours, {name: theirs})
+
+    async def _prove(self, version: int) -> float:
+        sequences, lengths = self._canary.sequences, self._canary.prompt_lengths
+        theirs = await self._receivers.score(sequences, lengths, self._deadline_s)
+        gap = self._check(version, self._expected[version], theirs)
+        self.proved = version
+        self._news.set()
+        return gap
+
+    def _check(
+        self, version: int, ours: list[list[float]], theirs: dict[str, list[list[float]]]
+    ) -> float:
+        gaps = {name: largest_gap(ours, scores) for name, scores in theirs.items()}
+        worst = max(gaps, key=gaps.__getitem__)
+        if not gaps[worst] <= self._tolerance:
+            raise WeightsError(
+                f"after publishing version {version}, {worst} scores the canary "
+                f"{gaps[worst]:.4f} nats a token away from the learner (tolerance "
+                f"weights.canary_tolerance={self._tolerance:g}).\n"
+                f"learner:   {_shown(ours)}\n{worst}: {_shown(theirs[worst])}\n"
+                "Its weights are not the learner's: no token of them is trained on, the run goes "
+                "back to its last checkpoint."
+            )
+        return gaps[worst]
+
+
+def largest_gap(ours: list[list[float]], theirs: list[list[float]]) -> float:
+    """Largest over sequences of the mean absolute difference over tokens; NaN stays NaN."""
+    gaps = [
+        sum(abs(a - b) for a, b in zip(mine, other, strict=True)) / len(mine)
+        for mine, other in zip(ours, theirs, strict=True)
+    ]
+    return float("nan") if any(gap != gap for gap in gaps) else max(gaps)
+
+
+def _shown(scores: list[list[float]]) -> str:
+    return " ".join(f"{score:.3f}" for score in scores[0][:8])

@@ -1,0 +1,196 @@
+"""Configuration: every YAML loads, every mistake is refused with the key and the remedy."""
+
+from __future__ import annotations
+
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+
+import pytest
+
+from common.config.load import dump_config, load_config
+from common.config.sections import Config
+from common.errors import UserError
+
+CONFIGS = Path(__file__).resolve().parents[2] / "deploy" / "configs"
+PRESETS = sorted(CONFIGS.glob("*.yaml"))
+RECIPES = sorted((CONFIGS / "recipes").glob("*.yaml"))
+MODEL = "model.path=somewhere"
+
+
+def load(*overrides: str) -> Config:
+    return load_config([], [MODEL, *overrides], CONFIGS / "recipes")
+
+
+@pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
+def test_every_preset_loads_and_survives_a_round_trip(path: Path, tmp_path: Path) -> None:
+    config = load_config([path], [], CONFIGS / "recipes")
+    dumped = tmp_path / "config.yaml"
+    dumped.write_text(dump_config(config))
+    assert load_config([dumped], [], resolved=True) == config
+
+
+def test_what_was_overridden_stays_so_when_a_run_is_resumed(tmp_path: Path) -> None:
+    started = load("recipe=grpo_lambda_recent", "algorithm.credit.lambda_=0.7")
+    dumped = tmp_path / "config.yaml"
+    dumped.write_text(dump_config(started))
+    resumed = load_config([dumped], ["steps=99"], CONFIGS / "recipes", resolved=True)
+    assert resumed.algorithm.credit.lambda_ == 0.7
+    changed = load_config([dumped], ["recipe=grpo"], CONFIGS / "recipes", resolved=True)
+    assert changed.algorithm.credit.kind == "broadcast"
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_loads_is_short_and_names_its_paper(path: Path) -> None:
+    load(f"recipe={path.stem}")
+    text = path.read_text()
+    assert len(text.splitlines()) < 30
+    assert "arXiv" in text.splitlines()[0]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("learner.lerning_rate=1", "learner.lerning_rate.*did you mean learning_rate"),
+        ("lerner.ranks=1", "lerner.*did you mean learner"),
+        ("steps=many", "steps.*many"),
+        ("steps=0", "steps=0 must be greater than 0"),
+        ("generator.max_staleness=-1", "generator.max_staleness=-1"),
+        ("algorithm.credit.kind=magic", "algorithm.credit.kind.*lambda_trace"),
+        ("verifier.rules=[{nme: x}]", "nme.*name"),
+        ("verifier.rules=[]", "verifier.rules is empty"),
+        ("model=3", "model=3 must be a mapping"),
+        ("batch.group_size=1", "batch.group_size=1.*at least 2"),
+        ("generator.max_completion_tokens=512", "leaves no room"),
+        ("generator.temperature=0", "generator.temperature=0"),
+        ("generator.group_cap_s=0", "generator.group_cap_s=0.*null is no cap"),
+        ("learner.max_grad_norm=0", "learner.max_grad_norm=0.*greater than 0"),
+        ("learner.max_grad_norm=.nan", "learner.max_grad_norm=nan.*greater than 0"),
+        ("learner.weight_decay=.nan", "learner.weight_decay=nan must not be negative"),
+        ("weights.canary_tokens=0", "weights.canary_tokens=0.*greater than 0"),
+        ("eval.prompts=5000", "eval.prompts=5000 leaves no training prompts"),
+        ("data.source=file", "data.source=file needs data.path"),
+        ("algorithm.rollout.refill=true", "prune_rate=0.0 must lie in"),
+        ("recipe=grpo_lamda", "recipe=grpo_lamda.*did you mean grpo_lambda"),
+        ("steps", "'steps' is not an override"),
+        ("verifier.rules[0].weight=2", "a list is given whole, e.g. verifier.rules="),
+        ("data.plain_template=${prompt} x", "data.plain_template|Interpolation.*prompt"),
+        ("algorithm.baseline.epsilon=0", "algorithm.baseline.epsilon=0.*greater than 0"),
+        ("algorithm.rollout.prune_rate=0.9", "leave nothing to learn of a group"),
+        ("algorithm.rollout.keep_max_variance=1", "leave nothing to learn of a group"),
+        ("verifier.timeout_s=.inf", "verifier.timeout_s=inf must be finite"),
+        ("generator.memory_fraction=90", "generator.memory_fraction=90.*must lie in"),
+        ("placement.gpus_per_node=0", "placement.gpus_per_node=0.*greater than 0"),
+    ],
+)
+def test_mistakes_name_the_key_and_the_remedy(override: str, message: str) -> None:
+    with pytest.raises(UserError, match=f"(?s){message}"):
+        load(override)
+
+
+@pytest.mark.parametrize(
+    ("value", "found"),
+    [
+        (r"Q: {prompt}\nA:", "Q: {prompt}\nA:"),
+        ("Q: {prompt}\nA:", "Q: {prompt}\nA:"),
+        (r'"Q: {prompt}\tA:"', "Q: {prompt}\tA:"),
+        ("Question {prompt} # now", "Question {prompt} # now"),
+        ("Yes", "Yes"),
+        ("007", "007"),
+        ("1e3", "1e3"),
+        ("2025_06_01", "2025_06_01"),
+        ("[a", "[a"),
+        ("null", None),
+    ],
+)
+def test_text_is_taken_as_it_stands(value: str, found: str | None, tmp_path: Path) -> None:
+    loaded = load(f"data.system_prompt={value}")
+    assert loaded.data.system_prompt == found
+    (tmp_path / "config.yaml").write_text(dump_config(loaded))
+    again = load_config([tmp_path / "config.yaml"], [], resolved=True)
+    assert again.data.system_prompt == found
+
+
+def test_the_last_word_on_the_recipe_may_be_none(tmp_path: Path) -> None:
+    preset = tmp_path / "mine.yaml"
+    preset.write_text("model: {path: none}\nrecipe: grpo_lambda_recent\n")
+    folder = CONFIGS / "recipes"
+    assert load_config([preset], [], folder).algorithm.credit.kind == "lambda_trace"
+    plain = load_config([preset], ["recipe=null"], folder)
+    assert (plain.recipe, plain.algorithm) == (None, load().algorithm)
+
+
+def test_a_mandatory_key_is_asked_for() -> None:
+    with pytest.raises(UserError, match=r"model\.path.*set it"):
+        load_config([], [])
+
+
+def test_overrides_win_over_the_recipe_and_the_recipe_over_the_preset(tmp_path: Path) -> None:
+    preset = tmp_path / "preset.yaml"
+    preset.write_text("model: {path: x}\nalgorithm: {credit: {kind: broadcast, lambda_: 0.5}}\n")
+    config = load_config([preset], ["recipe=grpo_lambda_recent"], CONFIGS / "recipes")
+    assert config.algorithm.credit.kind == "lambda_trace"
+    assert config.algorithm.credit.lambda_ == 0.99
+    overridden = load_config(
+        [preset],
+        ["recipe=grpo_lambda_recent", "algorithm.credit.lambda_=0.7"],
+        CONFIGS / "recipes",
+    )
+    assert overridden.algorithm.credit.lambda_ == 0.7
+
+
+def test_a_missing_or_malformed_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"nowhere\.yaml does not exist"):
+        load_config([tmp_path / "nowhere.yaml"], [])
+    broken = tmp_path / "broken.yaml"
+    broken.write_text("model: [unclosed")
+    with pytest.raises(UserError, match=r"broken\.yaml is not valid YAML"):
+        load_config([broken], [])
+
+
+def test_derived_values() -> None:
+    config = load("batch.prompts_per_step=3", "batch.group_size=5", "generator.max_staleness=2")
+    assert config.completions_per_step == 15
+    assert config.max_groups_in_flight == 9
+    assert config.correction_kind == "tis"
+    assert load("generator.max_staleness=0").correction_kind == "none"
+    assert load("model.dtype=float32").canary_tolerance < load().canary_tolerance
+
+
+@pytest.mark.parametrize("shards", [0, 3, 8])
+def test_copies_of_the_learner_are_whole(shards: int) -> None:
+    load_config([], ["model.path=x", "learner.ranks=4", "learner.shard_ranks=2"])
+    with pytest.raises(UserError, match=f"learner.shard_ranks={shards} must divide"):
+        load_config([], ["model.path=x", "learner.ranks=4", f"learner.shard_ranks={shards}"])
+
+
+def keys(cls: type, prefix: str = "") -> list[str]:
+    found = []
+    for field in fields(cls):
+        default = field.default_factory() if callable(field.default_factory) else None  # type: ignore[misc]
+        name = f"{prefix}{field.name}"
+        if is_dataclass(default):
+            found += keys(type(default), f"{name}.")
+        else:
+            found.append(name)
+    return found
+
+
+def test_there_are_three_batch_knobs_and_no_more() -> None:
+    batch = [key for key in keys(Config) if key.startswith("batch.")]
+    assert batch == [
+        "batch.prompts_per_step",
+        "batch.group_size",
+        "batch.tokens_per_microbatch",
+    ]
+
+
+def test_cppo_refills_the_places_that_pruning_frees() -> None:
+    config = load("recipe=cppo", "batch.prompts_per_step=6")
+    assert config.groups_per_step == 12
+    assert config.max_groups_in_flight == 24
+    assert load("batch.prompts_per_step=6").groups_per_step == 6
+
+
+def test_a_reasoning_gym_scorer_needs_reasoning_gym_prompts() -> None:
+    with pytest.raises(UserError, match="verifier.rules names reasoning_gym"):
+        load("data.source=file", "data.path=some.jsonl")

@@ -1,0 +1,112 @@
+"""The trajectory log: what was appended can be read, whatever happened to the writer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from actors.generation.engine import Completion
+from actors.generation.generator import rollout_batch
+from common.record.schema import check_schema, rollout_schema
+from common.record.trajectory_log import TrajectoryLog, read_log, read_segment, segments
+from common.record.writer import receipt
+from common.trajectory import GroupRequest
+
+
+def group(group_id: int, tokens: int = 3) -> pa.RecordBatch:
+    request = GroupRequest(
+        group_id=group_id,
+        ticket=group_id,
+        prompt_id=f"p{group_id}",
+        epoch=0,
+        prompt_text="1 + 1 =",
+        prompt_ids=[1, 2, 3],
+        reference="{}",
+        num_completions=2,
+        max_tokens=8,
+        temperature=1.0,
+        dispatch_version=4,
+        dispatched_s=100.0,
+    )
+    completions = {
+        0: Completion([7] * tokens, [-0.5] * tokens, [4] * (tokens - 1) + [5], "stop"),
+        1: Completion([8], [-1.5], [4], "length"),
+    }
+    return rollout_batch(request, completions, ["a", "b"], "generator-0")
+
+
+def test_what_is_appended_is_read_back_in_order(tmp_path: Path) -> None:
+    log = TrajectoryLog(tmp_path, rollout_schema())
+    for index in range(5):
+        log.append(group(index))
+    # Readable while the segment is still open: the inspector reads a live run.
+    assert [batch.column("group_id")[0].as_py() for batch in read_log(tmp_path)] == [0, 1, 2, 3, 4]
+    log.close()
+    read, written = list(read_log(tmp_path))[3], group(3)
+    for name in set(written.schema.names) - {"finished_s"}:  # the clock of the moment
+        assert read.column(name).equals(written.column(name)), name
+    table = pq.read_table(segments(tmp_path)[0].with_suffix(".parquet"))
+    assert table.column("group_id").to_pylist() == [i for i in range(5) for _ in range(2)]
+
+
+def test_segments_rotate_by_size_and_a_new_writer_starts_a_new_one(tmp_path: Path) -> None:
+    log = TrajectoryLog(tmp_path, rollout_schema(), segment_bytes=1)
+    log.append(group(0))
+    log.append(group(1))
+    again = TrajectoryLog(tmp_path, rollout_schema())
+    again.append(group(2))
+    again.close()
+    assert len(segments(tmp_path)) == 3
+    assert [batch.column("group_id")[0].as_py() for batch in read_log(tmp_path)] == [0, 1, 2]
+
+
+@pytest.mark.parametrize("gone", ["segment-000000.arrow", "segment-000001.arrow"])
+def test_a_writer_writes_over_no_segment_when_one_was_removed(tmp_path: Path, gone: str) -> None:
+    log = TrajectoryLog(tmp_path, rollout_schema(), segment_bytes=1)
+    for index in range(2):
+        log.append(group(index))
+    log.close()
+    (tmp_path / gone).unlink()  # its Parquet twin stays
+    left = [path.read_bytes() for path in segments(tmp_path)]
+    again = TrajectoryLog(tmp_path, rollout_schema())
+    again.append(group(2))
+    again.close()
+    assert [path.read_bytes() for path in segments(tmp_path)[:-1]] == left
+    assert segments(tmp_path)[-1].name == "segment-000002.arrow"
+
+
+@pytest.mark.parametrize("cut", [1, 10, 100, 200])
+def test_a_torn_tail_costs_only_the_torn_group(tmp_path: Path, cut: int) -> None:
+    log = TrajectoryLog(tmp_path, rollout_schema())
+    log.append(group(0))
+    whole = segments(tmp_path)[0].stat().st_size
+    log.append(group(1))
+    path = segments(tmp_path)[0]
+    data = path.read_bytes()
+    path.write_bytes(data[: max(whole, len(data) - cut)])
+    assert [batch.column("group_id")[0].as_py() for batch in read_segment(path)] == [0]
+
+
+def test_an_empty_segment_is_no_error(tmp_path: Path) -> None:
+    (tmp_path / "segment-000000.arrow").write_bytes(b"")
+    assert list(read_log(tmp_path)) == []
+
+
+def test_data_of_another_schema_version_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="schema version None, expected"):
+        check_schema(pa.schema([pa.field("x", pa.int32())]))
+
+
+def test_a_receipt_sums_the_group_up() -> None:
+    batch = group(9)
+    rewards = pa.array([None, 1.0], pa.float32())
+    verified = pa.RecordBatch.from_arrays(
+        [*batch.columns, rewards], names=[*batch.schema.names, "reward"]
+    )
+    summed = receipt(verified, "ref")
+    assert (summed.group_id, summed.num_completions, summed.num_tokens) == (9, 2, 4)
+    assert (summed.dispatch_version, summed.min_version) == (4, 4)
+    assert (summed.reward_mean, summed.num_unscored, summed.rewards_equal) == (1.0, 1, True)

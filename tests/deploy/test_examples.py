@@ -1,0 +1,187 @@
+"""The examples that people copy: each in one short file, and right."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+import runpy
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from maths_oracles import algorithm, normal, random, random_batch
+
+from actors.data.quarantine import Quarantine
+from actors.data.sources import load_rows
+from actors.sandbox.sandbox import RuleSpec, Sandbox, Task
+from common.config.algorithm import CreditConfig
+from common.config.load import load_config
+from common.config.sections import Config
+from common.errors import UserError
+from deploy.command.presets import RECIPES
+from deploy.examples.credit import by_entropy
+from deploy.examples.verifier import right_and_short
+from learner.algorithm.credit import Credit, CreditInputs, check_credit, credit_rule
+from learner.algorithm.loss import policy_loss
+from learner.algorithm.recipe import Recipe, check_recipe
+from learner.algorithm.traces import PackedAxis
+
+ROOT = Path(__file__).resolve().parents[2]
+EXAMPLES = sorted((ROOT / "deploy" / "examples").glob("[a-z]*.py"))
+RULE = "deploy.examples.credit:by_entropy"
+
+
+def shown_config(path: Path) -> Config:
+    """The configuration of the command in an example's docstring."""
+    text = importlib.import_module(f"deploy.examples.{path.stem}").__doc__ or ""
+    command = next(line for line in text.replace("\\\n", " ").splitlines() if " train " in line)
+    words = shlex.split(command)
+    overrides = [word for word in words if re.match(r"[a-z_.]+=", word)]
+    return load_config([ROOT / words[words.index("--config") + 1]], overrides, RECIPES)
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_it_is_short_and_its_command_is_a_configuration(path: Path) -> None:
+    assert len(path.read_text().splitlines()) < 40
+    config = shown_config(path)
+    check_recipe(config.algorithm, config.correction_kind, config.generator.max_completion_tokens)
+
+
+@pytest.mark.parametrize(
+    ("text", "reward"),
+    [("= 7", 1.0), ("3 + 4 = 7", 1.0), ("I believe it is 7", 0.5), ("7 no 8", 0.0), ("?", 0.0)],
+)
+def test_the_verifier_prefers_short_right_answers(text: str, reward: float) -> None:
+    assert right_and_short(text, {"answer": "7"}) == reward
+
+
+def test_the_verifier_runs_in_the_sandbox_as_the_configuration_names_it() -> None:
+    (spec,) = shown_config(EXAMPLES[-1]).verifier.rules
+    sandbox = Sandbox([RuleSpec("mine", spec.name, dict(spec.args))], 10.0)
+    try:
+        found = sandbox.score([Task(0, "so 7", json.dumps({"answer": "7"}))])
+    finally:
+        sandbox.close()
+    assert [verdict.reward for verdict in found] == [1.0]
+
+
+def test_the_data_set_is_read_as_its_command_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = next(path for path in EXAMPLES if path.stem == "data_set")
+    monkeypatch.setattr(sys, "argv", [str(path), str(tmp_path / "products.jsonl")])
+    runpy.run_path(str(path), run_name="__main__")
+    config = shown_config(path)
+    config.data.path = str(tmp_path / "products.jsonl")
+    rows = load_rows(config.data, config.eval.prompts, config.seed, Quarantine(0.0))
+    assert (len(rows.train), len(rows.held_out)) == (900 - config.eval.prompts, config.eval.prompts)
+    for row in rows.train:
+        a, b = map(int, row.question.rstrip(" =").split(" * "))
+        assert json.loads(row.reference)["answer"] == str(a * b)
+
+
+def test_the_credit_rule_shares_by_entropy() -> None:
+    """By hand: entropies 1, 3, 0 have mean 4/3; a completion without entropy is as under GRPO."""
+    axis = PackedAxis(torch.tensor([3, 0, 2]))
+    x_N = normal(5, random(0)).requires_grad_()
+    entropy_N = torch.tensor([1.0, 3.0, 0.0, 0.0, 0.0])
+    found = by_entropy(CreditInputs(x_N, x_N * 0, axis, entropy_N, None), CreditConfig(kind=RULE))
+    torch.testing.assert_close(
+        found.weight_N, torch.tensor([0.75, 2.25, 0.0, 1.0, 1.0], dtype=x_N.dtype)
+    )
+    assert found.log_ratio_N is x_N
+
+
+def test_a_rule_of_ones_own_is_a_recipe_like_any_other() -> None:
+    """Its loss is that of GRPO with each token's surrogate weighted by hand."""
+    batch = random_batch(3, [5, 3, 4])
+    config = algorithm(credit={"kind": RULE})
+    recipe = Recipe(config, "none", 16)
+    assert recipe.needs_entropy
+    assert recipe.needs_prefix_counts
+    assert recipe.shapes_credit
+    expected, start = torch.zeros((), dtype=torch.float64), 0
+    for i, length in enumerate(batch.lengths_B.tolist()):
+        part = slice(start, start + length)
+        mask = batch.loss_mask_N[part]
+        ratio = (batch.logprobs_N - batch.old_logprobs_N)[part][mask].exp()
+        advantage, entropy = batch.advantages_B[i], batch.entropy_N[part][mask]
+        surrogate = torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage)
+        expected = (
+            expected - batch.token_weights_B[i] * (surrogate * entropy / entropy.mean()).sum()
+        )
+        start += length
+    found = recipe.loss(batch).loss
+    torch.testing.assert_close(found, expected)
+    assert not torch.allclose(found, policy_loss(batch, algorithm(), "none").loss)
+
+
+def ones(inputs: CreditInputs, config: CreditConfig) -> Credit:
+    one_N = torch.ones_like(inputs.log_ratio_N)
+    return Credit(inputs.log_ratio_N, one_N, one_N, one_N)
+
+
+def no_credit(inputs: CreditInputs, config: CreditConfig) -> object:
+    return inputs.log_ratio_N
+
+
+def of_one_argument(inputs: CreditInputs) -> Credit:
+    raise AssertionError
+
+
+def a_scalar(inputs: CreditInputs, config: CreditConfig) -> Credit:
+    one = torch.ones(())
+    return Credit(inputs.log_ratio_N, one, one, one)
+
+
+def not_finite(inputs: CreditInputs, config: CreditConfig) -> Credit:
+    bad_N = torch.full_like(inputs.log_ratio_N, float("nan"))
+    return Credit(inputs.log_ratio_N, bad_N, bad_N, bad_N)
+
+
+def without_gradient(inputs: CreditInputs, config: CreditConfig) -> Credit:
+    x_N = inputs.log_ratio_N.detach()
+    return Credit(x_N, x_N, x_N, x_N)
+
+
+def not_for_nothing(inputs: CreditInputs, config: CreditConfig) -> Credit:
+    assert inputs.entropy_N is not None
+    weight_N = inputs.entropy_N / inputs.entropy_N.max()  # of no tokens there is none
+    return Credit(inputs.log_ratio_N, weight_N, weight_N, weight_N)
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        ("no_such_function", "cannot be imported.*importable from the directory"),
+        ("no_credit", "returned a Tensor: return a learner.algorithm.credit.Credit"),
+        ("of_one_argument", "raised TypeError.*called as function.CreditInputs, CreditConfig"),
+        ("a_scalar", "a weight_N that is not one finite value a token"),
+        ("not_finite", "a weight_N that is not one finite value a token"),
+        ("without_gradient", "without the gradient of inputs.log_ratio_N"),
+        ("not_for_nothing", r"completions of \[0\] tokens, raised"),
+    ],
+)
+def test_a_rule_that_cannot_work_is_refused_before_anything_starts(
+    function: str, message: str
+) -> None:
+    config = algorithm(credit={"kind": f"test_examples:{function}"})
+    with pytest.raises(
+        UserError, match=f"algorithm.credit.kind=test_examples:{function}.*{message}"
+    ):
+        check_recipe(config, "none", 16)
+
+
+def test_rules_are_found_by_name_or_path_and_nothing_else() -> None:
+    check_credit(CreditConfig(kind="test_examples:ones"))
+    assert credit_rule("test_examples:ones").__name__ == "ones"
+    for wrong in ("no_such_module:rule", ":rule", "test_examples:"):
+        with pytest.raises(UserError, match="cannot be imported"):
+            check_credit(CreditConfig(kind=wrong))
+    with pytest.raises(
+        UserError, match=r"kind=lamda_trace is not known .did you mean lambda_trace"
+    ):
+        load_config([], ["model.path=x", "algorithm.credit.kind=lamda_trace"])

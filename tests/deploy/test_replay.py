@@ -1,0 +1,197 @@
+"""Replay against a run that was put together from the real learner, log and ledger."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from learner_models import save_tiny_model, trajectories
+from test_trainer import worker
+
+from common.config.algorithm import AlgorithmConfig, CreditConfig
+from common.config.load import dump_config
+from common.config.sections import Config, GeneratorConfig, LearnerConfig, ModelConfig
+from common.errors import UserError
+from common.record.credit_log import read_credit
+from common.record.ledger import Ledger
+from common.record.metrics import JsonlSink
+from common.record.trajectory_log import TrajectoryLog
+from common.record.writer import receipt
+from common.trajectory import GroupRequest
+from deploy.inspector.replay import other_rule, replay, step_batches
+from deploy.inspector.replay_report import cosine, describe, early_share
+from deploy.models.resolve import Located
+from deploy.placement.options import plan_here
+from deploy.run.actors import learner_job
+from learner.training.rank import LearnerRank
+
+RECIPES = Path(__file__).resolve().parents[2] / "deploy/configs/recipes"
+STEPS, SAVED = 4, 2
+SHAPES = [(9, [5, 12, 3, 7]), (4, [20, 2, 9])]
+TRACE = CreditConfig(kind="lambda_trace", trace="recent", lambda_=0.9)
+
+
+def groups_of(step: int) -> list[pa.RecordBatch]:
+    """Two groups of a run, the later ticket first in the log, one weight version old."""
+    batches = []
+    for place, batch in enumerate(trajectories(SHAPES, seed=step, version=max(step - 2, 0))):
+        columns = batch.to_pydict()
+        ticket = 2 * (step - 1) + place
+        for name in ("group_id", "ticket"):
+            columns[name] = [ticket] * batch.num_rows
+        batches.append(pa.RecordBatch.from_pydict(columns, schema=batch.schema))
+    return batches
+
+
+def _request(batch: pa.RecordBatch) -> GroupRequest:
+    ticket = batch.column("ticket")[0].as_py()
+    version = batch.column("dispatch_version")[0].as_py()
+    return GroupRequest(
+        ticket, ticket, str(ticket), 0, "", [], "{}", batch.num_rows, 32, 1.0, version, 0.0
+    )
+
+
+def _config(folder: Path) -> Config:
+    return Config(
+        recipe="grpo_lambda_recent",
+        steps=STEPS,
+        model=ModelConfig(path=str(folder), dtype="float32"),
+        generator=GeneratorConfig(max_completion_tokens=48, temperature=0.9),
+        algorithm=AlgorithmConfig(credit=TRACE),
+        learner=LearnerConfig(device="cpu", learning_rate=1e-3, warmup_steps=0),
+    )
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = save_tiny_model(tmp_path_factory.mktemp("tiny"))
+    path, config = tmp_path_factory.mktemp("run"), _config(folder)
+    (path / "config.yaml").write_text(dump_config(config))
+    threads = plan_here(config, []).learner_threads
+    job = learner_job(config, Located(str(folder), str(folder)))
+    made = LearnerRank(replace(job, learner=replace(job.learner, threads=threads)), 0)
+    made.setup(*made.rendezvous_address())
+    ledger, sink = Ledger(path / "ledger.sqlite", "test"), JsonlSink(path / "metrics.jsonl")
+    log = TrajectoryLog(path / "trajectories", groups_of(1)[0].schema)
+    for step in range(1, STEPS + 1):
+        groups = groups_of(step)
+        for batch in reversed(groups):  # logged as they end, taken by ticket
+            ledger.dispatched(_request(batch))
+            log.append(batch)
+            ledger.verified(batch.column("ticket")[0].as_py(), 1)
+        credit_run = None if step == 1 else str(path)
+        metrics = made.step(groups, step - 1, 1, credit_run)
+        ledger.trained(step, [receipt(batch, None) for batch in groups])
+        sink.write(step, metrics)
+        if step == SAVED:
+            made.take_checkpoint({})
+            made.write_checkpoint(str(path / "checkpoints" / f"step-{step}"))
+    made.shutdown()
+    log.close()
+    ledger.end()
+    sink.close()
+    return path
+
+
+@pytest.mark.parametrize(("step", "start"), [(1, 0), (2, 0), (3, SAVED), (4, SAVED)])
+def test_every_step_comes_out_bitwise(run: Path, step: int, start: int) -> None:
+    found = replay(run, step)
+    assert found.differences == []
+    assert found.from_step == start
+    assert found.compared >= 14 + 6 * (step > 1)
+    assert "all the same, bitwise" in describe(found, "x")
+
+
+def test_another_rule_is_judged_by_the_same_policy_and_completions(run: Path) -> None:
+    before = replay(run, 1)
+    other = other_rule(run, ["recipe=grpo"], RECIPES)
+    found = replay(run, 1, other)
+    assert found.differences == []  # the probe has moved nothing
+    assert found.other is not None
+    with worker(Path(_model(run)), algorithm=AlgorithmConfig(), tokens_per_microbatch=4096) as made:
+        alone = made.step(groups_of(1), 0, 1)
+    for name in ("grad_norm", "loss/policy", "tokens/trained", "reward/mean"):
+        assert found.other.metrics[name] == pytest.approx(alone[name], rel=1e-5), name
+    rows = read_credit(run, 1, "grpo").to_pylist()
+    assert all(row["trace_weights"] == [1.0] * len(row["trace_weights"]) for row in rows)
+    mine, theirs = found.credit, found.other.credit
+    a, b = (np.concatenate(table.column("advantages").to_pylist()) for table in (mine, theirs))
+    expected = np.dot(a, b) / (np.linalg.norm(a) * np.linalg.norm(b))
+    assert cosine(mine, theirs) == pytest.approx(expected)
+    assert early_share(theirs) < early_share(mine) == early_share(before.credit)
+    text = describe(found, "grpo_lambda_recent")
+    assert "cosine with the run's advantages" in text
+    assert "step-000001.grpo.arrow" in text
+
+
+def test_a_key_alone_changes_the_rule_of_the_run(run: Path) -> None:
+    name, config = other_rule(run, ["algorithm.credit.lambda_=0.5"], RECIPES)
+    assert name == "credit.lambda_=0.5"
+    assert config.algorithm.credit == replace(TRACE, lambda_=0.5)
+    _, fresh = other_rule(run, ["recipe=grpo"], RECIPES)
+    assert fresh.algorithm.credit.kind == "broadcast"  # nothing of the run's own rule is left
+    with pytest.raises(UserError, match=r"steps=3: another rule is recipe=NAME and keys"):
+        other_rule(run, ["steps=3"], RECIPES)
+
+
+def test_a_rule_that_needs_a_reference_the_run_did_not_have_is_refused(run: Path) -> None:
+    other = other_rule(run, ["algorithm.objective.kl=0.1"], RECIPES)
+    with pytest.raises(UserError, match="set algorithm.objective.kl=0"):
+        replay(run, 1, other)
+
+
+def test_a_changed_log_is_found(run: Path, tmp_path: Path) -> None:
+    copy = _copy(run, tmp_path)
+    _rewrite(copy, lambda batches: [_with_other_token(batch) for batch in batches])
+    found = replay(copy, 3)
+    names = {difference.name for difference in found.differences}
+    assert {"grad_norm", "credit/logprobs"} <= names
+    assert "credit/advantage" not in names  # rewards were left alone
+    assert "numbers differ from the record, by up to" in describe(found, "x")
+
+
+def test_a_group_that_is_gone_is_named(run: Path, tmp_path: Path) -> None:
+    copy = _copy(run, tmp_path)
+    _rewrite(copy, lambda batches: [b for b in batches if b.column("ticket")[0].as_py() != 5])
+    with pytest.raises(UserError, match="group 5, trained in step 3, is not in the log"):
+        replay(copy, 3)
+
+
+def test_steps_that_are_not_there_are_refused(run: Path, tmp_path: Path) -> None:
+    for step in (0, STEPS + 1):
+        with pytest.raises(UserError, match="has steps 1 to 4 on record"):
+            replay(run, step)
+    with pytest.raises(UserError, match="the ledger has no group that trained in step 5"):
+        step_batches(run, range(4, 6))
+    with pytest.raises(UserError, match="there is no run"):
+        replay(tmp_path, 1)
+
+
+def _model(run: Path) -> str:
+    line = next(x for x in (run / "config.yaml").read_text().splitlines() if "path: /" in x)
+    return line.split("path: ")[1]
+
+
+def _copy(run: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(run, tmp_path / "copy"))
+
+
+def _rewrite(run: Path, change) -> None:
+    from common.record.trajectory_log import read_log
+
+    batches = change([*read_log(run / "trajectories")])
+    shutil.rmtree(run / "trajectories")
+    log = TrajectoryLog(run / "trajectories", batches[0].schema)
+    for batch in batches:
+        log.append(batch)
+    log.close()
+
+
+def _with_other_token(batch: pa.RecordBatch) -> pa.RecordBatch:
+    columns = batch.to_pydict()
+    columns["token_ids"][0][0] = columns["token_ids"][0][0] % 7 + 3
+    return pa.RecordBatch.from_pydict(columns, schema=batch.schema)

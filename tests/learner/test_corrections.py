@@ -1,0 +1,74 @@
+"""Off-policy corrections: tables by hand, bounds, and what they expect of unsampled tokens."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from maths_oracles import normal, random, seeds
+
+from common.config.algorithm import CorrectionConfig
+from learner.algorithm.corrections import CORRECTIONS, behaviour_gap, correction_weights
+from learner.algorithm.traces import PackedAxis
+
+RATIOS = torch.tensor([4.0, 1.0, 0.25, 0.8, 1.5], dtype=torch.float64)
+AXIS = PackedAxis(torch.tensor([3, 0, 2]))
+
+
+def weights(kind: str, sampled=None, **options) -> list[float]:
+    sampled_N = torch.ones(5, dtype=torch.bool) if sampled is None else torch.tensor(sampled)
+    gap_N = RATIOS.log().masked_fill(~sampled_N, 0.0)
+    return correction_weights(gap_N, sampled_N, AXIS, kind, CorrectionConfig(**options)).tolist()
+
+
+def test_token_level_by_hand() -> None:
+    assert weights("none") == [1] * 5
+    assert weights("tis", cap=2.0) == pytest.approx([2, 1, 0.25, 0.8, 1.5])
+    assert weights("icepop", floor=0.5, cap=2.0) == pytest.approx([0, 1, 0, 0.8, 1.5])
+
+
+def test_sequence_level_by_hand() -> None:
+    """Products: 4 * 1 * 0.25 = 1 and 0.8 * 1.5 = 1.2."""
+    assert weights("tis", level="sequence") == pytest.approx([1, 1, 1, 1.2, 1.2])
+    assert weights("icepop", level="sequence", cap=1.1) == pytest.approx([1, 1, 1, 0, 0])
+
+
+def test_unsampled_tokens_have_weight_one_and_no_part_in_products() -> None:
+    sampled = [True, True, False, True, True]
+    assert weights("tis", sampled, cap=2.0) == pytest.approx([2, 1, 1, 0.8, 1.5])
+    assert weights("tis", sampled, level="sequence", cap=9.0) == pytest.approx([4, 4, 1, 1.2, 1.2])
+    assert weights("icepop", [False] * 5) == [1] * 5
+
+
+def test_gap_of_unsampled_tokens_is_zero_and_detached() -> None:
+    old_N = torch.tensor([-1.0, -2.0], requires_grad=True)
+    gap_N = behaviour_gap(old_N, torch.tensor([-1.5, float("nan")]))
+    assert gap_N.tolist() == [0.5, 0.0]
+    assert not gap_N.requires_grad
+
+
+@given(seeds, st.sampled_from(sorted(CORRECTIONS)), st.sampled_from(["token", "sequence"]))
+@settings(max_examples=30, deadline=None)
+def test_on_policy_is_one_and_off_policy_is_bounded(seed: int, kind: str, level: str) -> None:
+    config = CorrectionConfig(level=level, cap=2.0, floor=0.5)
+    sampled_N = torch.ones(5, dtype=torch.bool)
+    on_policy = correction_weights(torch.zeros(5), sampled_N, AXIS, kind, config)
+    assert on_policy.tolist() == [1] * 5
+    wild_N = normal(5, random(seed), 100.0)
+    off_policy = correction_weights(wild_N, sampled_N, AXIS, kind, config)
+    assert (off_policy >= 0).all()
+    assert (off_policy <= 2).all()
+
+
+@given(seeds)
+@settings(max_examples=5, deadline=None)
+def test_tis_is_unbiased_below_its_cap(seed: int) -> None:
+    """sum_o mu(o) w(o) f(o) = sum_o pi_old(o) f(o) over a vocabulary, exactly."""
+    generator = random(seed)
+    old_V, mu_V = (normal(5, generator, 0.2).log_softmax(0) for _ in range(2))
+    every_V = torch.ones(5, dtype=torch.bool)
+    config = CorrectionConfig(cap=10.0)
+    weight_V = correction_weights(old_V - mu_V, every_V, AXIS, "tis", config)
+    f_V = normal(5, generator)
+    torch.testing.assert_close((mu_V.exp() * weight_V * f_V).sum(), (old_V.exp() * f_V).sum())

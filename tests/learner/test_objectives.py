@@ -1,0 +1,136 @@
+"""Objectives: tables of four tokens by hand, and which tokens keep a gradient."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from maths_oracles import normal, random, seeds
+
+from common.config.algorithm import ObjectiveConfig
+from learner.algorithm.objectives import (
+    LOG_RATIO_LIMIT,
+    OBJECTIVES,
+    Surrogate,
+    Terms,
+    batch_scale,
+    bounded_exp,
+    k3,
+)
+from learner.algorithm.traces import PackedAxis
+
+RATIOS = torch.tensor([2.0, 1.1, 0.9, 0.5], dtype=torch.float64)
+LOGPROBS = torch.tensor([-1.0, -2.0, -3.0, -4.0], dtype=torch.float64)
+
+
+def surrogate(
+    kind: str, advantage: float, ratios: torch.Tensor = RATIOS, **clip: float
+) -> tuple[Surrogate, torch.Tensor]:
+    """One completion of four tokens, and the gradient of its sum in the log-ratios."""
+    log_ratio_N = ratios.log().requires_grad_()
+    advantages_B = torch.tensor([advantage], dtype=torch.float64)
+    terms = Terms(log_ratio_N, LOGPROBS, advantages_B, PackedAxis(torch.tensor([4])))
+    found = OBJECTIVES[kind](terms, ObjectiveConfig(kind=kind, **clip))
+    return found, torch.autograd.grad(found.values_N.sum(), log_ratio_N)[0]
+
+
+def test_ppo_clips_only_the_pessimistic_side() -> None:
+    good, grad_N = surrogate("ppo", 1.0)
+    assert good.values_N.tolist() == pytest.approx([1.2, 1.1, 0.9, 0.5])
+    assert good.clipped_N.tolist() == [True, False, False, False]
+    assert grad_N.tolist() == pytest.approx([0, 1.1, 0.9, 0.5])
+    bad, grad_N = surrogate("ppo", -1.0)
+    assert bad.values_N.tolist() == pytest.approx([-2.0, -1.1, -0.9, -0.8])
+    assert bad.clipped_N.tolist() == [False, False, False, True]
+    assert grad_N.tolist() == pytest.approx([-2.0, -1.1, -0.9, 0])
+
+
+def test_clip_higher_moves_one_bound() -> None:
+    found, _ = surrogate("ppo", 1.0, clip_low=0.2, clip_high=0.5)
+    assert found.values_N.tolist() == pytest.approx([1.5, 1.1, 0.9, 0.5])
+    assert not surrogate("ppo", 0.0)[0].clipped_N.any()
+
+
+def test_gspo_is_the_geometric_mean_ratio() -> None:
+    s = math.prod(RATIOS.tolist()) ** 0.25
+    found, grad_N = surrogate("gspo", 2.0)
+    assert found.values_N.tolist() == pytest.approx([2 * s] * 4)
+    assert grad_N.tolist() == pytest.approx([2 * s] * 4)  # four copies of 2 s / 4 each
+    clipped, grad_N = surrogate("gspo", -2.0, clip_low=4e-4, clip_high=3e-4)
+    assert clipped.values_N.tolist() == pytest.approx([-2 * (1 - 4e-4)] * 4)
+    assert clipped.clipped_N.all()
+    assert not grad_N.any()
+
+
+def test_gmpo_clips_each_token_on_one_side() -> None:
+    high = math.exp(0.4)
+    found, grad_N = surrogate("gmpo", 1.0, clip_low=0.4, clip_high=0.4)
+    value = (high * 1.1 * 0.9 * 0.5) ** 0.25
+    assert found.values_N.tolist() == pytest.approx([value] * 4)
+    assert found.clipped_N.tolist() == [True, False, False, False]
+    assert grad_N.tolist() == pytest.approx([0, value, value, value])
+    found, _ = surrogate("gmpo", -1.0, clip_low=0.4, clip_high=0.4)
+    assert found.values_N[0].item() == pytest.approx(-((2 * 1.1 * 0.9 / high) ** 0.25))
+    assert not surrogate("gmpo", 0.0)[0].values_N.any()
+
+
+def test_cispo_keeps_every_gradient() -> None:
+    found, grad_N = surrogate("cispo", 2.0, clip_low=0.3, clip_high=0.2)
+    bounded = [1.2, 1.1, 0.9, 0.7]
+    assert found.values_N.tolist() == pytest.approx([-2.4, -4.4, -5.4, -5.6])
+    assert grad_N.tolist() == pytest.approx([2 * ratio for ratio in bounded])
+    assert found.clipped_N.tolist() == [True, False, False, True]
+    unbounded_below, _ = surrogate("cispo", 2.0, clip_low=1.0)
+    assert unbounded_below.clipped_N.tolist() == [True, False, False, False]
+
+
+def test_gpg_is_reinforce() -> None:
+    found, grad_N = surrogate("gpg", 2.0)
+    assert found.values_N.tolist() == [-2, -4, -6, -8]
+    assert grad_N.tolist() == [2, 2, 2, 2]
+    assert not found.clipped_N.any()
+
+
+@pytest.mark.parametrize("kind", sorted(OBJECTIVES))
+@pytest.mark.parametrize("advantage", [-1.5, 0.0, 2.0])
+def test_on_policy_all_are_the_policy_gradient(kind: str, advantage: float) -> None:
+    _, grad_N = surrogate(kind, advantage, torch.ones_like(RATIOS))
+    assert grad_N.tolist() == pytest.approx([advantage] * 4)
+
+
+def test_gpg_alpha() -> None:
+    advantages = torch.tensor([0.0, 0.5, -0.5, 0.0])
+    assert batch_scale("gpg", advantages) == 2.0
+    assert batch_scale("gpg", advantages * 0) == 4.0
+    assert batch_scale("ppo", advantages) == 1.0
+
+
+@given(seeds, st.floats(-3, 3))
+@settings(max_examples=20, deadline=None)
+def test_k3_is_positive_and_zero_at_the_reference(seed: int, shift: float) -> None:
+    logprobs_N = normal(5, random(seed))
+    assert (k3(logprobs_N, logprobs_N) == 0).all()
+    assert (k3(logprobs_N, logprobs_N + shift) >= 0).all()
+
+
+def test_k3_by_hand_and_far_away() -> None:
+    logprobs_N = torch.tensor([-1.0, -1.0, -90.0, 0.0], dtype=torch.float64, requires_grad=True)
+    reference_N = torch.tensor([-2.0, 0.0, 0.0, -90.0], dtype=torch.float64)
+    kl_N = k3(logprobs_N, reference_N)
+    assert kl_N[:2].tolist() == pytest.approx([math.exp(-1), math.e - 2])
+    grad_N = torch.autograd.grad(kl_N.sum(), logprobs_N)[0]
+    assert grad_N[:2].tolist() == pytest.approx([1 - math.exp(-1), 1 - math.e])
+    steep = math.exp(LOG_RATIO_LIMIT)
+    assert grad_N[2:].tolist() == pytest.approx([1 - steep, 1])  # towards the reference, bounded
+
+
+def test_bounded_exp() -> None:
+    x = torch.tensor([-3000.0, -80.0, 0.5, 80.0, 3000.0], requires_grad=True)
+    y = bounded_exp(x)
+    limit, half = math.exp(LOG_RATIO_LIMIT), math.exp(0.5)
+    assert y.tolist() == pytest.approx([0, math.exp(-80), half, 61 * limit, 2981 * limit])
+    grad = torch.autograd.grad(y.sum(), x)[0]
+    assert grad.tolist() == pytest.approx([0, math.exp(-80), half, limit, limit])

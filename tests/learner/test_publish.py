@@ -1,0 +1,228 @@
+"""Publishing: order of things, and a canary that cannot be fooled."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from common.errors import UserError, WeightsError
+from learner.weights.publish import (
+    Canary,
+    OnSharedDevices,
+    Publisher,
+    ThroughObjectStore,
+    largest_gap,
+)
+
+CANARY = Canary.from_prompts([[1, 2, 3, 4], [5, 6]], scored_tokens=2)
+SCORES = [[-1.0, -2.0], [-3.0]]
+
+
+class FakeLearner:
+    def __init__(self) -> None:
+        self.exported: list[int] = []
+
+    async def export_weights(self, version: int) -> list[Any]:
+        self.exported.append(version)
+        return []
+
+    async def score(self, sequences: list[list[int]], lengths: list[int]) -> list[list[float]]:
+        return SCORES
+
+
+class FakeGenerators:
+    def __init__(self, scores: dict[str, list[list[float]]]) -> None:
+        self.scores = scores
+        self.updated: list[int] = []
+        self.version = 2
+
+    async def update_weights(self, buckets: list[Any], version: int, deadline_s: float) -> float:
+        self.updated.append(version)
+        return 0.25
+
+    async def score(
+        self, sequences: list[list[int]], lengths: list[int], deadline_s: float
+    ) -> dict[str, list[list[float]]]:
+        return self.scores
+
+
+def publisher_between(
+    learner: FakeLearner, generators: FakeGenerators, tolerance: float = 0.1, resends: int = 0
+) -> Publisher:
+    send = ThroughObjectStore(learner, generators, 1.0)  # type: ignore[arg-type]
+    return Publisher(learner, generators, send, CANARY, tolerance, 1.0, resends)  # type: ignore[arg-type]
+
+
+def publish(scores: dict[str, list[list[float]]], tolerance: float = 0.1) -> dict[str, float]:
+    learner, generators = FakeLearner(), FakeGenerators(scores)
+    publisher = publisher_between(learner, generators, tolerance)
+
+    async def both_halves() -> dict[str, float]:
+        exported = await publisher.export(3)
+        assert (learner.exported, generators.updated) == ([3], [])
+        return await publisher.deliver(exported)
+
+    metrics = asyncio.run(both_halves())
+    assert publisher.proved == generators.version == 3
+    return metrics
+
+
+def test_the_canary_scores_the_end_of_each_prompt_but_never_its_first_token() -> None:
+    assert CANARY.prompt_lengths == [2, 1]
+
+
+def test_prompts_of_one_token_score_nothing_and_are_left_out() -> None:
+    assert Canary.from_prompts([[1], [2, 3]], scored_tokens=4).sequences == [[2, 3]]
+    with pytest.raises(UserError, match=r"none of 1 prompts has two tokens.*data\.template"):
+        Canary.from_prompts([[1]], scored_tokens=4)
+
+
+def test_agreement_is_reported() -> None:
+    metrics = publish({"generator-0": SCORES, "generator-1": [[-1.05, -2.05], [-3.0]]})
+    assert metrics["canary/gap"] == pytest.approx(0.05)
+    assert metrics["publish/stall"] == 0.25
+
+
+def test_on_shared_devices_the_weights_are_there_before_the_cache() -> None:
+    calls: list[str] = []
+
+    class Both:
+        async def sleep(self, deadline_s: float) -> None:
+            calls.append("sleep")
+
+        async def wake(self, part: str, deadline_s: float) -> None:
+            calls.append(f"wake {part}")
+
+        async def release_memory(self, deadline_s: float) -> None:
+            calls.append("release")
+
+        async def send_weights(self, version: int) -> tuple[float, int]:
+            calls.append(f"send {version}")
+            return 0.5, 8
+
+    async def main() -> tuple[float, int]:
+        transport = OnSharedDevices(Both(), Both(), 1.0)  # type: ignore[arg-type]
+        await transport.make_room()
+        return await transport.deliver(await transport.export(4), 4)
+
+    assert asyncio.run(main()) == (0.5, 8)
+    assert calls == [
+        *("sleep", "release", "wake weights", "send 4", "release", "wake cache"),
+    ]
+
+
+def test_one_generator_with_other_weights_stops_the_run_and_is_named() -> None:
+    with pytest.raises(WeightsError, match=r"version 3, generator-1 .*0\.5000 nats"):
+        publish({"generator-0": SCORES, "generator-1": [[-1.0, -2.0], [-3.5]]})
+
+
+def test_nan_never_passes() -> None:
+    with pytest.raises(WeightsError, match="nan nats"):
+        publish({"generator-0": [[float("nan"), -2.0], [-3.0]]})
+
+
+def test_the_gap_is_the_worst_sequence_not_the_average() -> None:
+    assert largest_gap([[0.0], [0.0]], [[0.1], [0.5]]) == pytest.approx(0.5)
+    with pytest.raises(ValueError, match="argument 2"):
+        largest_gap([[0.0]], [[0.0], [0.0]])
+
+
+class Forgetful(FakeGenerators):
+    """The first `damaged` updates are damaged on the way."""
+
+    def __init__(self, damaged: int) -> None:
+        super().__init__({"generator-0": SCORES})
+        self.damaged = damaged
+
+    async def update_weights(self, buckets: list[Any], version: int, deadline_s: float) -> float:
+        await super().update_weights(buckets, version, deadline_s)
+        if len(self.updated) <= self.damaged:
+            raise WeightsError("weight bucket a..b arrived damaged")
+        return 0.25
+
+
+def deliver(generators: FakeGenerators, resends: int) -> tuple[Publisher, dict[str, float]]:
+    publisher = publisher_between(FakeLearner(), generators, resends=resends)
+
+    async def both_halves() -> dict[str, float]:
+        return await publisher.deliver(await publisher.export(3))
+
+    return publisher, asyncio.run(both_halves())
+
+
+def test_what_arrives_damaged_is_sent_again_as_a_whole() -> None:
+    generators = Forgetful(damaged=2)
+    publisher, metrics = deliver(generators, resends=2)
+    assert generators.updated == [3, 3, 3]
+    assert metrics["publish/resends"] == 2
+    assert publisher.proved == 3
+
+
+def test_what_arrives_damaged_again_and_again_is_not_proved() -> None:
+    with pytest.raises(WeightsError, match="arrived damaged"):
+        deliver(Forgetful(damaged=3), resends=2)
+
+
+def test_what_the_canary_refutes_is_not_sent_again() -> None:
+    """Tokens were sampled under its number; proved later, they would pass for the right ones."""
+    generators = FakeGenerators({"generator-0": [[-9.0, -9.0], [-9.0]]})
+    with pytest.raises(WeightsError, match="version 3, generator-0"):
+        deliver(generators, resends=2)
+    assert generators.updated == [3]
+
+
+def test_who_waits_for_a_proof_hears_of_it_before_the_delivery_ends_and_of_its_failure() -> None:
+    generators = FakeGenerators({"generator-0": SCORES})
+    publisher = publisher_between(FakeLearner(), generators)
+
+    async def main() -> None:
+        endless = asyncio.Event()
+
+        async def delivery() -> None:
+            await publisher.deliver(await publisher.export(3))
+            await endless.wait()
+
+        task = asyncio.create_task(delivery())
+        await asyncio.wait_for(publisher.until_proved(3, task), 5.0)
+        assert publisher.proved == 3 and not task.done()
+        endless.set()
+        await task
+        generators.scores = {"generator-0": [[0.0, 0.0], [0.0]]}
+        failing = asyncio.create_task(publisher.deliver(await publisher.export(4)))
+        with pytest.raises(WeightsError, match="version 4"):
+            await asyncio.wait_for(publisher.until_proved(4, failing), 5.0)
+
+    asyncio.run(main())
+
+
+def test_a_generator_that_comes_later_is_held_to_the_same_canary() -> None:
+    learner, generators = FakeLearner(), FakeGenerators({"generator-0": SCORES})
+    publisher = publisher_between(learner, generators)
+    answers = [SCORES, [[-1.0, -2.0], [-4.0]]]
+
+    async def score(sequences: list[list[int]], lengths: list[int]) -> list[list[float]]:
+        assert (sequences, lengths) == (CANARY.sequences, CANARY.prompt_lengths)
+        return answers.pop(0)
+
+    async def main() -> None:
+        await publisher.prove_newcomer("generator-1", 0, score)
+        assert len(answers) == 2  # the learner had nothing to compare with
+        await publisher.prove(0)
+        await publisher.deliver(await publisher.export(1))
+        await publisher.prove_newcomer("generator-1", 1, score)
+        with pytest.raises(WeightsError, match=r"version 0, generator-1 .*1\.0000 nats"):
+            await publisher.prove_newcomer("generator-1", 0, score)
+        await publisher.export(2)
+        await publisher.prove_newcomer("generator-1", 0, score)  # asks nothing: answers are used up
+
+        async def overtaken(sequences: list[list[int]], lengths: list[int]) -> list[list[float]]:
+            for version in (3, 4):  # while it scores, two more versions come
+                await publisher.export(version)
+            return [[-1.0, -2.0], [-5.0]]
+
+        with pytest.raises(WeightsError, match=r"version 2, generator-1 .*2\.0000 nats"):
+            await publisher.prove_newcomer("generator-1", 2, overtaken)
+
+    asyncio.run(main())

@@ -1,0 +1,445 @@
+"""The composed loss: against a slow oracle, the identities between recipes, sums over any split."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from maths_oracles import (
+    algorithm,
+    decays,
+    lengths,
+    normal,
+    random,
+    random_batch,
+    seeds,
+    slow_loss,
+    slow_sum,
+    take,
+)
+
+from common.config.algorithm import AlgorithmConfig
+from common.errors import UserError, VerifierError
+from learner.algorithm.loss import CompletionBatch, policy_loss
+from learner.algorithm.recipe import Prepared, Recipe
+from learner.algorithm.traces import LambdaTrace, PackedAxis
+
+CREDITS = [
+    {"kind": "broadcast"},
+    {"kind": "prefix_sets"},
+    {"kind": "lambda_trace", "trace": "recent"},
+    {"kind": "lambda_trace", "trace": "both", "normalize": "mean"},
+    {"kind": "lambda_trace", "trace": "terminal", "lambda_": 0.9},
+    {"kind": "lambda_trace", "trace": "recent", "application": "weight", "lambda_": 0.8},
+    {"kind": "lambda_trace", "trace": "both", "application": "weight", "normalize": "mean"},
+    {"kind": "lambda_trace", "trace": "terminal", "application": "weight"},
+    {"kind": "lambda_trace", "trace": "recent", "cut": True, "entropy_quantile": 0.5},
+    {"kind": "lambda_trace", "trace": "both", "cut": True},
+]
+OBJECTIVES = [
+    {"kind": "ppo", "clip_high": 0.28, "kl": 0.05},
+    {"kind": "gspo", "clip_low": 0.03, "clip_high": 0.04},
+    {"kind": "gmpo", "clip_low": 0.4, "clip_high": 0.3, "kl": 0.1},
+    {"kind": "cispo"},
+    {"kind": "gpg"},
+]
+CORRECTIONS = [
+    ("none", {}),
+    ("tis", {"cap": 1.2}),
+    ("icepop", {"floor": 0.8, "cap": 1.2}),
+    ("tis", {"level": "sequence"}),
+]
+
+
+def gradient(loss: torch.Tensor, batch: CompletionBatch) -> torch.Tensor:
+    return torch.autograd.grad(loss, batch.logprobs_N, retain_graph=True)[0]
+
+
+@pytest.mark.parametrize("credit", CREDITS)
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_loss_is_the_slow_loss(credit: dict, objective: dict) -> None:
+    """Value, gradient and surrogate sums, for every pair of choices and every correction."""
+    for seed, (kind, correction) in enumerate(CORRECTIONS):
+        batch = random_batch(seed, [1, 0, 13, 5, 29])
+        config = algorithm(credit=credit, objective=objective, correction=correction)
+        output = policy_loss(batch, config, kind)
+        expected = slow_loss(batch, config, kind)
+        torch.testing.assert_close(output.loss, expected)
+        torch.testing.assert_close(gradient(output.loss, batch), gradient(expected, batch))
+        sums = [slow_sum(take(batch, [i]), config, kind).item() for i in range(5)]
+        assert output.surrogate_sums_B.tolist() == pytest.approx(sums)
+        parts = output.metrics["loss/policy"][0] + output.metrics["loss/kl"][0]
+        assert parts == pytest.approx(expected.item())
+
+
+@given(lengths, seeds, st.sampled_from(CREDITS), st.sampled_from(OBJECTIVES))
+@settings(max_examples=40, deadline=None)
+def test_any_split_sums_to_the_whole(
+    sizes: list[int], seed: int, credit: dict, objective: dict
+) -> None:
+    """Microbatches, ranks and packing order: loss, gradient and metrics add up."""
+    batch = random_batch(seed, sizes)
+    config = algorithm(credit=credit, objective=objective)
+    whole = policy_loss(batch, config, "tis")
+    order = torch.randperm(len(sizes), generator=random(seed)).tolist()
+    cut = seed % (len(sizes) + 1)
+    parts = [policy_loss(take(batch, index), config, "tis") for index in (order[:cut], order[cut:])]
+    loss = parts[0].loss + parts[1].loss
+    torch.testing.assert_close(loss, whole.loss)
+    torch.testing.assert_close(gradient(loss, batch), gradient(whole.loss, batch))
+    for name, (total, weight) in whole.metrics.items():
+        pairs = [part.metrics[name] for part in parts]
+        assert sum(pair[0] for pair in pairs) == pytest.approx(total, abs=1e-9), name
+        assert sum(pair[1] for pair in pairs) == weight
+
+
+@given(lengths, seeds, st.sampled_from(CREDITS), st.sampled_from(OBJECTIVES))
+@settings(max_examples=30, deadline=None)
+def test_masked_tokens_do_not_exist(
+    sizes: list[int], seed: int, credit: dict, objective: dict
+) -> None:
+    batch = random_batch(seed, sizes)
+    config = algorithm(credit=credit, objective=objective)
+    mask = batch.loss_mask_N
+    short = dataclasses.replace(
+        batch,
+        **{
+            name: value[mask]
+            for name, value in vars(batch).items()
+            if name.endswith("_N") and value is not None
+        },
+        lengths_B=PackedAxis(batch.lengths_B).sum(mask).long(),
+    )
+    poisoned = dataclasses.replace(
+        batch, old_logprobs_N=batch.old_logprobs_N.masked_fill(~mask, float("nan"))
+    )
+    expected = policy_loss(short, config, "tis").loss
+    found = policy_loss(poisoned, config, "tis").loss
+    torch.testing.assert_close(found, expected)
+    grad_N = gradient(found, batch)
+    assert grad_N.isfinite().all()
+    assert (grad_N[~mask] == 0).all()
+
+
+@given(lengths, seeds, decays, st.sampled_from(["recent", "both", "terminal"]))
+@settings(max_examples=40, deadline=None)
+def test_gradient_at_the_old_policy(sizes: list[int], seed: int, decay: float, kind: str) -> None:
+    """A sum_k c_k grad log pi(o_k), the same through the trace and through the weight."""
+    batch = random_batch(seed, sizes, on_policy=True)
+    batch.loss_mask_N[:] = True
+    batch.behaviour_logprobs_N = batch.old_logprobs_N
+    axis = PackedAxis(batch.lengths_B)
+    c_N = LambdaTrace(axis, kind, decay).weights(batch.logprobs_N.detach())
+    expected_N = -axis.spread(batch.token_weights_B * batch.advantages_B) * c_N
+    for application, cut, correction in itertools.product(
+        ("trace", "weight"), (False, True), ("none", "tis", "icepop")
+    ):
+        credit = {
+            "kind": "lambda_trace",
+            "trace": kind,
+            "lambda_": decay,
+            "application": application,
+            "cut": cut,
+        }
+        output = policy_loss(batch, algorithm(credit=credit), correction)
+        torch.testing.assert_close(gradient(output.loss, batch), expected_N)
+        total, weight = output.metrics["credit/mean_weight"]
+        assert total == pytest.approx(float(c_N.sum()))
+        assert weight == c_N.numel()
+
+
+@given(lengths, seeds, st.sampled_from(OBJECTIVES), st.sampled_from(["trace", "weight"]))
+@settings(max_examples=30, deadline=None)
+def test_decay_zero_is_grpo_exactly(
+    sizes: list[int], seed: int, objective: dict, application: str
+) -> None:
+    batch = random_batch(seed, sizes)
+    credit = {"kind": "lambda_trace", "lambda_": 0.0, "application": application}
+    traced = policy_loss(batch, algorithm(credit=credit, objective=objective), "tis")
+    plain = policy_loss(batch, algorithm(objective=objective), "tis")
+    assert torch.equal(traced.loss, plain.loss)
+    assert torch.equal(gradient(traced.loss, batch), gradient(plain.loss, batch))
+
+
+@given(lengths, seeds, st.sampled_from(["recent", "both", "terminal"]))
+@settings(max_examples=20, deadline=None)
+def test_cut_traces_on_policy_are_grpo_lambda(sizes: list[int], seed: int, kind: str) -> None:
+    batch = random_batch(seed, sizes)
+    batch.behaviour_logprobs_N = batch.old_logprobs_N.clone()
+    losses = [
+        policy_loss(
+            batch, algorithm(credit={"kind": "lambda_trace", "trace": kind, "cut": cut}), "none"
+        ).loss
+        for cut in (False, True)
+    ]
+    torch.testing.assert_close(losses[0], losses[1])
+
+
+def test_four_tokens_by_hand() -> None:
+    """A = 2, x = ln(1.5, 1, 0.5, 1.25), clip 0.2, weight 1/4; ratios by hand."""
+    x_N = torch.tensor([1.5, 1.0, 0.5, 1.25], dtype=torch.float64).log()
+    batch = random_batch(0, [4])
+    batch.loss_mask_N[:] = True
+    batch.old_logprobs_N = batch.logprobs_N.detach() - x_N
+    batch.behaviour_logprobs_N = batch.old_logprobs_N
+    batch.advantages_B = torch.tensor([2.0])
+    batch.token_weights_B = torch.tensor([0.25])
+    table = [
+        # min(r, 1.2): 1.2 1 0.5 1.2
+        ({}, {}, -2 * 3.9 / 4, 0.5),
+        # products 1.5 1.5 0.75 0.9375, clipped to 1.2 1.2 0.75 0.9375
+        ({"kind": "lambda_trace", "lambda_": 1.0}, {}, -2 * 4.0875 / 4, 0.5),
+        # GMPO, e^high = 1.2: (1.2 * 1 * 0.5 * 1.2)^(1/4) a token
+        ({}, {"kind": "gmpo", "clip_high": 0.1823215567939546}, -2 * 0.72**0.25, 0.5),
+        # GSPO: (1.5 * 0.5 * 1.25)^(1/4)
+        ({}, {"kind": "gspo"}, -2 * 0.9375**0.25, 0.0),
+    ]
+    for credit, objective, loss, clipped in table:
+        output = policy_loss(batch, algorithm(credit=credit, objective=objective), "none")
+        assert output.loss.item() == pytest.approx(loss)
+        assert output.metrics["clip_fraction"] == (4 * clipped, 4.0)
+
+
+@pytest.mark.parametrize("credit", CREDITS)
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("shift", [80.0, -80.0, 3000.0])
+def test_extreme_log_ratios_stay_finite(credit: dict, objective: dict, shift: float) -> None:
+    for dtype, sign in itertools.product((torch.float32, torch.float64), (1.0, -1.0)):
+        batch = random_batch(0, [1, 30, 12])
+        for name, value in vars(batch).items():
+            if value is not None and value.is_floating_point():
+                setattr(batch, name, value.detach().to(dtype))
+        batch.logprobs_N.requires_grad_()
+        batch.old_logprobs_N = batch.old_logprobs_N + shift
+        batch.reference_logprobs_N = batch.reference_logprobs_N - shift
+        batch.advantages_B = sign * batch.advantages_B.abs()
+        output = policy_loss(batch, algorithm(credit=credit, objective=objective), "tis")
+        assert output.loss.isfinite()
+        assert gradient(output.loss, batch).isfinite().all()
+
+
+@pytest.mark.parametrize("kind", ["ppo", "gspo", "gmpo"])
+def test_a_ratio_far_too_high_is_still_pulled_down(kind: str) -> None:
+    """A < 0 and no clip on that side: a zero gradient would leave the token where it is."""
+    batch = random_batch(0, [3])
+    batch.old_logprobs_N = batch.logprobs_N.detach() - 80.0
+    batch.advantages_B = -torch.ones_like(batch.advantages_B)
+    batch.loss_mask_N[:] = True
+    loss = policy_loss(batch, algorithm(objective={"kind": kind}), "none").loss
+    assert (gradient(loss, batch) > 0).all()  # descending lowers the log-probabilities
+
+
+def test_cut_traces_weigh_every_token_as_derived() -> None:
+    """rho_k * sum_{t >= k} prod_{k < j <= t} min(1, rho_j), with rho = pi_old / mu, by hand."""
+    batch = random_batch(0, [3])
+    batch.old_logprobs_N = batch.logprobs_N.detach()
+    batch.behaviour_logprobs_N = batch.old_logprobs_N - torch.tensor([0.5, 1.6, 0.5]).log()
+    batch.reference_logprobs_N = None
+    batch.loss_mask_N[:] = True
+    batch.advantages_B[:] = 1.0
+    batch.token_weights_B[:] = 1.0
+    cut = {
+        "kind": "lambda_trace",
+        "trace": "recent",
+        "lambda_": 1.0,
+        "cut": True,
+        "application": "weight",
+    }
+    loss = policy_loss(batch, algorithm(credit=cut), "tis").loss
+    assert gradient(-loss, batch).tolist() == pytest.approx([1.25, 2.4, 0.5])
+    with pytest.raises(UserError, match=r"credit\.application = weight"):
+        Recipe(algorithm(credit=cut | {"application": "trace"}), "tis", 8)
+
+
+@pytest.mark.parametrize("credit", CREDITS)
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_nothing_to_train_on_still_runs_backward(credit: dict, objective: dict) -> None:
+    for sizes in ([], [0], [3, 0]):
+        batch = random_batch(0, sizes)
+        batch.loss_mask_N[:] = False
+        output = policy_loss(batch, algorithm(credit=credit, objective=objective), "tis")
+        assert output.loss == 0
+        assert (gradient(output.loss, batch) == 0).all()
+        assert output.surrogate_sums_B.tolist() == [0.0] * len(sizes)
+
+
+def test_kl_in_the_reward_is_not_in_the_loss() -> None:
+    batch = random_batch(0, [5, 6])
+    with_kl = algorithm(objective={"kl": 0.5, "kl_in": "reward"})
+    assert torch.equal(
+        policy_loss(batch, with_kl, "none").loss, policy_loss(batch, algorithm(), "none").loss
+    )
+
+
+def test_metrics_by_hand() -> None:
+    batch = random_batch(0, [3])
+    batch.loss_mask_N = torch.tensor([True, True, True])
+    batch.old_logprobs_N = torch.tensor([-1.0, -2.0, -3.0], dtype=torch.float64)
+    batch.behaviour_logprobs_N = torch.tensor([-1.5, float("nan"), -2.0], dtype=torch.float64)
+    metrics = policy_loss(batch, algorithm(), "none").metrics
+    assert metrics["logprob_gap/mean"] == (1.5, 2.0)
+    ratio_sum = torch.tensor([0.5, -1.0]).exp().sum()
+    assert metrics["is_ratio/mean"] == pytest.approx((float(ratio_sum), 2.0))
+    assert metrics["entropy/mean"] == pytest.approx((float(batch.entropy_N.sum()), 3.0))
+    batch.entropy_N = batch.reference_logprobs_N = None
+    assert not {"entropy/mean", "kl/mean"} & set(policy_loss(batch, algorithm(), "none").metrics)
+
+
+# ---------------------------------------------------------------------------------------------
+# Recipe
+
+
+def recipe(config: AlgorithmConfig, correction: str = "none") -> Recipe:
+    return Recipe(config, correction, 40)
+
+
+REWARDS = torch.tensor([1.0, 0.0, 1.0, 0.0, 1.0, 1.0, float("nan"), 1.0], dtype=torch.float64)
+GROUPS = torch.tensor([0, 0, 0, 0, 1, 1, 2, 2])
+LENGTHS = torch.tensor([3, 5, 0, 40, 7, 9, 11, 13])
+
+
+def test_prepare_drops_what_has_no_reward_or_no_gradient() -> None:
+    prepared = recipe(algorithm()).prepare(REWARDS, GROUPS, LENGTHS, "math")
+    assert prepared.trained_B.tolist() == [True, True, False, True] + [False] * 4
+    assert prepared.advantages_B[4:].tolist() == [0, 0, 0, 0]
+    assert prepared.token_weights_B[6] == 0
+    counted = [1 / (7 * max(n, 1)) for n in LENGTHS.tolist()]
+    counted[6] = 0
+    assert prepared.token_weights_B.tolist() == pytest.approx(counted)
+
+
+def test_prepare_keeps_zero_advantages_under_kl() -> None:
+    prepared = recipe(algorithm(objective={"kl": 0.1})).prepare(REWARDS, GROUPS, LENGTHS, "math")
+    assert prepared.trained_B.tolist() == [True, True, False, True, True, True, False, True]
+
+
+def test_gpg_rescales_for_samples_without_gradient() -> None:
+    config = algorithm(
+        objective={"kind": "gpg"},
+        baseline={"kind": "dr_grpo"},
+        aggregation={"kind": "token_mean"},
+    )
+    prepared = recipe(config).prepare(REWARDS, GROUPS, LENGTHS, "math")
+    total = float(LENGTHS.sum()) - 11
+    assert prepared.token_weights_B[0] == pytest.approx(7 / 4 / total)
+
+
+def test_infinite_reward_names_the_verifier() -> None:
+    rewards = REWARDS.clone()
+    rewards[3] = float("inf")
+    with pytest.raises(VerifierError, match="'math_answer'.*inf"):
+        recipe(algorithm()).prepare(rewards, GROUPS, LENGTHS, "math_answer")
+
+
+def test_needs() -> None:
+    plain = recipe(algorithm())
+    assert not (plain.needs_prefix_counts or plain.needs_entropy or plain.needs_reference)
+    selective = algorithm(credit={"kind": "lambda_trace", "entropy_quantile": 0.5})
+    assert recipe(selective).needs_entropy
+    assert recipe(algorithm(credit={"kind": "prefix_sets"})).needs_prefix_counts
+    assert recipe(algorithm(objective={"kl": 0.1})).needs_reference
+    in_reward = recipe(algorithm(objective={"kl": 0.1, "kl_in": "reward"}))
+    assert in_reward.kl_in_reward and in_reward.needs_reference and not in_reward.kl_in_loss
+
+
+def test_the_rollout_axis_reaches_advantages_and_denominators() -> None:
+    """PODS: baseline over the kept ones. CPPO: over all, then pruned. Masks leave denominators."""
+    rewards = torch.tensor([0.0, 0.0, 0.0, 1.0], dtype=torch.float64)
+    group, lengths = torch.zeros(4, dtype=torch.long), torch.tensor([2, 4, 6, 8])
+
+    def prepared(truncated: list[bool] | None = None, **rollout: object) -> Prepared:
+        chosen = algorithm(rollout=rollout, baseline={"kind": "dr_grpo"})
+        cut = None if truncated is None else torch.tensor(truncated)
+        return recipe(chosen).prepare(rewards, group, lengths, "v", lengths, cut)
+
+    pods = prepared(keep_max_variance=2)
+    assert sorted(pods.advantages_B.tolist()) == [-0.5, 0.0, 0.0, 0.5]
+    assert pods.token_weights_B[pods.trained_B].tolist() == [
+        1 / (2 * n) for n in lengths[pods.trained_B].tolist()
+    ]
+    cppo = prepared(prune_rate=0.75)
+    assert cppo.advantages_B.tolist() == [0.0, 0.0, 0.0, 0.75]
+    assert cppo.kept_B.tolist() == [False, False, False, True]  # the others are not "idle"
+    assert cppo.token_weights_B.tolist() == [0.0, 0.0, 0.0, 1 / 8]
+    masked = prepared([True, False, False, False], mask_truncated=True)
+    assert masked.advantages_B.tolist() == [0.0, -0.25, -0.25, 0.75]
+    assert masked.token_weights_B[0] == 0
+
+
+@given(seeds)
+@settings(max_examples=20, deadline=None)
+def test_lambda_learns_by_the_gradient_of_the_loss(seed: int) -> None:
+    """end_step from surrogate sums = autograd through the loss with lambda as a leaf."""
+    sizes = torch.randint(1, 40, (12,), generator=random(seed)).tolist()
+    batch = random_batch(seed, sizes)
+    batch.loss_mask_N[:] = True
+    batch.behaviour_logprobs_N = batch.old_logprobs_N
+    group = torch.arange(3).repeat_interleave(4)
+    rewards = normal(12, random(seed))
+    config = algorithm(
+        aggregation={"kind": "lambda_grpo", "lambda_init": 0.7, "lambda_learning_rate": 0.5},
+        objective={"kl": 0.02},
+    )
+    learned = recipe(config)
+    prepared = learned.prepare(rewards, group, batch.lengths_B, "math")
+    batch.advantages_B = prepared.advantages_B
+    batch.token_weights_B = prepared.token_weights_B
+    output = learned.loss(batch)
+    metrics = learned.end_step(output.surrogate_sums_B)
+
+    lambda_ = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
+    loss = torch.zeros((), dtype=torch.float64)
+    for members in torch.arange(12).split(4):
+        size = batch.lengths_B[members].double()
+        h = 1 + (size - size.mean()) / size.std(correction=0).clamp(min=1e-12) / 9
+        f = 4 * (h**lambda_).softmax(0)
+        loss = loss - (f * output.surrogate_sums_B[members]).sum() / sum(sizes)
+    loss.backward()
+    assert loss.item() == pytest.approx(output.loss.item())
+    assert metrics["lambda_grpo/lambda"] == pytest.approx(0.7 - 0.5 * float(lambda_.grad))
+    restored = recipe(config)
+    restored.load_state_dict(learned.state_dict())
+    assert restored.state_dict() == learned.state_dict()
+    weights = restored.prepare(rewards, group, batch.lengths_B, "math").token_weights_B
+    again = learned.prepare(rewards, group, batch.lengths_B, "math").token_weights_B
+    assert torch.equal(weights, again)
+
+
+def test_untrained_completions_change_nothing() -> None:
+    """Leaving out what `trained_B` excludes gives the same loss."""
+    batch = random_batch(0, LENGTHS.tolist())
+    batch.loss_mask_N[:] = True
+    for config in (algorithm(), algorithm(objective={"kl": 0.1}, credit=CREDITS[3])):
+        composed = recipe(config, "tis")
+        prepared = composed.prepare(REWARDS, GROUPS, LENGTHS, "math")
+        batch.advantages_B = prepared.advantages_B
+        batch.token_weights_B = prepared.token_weights_B
+        index = prepared.trained_B.nonzero().flatten().tolist()
+        torch.testing.assert_close(
+            composed.loss(take(batch, index)).loss, composed.loss(batch).loss
+        )
+
+
+@pytest.mark.parametrize(
+    ("axes", "key"),
+    [
+        ({"credit": {"lambda_": 1.1}}, "credit.gamma"),
+        ({"credit": {"entropy_quantile": 1.0}}, "credit.entropy_quantile"),
+        ({"correction": {"floor": 3.0}}, "correction.floor"),
+        ({"objective": {"clip_low": -0.1}}, "objective.clip_low"),
+        ({"objective": {"kl": -1.0}}, "objective.kl"),
+        ({"baseline": {"min_advantage": 0.1}}, "baseline.min_advantage"),
+    ],
+)
+def test_impossible_values_name_their_key(axes: dict, key: str) -> None:
+    with pytest.raises(UserError, match=key):
+        recipe(algorithm(**axes))
+
+
+def test_end_step_needs_a_batch() -> None:
+    with pytest.raises(RuntimeError, match="prepare"):
+        recipe(algorithm()).end_step(torch.zeros(3))

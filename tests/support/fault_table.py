@@ -1,0 +1,76 @@
+"""The table of faults in CONTRIBUTING.md, made from the tests: `python
+tests/support/fault_table.py`.
+
+Writes it between its two marks. A test holds that it is up to date.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+CONTRIBUTING = ROOT / "CONTRIBUTING.md"
+BEGIN, END = "<!-- faults: made by tests/support/fault_table.py -->\n", "<!-- end of faults -->\n"
+FAST = (
+    "integration/test_replacement",
+    "common/test_disks",
+    "common/test_ledger",
+    "actors/test_lending",
+    "common/test_trajectory_log",
+    "learner/test_publish",
+    "deploy/test_run_directory",
+    "actors/test_sandbox",
+    "common/test_waits",
+)
+SLOW = ("faults/test_points", "faults/test_deaths", "faults/test_kills", "faults/test_disk")
+
+
+def tests_of(name: str) -> list[tuple[str, int]]:
+    """(what a test says by its name, how many cases its parametrization lists)."""
+    found = []
+    tree = ast.parse((ROOT / "tests" / f"{name}.py").read_text())
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
+            found.append((node.name.removeprefix("test_").replace("_", " "), _cases(node)))
+    return found
+
+
+def _cases(node: ast.FunctionDef) -> int:
+    count = 1
+    for decorator in node.decorator_list:
+        if isinstance(decorator, ast.Call) and ast.unparse(decorator.func).endswith("parametrize"):
+            values = decorator.args[1]
+            count *= len(values.elts) if isinstance(values, ast.List | ast.Tuple) else 1
+    return count
+
+
+def table() -> str:
+    sys.path[:0] = [str(ROOT)]
+    from common.supervision.faults import POINTS
+
+    lines = ["| what is broken, and what then holds | cases | test | in |", "|---|---|---|---|"]
+    for names, command in ((SLOW, "make faults"), (FAST, "make test")):
+        for name in names:
+            for words, cases in tests_of(name):
+                lines.append(f"| {words} | {cases} | `{name}` | `{command}` |")
+    lines += [
+        "",
+        "The named points at which a process is killed (`common/supervision/faults.py`):",
+        "",
+    ]
+    lines += ["| point | what is true there |", "|---|---|"]
+    lines += [f"| {point} | {meaning} |" for point, meaning in POINTS.items()]
+    return "\n".join(lines) + "\n"
+
+
+def with_table(text: str) -> str:
+    """`text` with the table between its marks."""
+    pattern = re.escape(BEGIN) + ".*?" + re.escape(END)
+    return re.sub(pattern, lambda _: f"{BEGIN}{table()}{END}", text, flags=re.DOTALL)
+
+
+if __name__ == "__main__":
+    CONTRIBUTING.write_text(with_table(CONTRIBUTING.read_text()))

@@ -1,0 +1,170 @@
+"""Slow and obvious versions of the learner's maths, and random cases, for the tests.
+
+Legend: B completions, T tokens of one completion, N tokens of all, back to back.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+from common.config.algorithm import (
+    AggregationConfig,
+    AlgorithmConfig,
+    BaselineConfig,
+    CorrectionConfig,
+    CreditConfig,
+    ObjectiveConfig,
+    RolloutConfig,
+)
+from learner.algorithm.loss import CompletionBatch
+
+lengths = st.lists(st.integers(0, 40), min_size=1, max_size=7)
+decays = st.sampled_from([0.0, 0.3, 0.9, 0.99, 1.0])
+seeds = st.integers(0, 2**31)
+
+
+def random(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def normal(size: int, generator: torch.Generator, scale: float = 1.0) -> Tensor:
+    return torch.randn(size, generator=generator, dtype=torch.float64) * scale
+
+
+def dense_kernel(kind: str, length: int, decay: float, keep_T: Tensor | None = None) -> Tensor:
+    """K(t, k) straight from the definition, [T, T]."""
+    kernel = torch.zeros(length, length, dtype=torch.float64)
+    for t in range(length):
+        for k in range(t + 1):
+            value = {
+                "recent": decay ** (t - k),
+                "both": max(decay ** (t - k), decay**k),
+                "terminal": decay ** (t - k) if t == length - 1 else 0.0,
+            }[kind]
+            for j in range(k + 1, t + 1):
+                value *= 1.0 if keep_T is None else float(keep_T[j])
+            kernel[t, k] = value
+    return kernel
+
+
+def algorithm(**axes: dict[str, Any]) -> AlgorithmConfig:
+    """`algorithm(credit={"kind": ...}, objective={...})`."""
+    return AlgorithmConfig(
+        rollout=RolloutConfig(**axes.get("rollout", {})),
+        baseline=BaselineConfig(**axes.get("baseline", {})),
+        credit=CreditConfig(**axes.get("credit", {})),
+        objective=ObjectiveConfig(**axes.get("objective", {})),
+        correction=CorrectionConfig(**axes.get("correction", {})),
+        aggregation=AggregationConfig(**axes.get("aggregation", {})),
+    )
+
+
+def random_batch(seed: int, sizes: list[int], on_policy: bool = False) -> CompletionBatch:
+    """A batch with masked tokens, guidance (NaN behaviour) and log-ratios on both clip sides."""
+    generator = random(seed)
+    total = sum(sizes)
+    logprobs_N = -normal(total, generator).abs() - 0.01
+    old_N = logprobs_N.clone() if on_policy else logprobs_N + normal(total, generator, 0.2)
+    behaviour_N = old_N.clone() if on_policy else old_N + normal(total, generator, 0.3)
+    mask_N = torch.rand(total, generator=generator) < 0.8
+    behaviour_N[~mask_N & (torch.rand(total, generator=generator) < 0.5)] = float("nan")
+    return CompletionBatch(
+        logprobs_N=logprobs_N.requires_grad_(),
+        old_logprobs_N=old_N,
+        behaviour_logprobs_N=behaviour_N,
+        reference_logprobs_N=old_N + normal(total, generator, 0.3),
+        entropy_N=normal(total, generator).abs(),
+        loss_mask_N=mask_N,
+        lengths_B=torch.tensor(sizes, dtype=torch.long),
+        advantages_B=normal(len(sizes), generator),
+        token_weights_B=torch.rand(len(sizes), generator=generator, dtype=torch.float64),
+        prefix_counts_N=torch.randint(1, 5, (total,), generator=generator).double(),
+    )
+
+
+def take(batch: CompletionBatch, index: list[int]) -> CompletionBatch:
+    """The completions `index` of `batch`, in that order."""
+    parts = torch.arange(int(batch.lengths_B.sum())).split(batch.lengths_B.tolist())
+    tokens = torch.cat([parts[i] for i in index]) if index else torch.zeros(0, dtype=torch.long)
+    fields = {}
+    for name, value in vars(batch).items():
+        along = torch.tensor(index, dtype=torch.long) if name.endswith("_B") else tokens
+        fields[name] = None if value is None else value[along]
+    return CompletionBatch(**fields)
+
+
+def slow_loss(batch: CompletionBatch, config: AlgorithmConfig, correction: str) -> Tensor:
+    """The loss, one completion at a time, with dense traces."""
+    total = batch.logprobs_N.sum() * 0
+    for i in range(len(batch.lengths_B)):
+        one = take(batch, [i])
+        total = total - batch.token_weights_B[i] * slow_sum(one, config, correction)
+    return total
+
+
+def slow_sum(one: CompletionBatch, config: AlgorithmConfig, correction: str) -> Tensor:
+    """sum_t l_t of a single completion."""
+    mask = one.loss_mask_N
+    if not mask.any():
+        return one.logprobs_N.sum() * 0
+    logp, old, mu = one.logprobs_N[mask], one.old_logprobs_N[mask], one.behaviour_logprobs_N[mask]
+    advantage = one.advantages_B[0]
+    x, gap = logp - old, torch.nan_to_num(old - mu, nan=0.0)
+    z, weight, kl_weight = slow_credit(one, config.credit, x, gap)
+    values = slow_objective(config.objective, z, logp, advantage)
+    c = config.correction
+    ratio = (gap.sum() * torch.ones_like(gap) if c.level == "sequence" else gap).exp()
+    factor = {
+        "none": torch.ones_like(ratio),
+        "tis": ratio.clamp(max=c.cap),
+        "icepop": torch.where((ratio < c.floor) | (ratio > c.cap), 0.0, ratio),
+    }[correction]
+    factor = torch.where(mu.isnan(), 1.0, factor)
+    d = one.reference_logprobs_N[mask] - logp
+    kl = d.exp() - d - 1
+    return (weight * factor * values - kl_weight * config.objective.kl * kl).sum()
+
+
+def slow_credit(
+    one: CompletionBatch, config: CreditConfig, x: Tensor, gap: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    ones = torch.ones_like(x)
+    if config.kind == "broadcast":
+        return x, ones, ones
+    if config.kind == "prefix_sets":
+        share = 1 / one.prefix_counts_N[one.loss_mask_N]
+        return x, share, share
+    keep = gap.exp().clamp(max=1.0) if config.cut else None
+    kernel = dense_kernel(config.trace, len(x), config.gamma * config.lambda_, keep)
+    if config.entropy_quantile > 0:
+        entropy = one.entropy_N[one.loss_mask_N]
+        threshold = entropy.sort().values[int(config.entropy_quantile * len(x))]
+        kernel = kernel * (entropy >= threshold)
+    c = kernel.sum(0)
+    scale = 1 / c.mean() if config.normalize == "mean" and c.mean() > 0 else torch.tensor(1.0)
+    if config.application == "weight":
+        return x, c * scale, ones
+    rows = ones.clone()
+    if config.trace == "terminal":
+        rows[:-1] = 0
+    return kernel @ x, rows * scale, ones
+
+
+def slow_objective(config: ObjectiveConfig, z: Tensor, logp: Tensor, advantage: Tensor) -> Tensor:
+    low, high = config.clip_low, config.clip_high
+    if config.kind == "gspo":
+        z = z.mean().expand_as(z)
+    if config.kind in ("ppo", "gspo"):
+        clipped = z.exp().clamp(1 - low, 1 + high)
+        return torch.min(z.exp() * advantage, clipped * advantage)
+    if config.kind == "gmpo":
+        sign = advantage.sign()
+        bound = high if advantage > 0 else low
+        pessimistic = sign * torch.minimum(sign * z, torch.full_like(z, bound))
+        return (pessimistic.mean().exp() * advantage).expand_as(z)
+    scale = z.exp().clamp(1 - low, 1 + high) if config.kind == "cispo" else torch.ones_like(z)
+    return scale.detach() * advantage * (logp.detach() + z - z.detach())

@@ -1,0 +1,139 @@
+"""The generated parts of deploy/configs/recipes/README.md: `python tests/support/recipe_pages.py`.
+
+Between the marks of a recipe stand its constants, as its YAML resolves to them, and its rows of the
+tables in tests/bench/results/. A test holds that the page is up to date. The rest is by hand.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from omegaconf import OmegaConf
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT)]
+
+from common.config.load import load_config  # noqa: E402
+from deploy.command.presets import RECIPES, described  # noqa: E402
+
+PAGE = RECIPES / "README.md"
+RESULTS = ROOT / "tests" / "bench" / "results"
+ROWS = {
+    "dapo": [("recipes", "DAPO")],
+    "dr_grpo": [("recipes", "Dr. GRPO")],
+    "g2rpo_a": [
+        ("guidance", label) for label in ("GRPO", "G2RPO-A, 1/4 guided", "G2RPO-A, 3/4 guided")
+    ],
+    "grpo": [
+        ("recipes", "GRPO"),
+        ("recipes", "GRPO, advantages clamped"),
+        ("recipes", "GRPO, twice the learning rate"),
+        ("epochs", "GRPO, two epochs"),
+    ],
+    "grpo_lambda_cut": [
+        ("staleness", f"{kind} traces, S = {staleness}")
+        for staleness in (0, 2, 8)
+        for kind in ("cut", "plain")
+    ],
+    "grpo_lambda_selective": [("recipes", "selective traces")],
+    "grpo_lambda_terminal": [("recipes", "terminal trace (ablation)")],
+    "lambda_grpo": [("recipes", "λ-GRPO (2510.06870)")],
+    "lambda_grpo_prefix": [("recipes", "λ-GRPO, prefix sets (2509.21154)")],
+} | {
+    f"grpo_lambda_{shape}{name}": [
+        ("recipes", f"GRPO-λ {shape} {application}"),
+        ("recipes", f"GRPO-λ {shape} {application}, no clamp"),
+        ("epochs", f"GRPO-λ {shape} {application}, two epochs"),
+    ]
+    for shape in ("recent", "both")
+    for application, name in (("ε-trace", ""), ("ε-weight", "_weight"))
+}
+"""Rows of the tables of results, by recipe; a recipe that is not here has not been compared."""
+
+
+OVERRIDES = {
+    "g2rpo_a": " data.source=file data.path=FILE \\\n        data.solution_column=solution "
+    "algorithm.rollout.guidance.max_tokens=8 verifier.rules='[{name: math_answer}]'"
+}
+"""What a recipe needs besides on the tiny preset."""
+
+
+def begin(name: str) -> str:
+    return f"<!-- {name}: made by tests/support/recipe_pages.py -->\n"
+
+
+END = "<!-- end -->\n"
+
+
+def constants(name: str) -> Iterator[tuple[str, object]]:
+    """The keys that the recipe's file sets, with what they resolve to."""
+    config = load_config([], ["model.path=none", f"recipe={name}"], RECIPES)
+    resolved = OmegaConf.structured(config)
+
+    def leaves(node: object, prefix: str) -> Iterator[str]:
+        if isinstance(node, dict):
+            for key, value in node.items():
+                yield from leaves(value, f"{prefix}.{key}" if prefix else str(key))
+        else:
+            yield prefix
+
+    written = OmegaConf.to_container(OmegaConf.load(RECIPES / f"{name}.yaml"))
+    for key in leaves(written, ""):
+        yield key, OmegaConf.select(resolved, key)
+
+
+def results(table: str) -> tuple[str, dict[str, list[str]]]:
+    """(the command that made a table, its cells by label)."""
+    text = (RESULTS / f"{table}.md").read_text()
+    rows = {}
+    for line in text.splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if line.startswith("|") and len(cells) == 7:
+            rows[cells[0]] = cells
+    return text.splitlines()[0].strip("`"), rows
+
+
+def shown(value: object) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def part(name: str) -> str:
+    """The generated part of a recipe's section."""
+    lines = ["| constant | value |", "|---|---|"]
+    lines += [f"| `{key}` | {shown(value)} |" for key, value in constants(name)]
+    by_table: dict[str, list[str]] = {}
+    for table, label in ROWS.get(name, []):
+        by_table.setdefault(table, []).append(label)
+    for table, labels in by_table.items():
+        command, rows = results(table)
+        lines += [
+            "",
+            f"Measured by `{command}` (`tests/bench/results/{table}.md`):",
+            "",
+            "| row | seeds | held-out accuracy, % | area under the training curve, % |",
+            "|---|---|---|---|",
+            *("| " + " | ".join(rows[label][:4]) + " |" for label in labels),
+        ]
+    if not by_table:
+        lines += ["", "Not compared here: `make test-recipes` trains it for ten steps."]
+    command = f"train --config deploy/configs/tiny.yaml recipe={name}{OVERRIDES.get(name, '')}"
+    lines += ["", f"    .venv/bin/grpo-lambda {command}"]
+    return "\n".join(lines) + "\n"
+
+
+def with_parts(text: str) -> str:
+    """`text` with every generated part between its marks."""
+    for entry in described(RECIPES):
+        pattern = re.escape(begin(entry.name)) + ".*?" + re.escape(END)
+        filled = f"{begin(entry.name)}{part(entry.name)}{END}"
+        text = re.sub(pattern, lambda _, filled=filled: filled, text, flags=re.DOTALL)
+    return text
+
+
+if __name__ == "__main__":
+    PAGE.write_text(with_parts(PAGE.read_text()))
