@@ -10,6 +10,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -91,7 +92,7 @@ class SyntheticRun:
 
     def _row(
         self, group_id: int, index: int, prompt: str, sample: Sample, version: int
-    ) -> dict[str, object]:
+    ) -> dict[str, Any]:
         ids = sample.ids or self.tokenizer.encode(sample.text)
         if sample.finish == "stop" and not sample.ids:
             ids = [*ids, self.tokenizer.eos_token_id]
