@@ -33,7 +33,8 @@ from deploy.placement.options import (
     object_store_bytes,
 )
 from deploy.placement.reservation import LEARNER, VERIFIERS, Reservation
-from learner.training.rank import LearnerJob, LearnerRank
+from learner.training.job import LearnerJob
+from learner.training.rank import LearnerRank
 from learner.training.ranks import WRITING
 
 PROJECT_ROOT = Path(__file__).resolve().parents[2]

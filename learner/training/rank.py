@@ -12,7 +12,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,8 +23,6 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import TCPStore
 from torch.distributed.device_mesh import DeviceMesh
 
-from common.config.algorithm import AlgorithmConfig
-from common.config.sections import LearnerConfig, ModelConfig
 from common.errors import RunError
 from common.record.credit_log import write_credit
 from common.record.schema import check_schema
@@ -53,6 +51,7 @@ from learner.training.checkpoint import (
 from learner.training.credit_sheet import CreditSheet
 from learner.training.fetch import fetch, fetch_ahead
 from learner.training.heap import keep_freed_memory, release_freed_memory
+from learner.training.job import LearnerJob
 from learner.training.trainer import Trainer
 
 if TYPE_CHECKING:
@@ -65,33 +64,6 @@ def _ray_put(value: Any) -> Any:
     import ray
 
     return ray.put(value)
-
-
-@dataclass(frozen=True)
-class LearnerJob:
-    """What a run asks of the learner; the same on every rank."""
-
-    model: ModelConfig
-    reference_path: str | None
-    """Folder of the reference policy, where there is one: the model that the run began from, also
-    after a resume."""
-    learner: LearnerConfig
-    algorithm: AlgorithmConfig
-    correction_kind: str
-    max_completion_tokens: int
-    temperature: float
-    """Of sampling; log-probabilities in the loss are taken at it."""
-    seed: int
-    total_steps: int
-    """Learner steps of the run, for the learning-rate schedule."""
-    primary_verifier: str
-    """Name used in errors about rewards."""
-    bucket_mib: int
-    """Largest weight bucket of `export_weights`."""
-    tokens_per_microbatch: int
-    """The row budget (`batch.tokens_per_microbatch`)."""
-    checkpoint_timeout_s: float = 900.0
-    """For one rank to wait for the others while a checkpoint is written."""
 
 
 class LearnerRank:
@@ -216,19 +188,14 @@ class LearnerRank:
             fused=True,
         )
         return Trainer(
-            policy=policy,
-            reference=reference,
-            optimizer=optimizer,
-            recipe=self._recipe,
-            config=self._config,
-            mesh=mesh,
-            device=self._device,
-            temperature=self._job.temperature,
-            tokens_per_microbatch=self._job.tokens_per_microbatch,
-            epochs=self._job.algorithm.objective.epochs,
-            total_steps=self._job.total_steps,
+            self._job,
+            self._recipe,
+            policy,
+            reference,
+            optimizer,
+            mesh,
+            self._device,
             keep_gathered=fsdp.gather_once(policy.model, mesh),
-            primary_verifier=self._job.primary_verifier,
         )
 
     @property

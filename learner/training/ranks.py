@@ -15,7 +15,7 @@ from common.trajectory import GroupReceipt
 from common.weights import WeightBucket
 
 if TYPE_CHECKING:
-    from learner.training.rank import LearnerJob
+    from learner.training.job import LearnerJob
 
 WRITING = "writing"
 """The concurrency group of the ranks' actors in which checkpoints are written."""

@@ -45,6 +45,7 @@ from learner.training.batch_checks import describe
 from learner.training.credit_sheet import CreditSheet
 from learner.training.guards import GradientGuard
 from learner.training.heap import HeapWatch
+from learner.training.job import LearnerJob
 
 _ZERO_METRICS = ("loss/policy", "loss/kl", "clip_fraction", "is_ratio/mean", "logprob_gap/mean")
 """Reported as 0 where no token of the step trains."""
@@ -112,26 +113,22 @@ class _Work:
 class Trainer:
     """What a step needs: the sharded policy, its optimiser and the recipe."""
 
+    job: LearnerJob
+    recipe: Recipe
     policy: Policy
     reference: Policy | None
     optimizer: torch.optim.Optimizer
-    recipe: Recipe
-    config: LearnerConfig
     mesh: DeviceMesh
     device: torch.device
-    temperature: float
-    tokens_per_microbatch: int
-    epochs: int
-    total_steps: int
     keep_gathered: bool
-    primary_verifier: str
+    """Parameters stay gathered through all micro-batches of a step (`fsdp.gather_once`)."""
     step: int = 0
     """Learner steps done."""
     guard: GradientGuard = field(init=False)
     heap: HeapWatch = field(default_factory=HeapWatch)
 
     def __post_init__(self) -> None:
-        self.guard = GradientGuard(self.config)
+        self.guard = GradientGuard(self.job.learner)
 
     def train(self, batch: StepBatch, sheet: CreditSheet | None = None) -> dict[str, float]:
         """Update the policy on `batch`: one optimiser step an epoch. Collective.
@@ -146,17 +143,17 @@ class Trainer:
             RunError: the gradient norms of too many steps in a row were not finite.
         """
         started = time.perf_counter()
-        rate = learning_rate(self.config, self.step, self.total_steps)
+        rate = learning_rate(self.job.learner, self.step, self.job.total_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         work, metrics = self._begin(batch, sheet)
         metrics["time/pack"] = time.perf_counter() - started
-        probe_every = self.config.credit_probe_every
+        probe_every = self.job.learner.credit_probe_every
         if probe_every and self.step % probe_every == 0 and self.recipe.shapes_credit:
             metrics["grad_norm/broadcast_credit"], _ = self._gradient(work, self.recipe.broadcast())
         metrics |= self._epochs(work, sheet)
         metrics["learning_rate"] = rate
-        metrics["time/train"] = time.perf_counter() - started
+        metrics["time/rank_train"] = time.perf_counter() - started
         self.step += 1
         self.heap.after_step()
         return metrics
@@ -195,8 +192,8 @@ class Trainer:
             batch,
             trained_B,
             ranks=self.mesh.size(),
-            budget=self.tokens_per_microbatch,
-            share_prefix=self.config.packing == "shared_prefix",
+            budget=self.job.tokens_per_microbatch,
+            share_prefix=self.job.learner.packing == "shared_prefix",
             pairs_per_token=6.0 * self.policy.hidden_size,
         )
 
@@ -232,15 +229,19 @@ class Trainer:
     @torch.no_grad()
     def _reference_logprobs(self, row: PackedRow) -> Tensor:
         assert self.reference is not None
-        return self.reference.logprobs(row, temperature=self.temperature)[0]
+        return self.reference.logprobs(row, temperature=self.job.temperature)[0]
 
     def _gradient(
         self, work: _Work, recipe: Recipe, sheet: CreditSheet | None = None
     ) -> tuple[float, _Totals]:
-        """Norm of the first gradient under `recipe`, all else equal, and what came with it.
+        """Compute the first gradient of the step under `recipe` and throw it away. Collective.
 
-        Under GRPO's credit, against `grad_norm`, it says how far the traces blow the gradient up.
-        One more forward and backward pass. Collective.
+        It costs one forward and one backward pass. `train` measures GRPO's credit with it: against
+        `grad_norm`, its norm says how far traces blow the gradient up. `probe` measures a recipe
+        that the run did not have.
+
+        Returns:
+            The gradient's norm before clipping, and this rank's totals.
         """
         totals = _Totals({}, np.zeros(len(work.batch.group_B)))
         self._pass(work, None, totals, recipe, sheet)
@@ -282,7 +283,7 @@ class Trainer:
             torch.from_numpy(batch.rewards_B),
             torch.from_numpy(batch.group_B),
             torch.from_numpy(batch.trained_lengths_B),
-            self.primary_verifier,
+            self.job.primary_verifier,
             torch.from_numpy(batch.lengths_B),
             torch.from_numpy(batch.truncated_B),
         )
@@ -292,7 +293,7 @@ class Trainer:
         old: list[Tensor] | None = None
         totals = _Totals()
         metrics = {"grad_norm": 0.0, "steps/skipped": 0.0}
-        for epoch in range(self.epochs):
+        for epoch in range(self.job.algorithm.objective.epochs):
             if epoch:  # the weights follow what `end_step` learned
                 work = replace(work, prepared=self._prepare(work.batch))
             totals.surrogate_sums_B = np.zeros(len(work.batch.group_B))
@@ -306,7 +307,7 @@ class Trainer:
             if finite:
                 metrics |= self.recipe.end_step(torch.from_numpy(summed.surrogate_sums_B))
             metrics["steps/skipped"] += float(not finite)
-        return metrics | summed.means(self.epochs)
+        return metrics | summed.means(self.job.algorithm.objective.epochs)
 
     def _load(self, batch: StepBatch, segments: Sequence[Segment]) -> _Microbatch:
         row = pack_microbatch(batch, segments, self.device)
@@ -346,7 +347,7 @@ class Trainer:
             reference_N = self._reference_logprobs(microbatch.row)
         logprobs_N, entropy_N = self.policy.logprobs(
             microbatch.row,
-            temperature=self.temperature,
+            temperature=self.job.temperature,
             with_entropy=recipe.needs_entropy,
         )
         if not microbatch.row.completions:  # takes part in the collectives, and adds nothing
@@ -374,7 +375,7 @@ class Trainer:
 
     def _optimize(self) -> tuple[float, bool]:
         """(gradient norm, whether the step was taken)."""
-        grad_norm = fsdp.clip_gradients(self.policy.model, self.config.max_grad_norm)
+        grad_norm = fsdp.clip_gradients(self.policy.model, self.job.learner.max_grad_norm)
         allowed = self.guard.allows(grad_norm, self.step + 1)
         if allowed:
             self.optimizer.step()

@@ -20,7 +20,8 @@ from common.config.algorithm import AlgorithmConfig, CreditConfig
 from common.config.sections import LearnerConfig, ModelConfig
 from learner.algorithm.traces import LambdaTrace, PackedAxis
 from learner.policy.packing import StepBatch, pack_microbatch
-from learner.training.rank import LearnerJob, LearnerRank
+from learner.training.job import LearnerJob
+from learner.training.rank import LearnerRank
 
 VOCABULARY = 16_384
 

@@ -28,7 +28,8 @@ from common.weights import check_bucket, pack_tensors, unpack_tensors
 from learner.policy.logprobs import LogitTransform
 from learner.policy.model import Policy, check_policy, load_policy
 from learner.policy.packing import StepBatch
-from learner.training.rank import LearnerJob, LearnerRank
+from learner.training.job import LearnerJob
+from learner.training.rank import LearnerRank
 from learner.training.trainer import learning_rate
 
 SHAPES = [(9, [5, 12, 3, 7]), (4, [20, 2]), (17, [3, 3, 8]), (6, [10] * 4)]
@@ -190,7 +191,8 @@ def test_a_step_moves_the_weights_and_reports_the_contract(folder: Path, baselin
     contract = (
         "loss/policy loss/kl grad_norm clip_fraction is_ratio/mean logprob_gap/mean "
         "packing/efficiency staleness/max staleness/mean tokens/trained learning_rate "
-        "completions/zero_advantage time/train reward/mean reward/accuracy completion_length/mean"
+        "completions/zero_advantage time/rank_train reward/mean reward/accuracy "
+        "completion_length/mean"
     )
     assert set(contract.split()) <= metrics[0].keys()
     assert metrics[0]["tokens/trained"] == sum(sum(lengths) for _, lengths in SHAPES)
