@@ -1,10 +1,10 @@
 """Programs that a model wrote, against the tests of their problem.
 
-The program is the last fenced block of the completion. It runs in a process of its own
-(`actors.verifiers.code_child`), below the sandbox of all rules and confined further: no other
-process, no signal, no socket, no file changed, 16 MiB of output, and a limit of time after which
-it is killed. What a program does wrong, by itself or against these limits, fails it; `error` is
-kept for tests that cannot be read and machines that cannot confine.
+The program is a fenced block of the completion (`actors.verifiers.program`). It runs in a process
+of its own (`actors.verifiers.code_child`), below the sandbox of all rules and confined further: no
+other process, no signal, no socket, no file changed, 16 MiB of output, and a limit of time after
+which it is killed. What a program does wrong, by itself or against these limits, fails it; `error`
+is kept for tests that cannot be read and machines that cannot confine.
 
 It is no wall against a program that means harm: files of the user can be read (and not sent
 anywhere), and a program under test by `script` shares a process with its tests, so one that
@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import base64
 import json
-import math
 import re
 import secrets
 import subprocess
@@ -25,17 +24,16 @@ import time
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from decimal import Decimal, InvalidOperation
 from typing import IO, Any
 
 from actors.verifiers.base import Verdict, after_thinking
 from actors.verifiers.code_child import MAX_OUTPUT_BYTES, READY
+from actors.verifiers.outputs import same_output, same_value
+from actors.verifiers.program import find_program
 from common.errors import UserError
 
-_FENCED = re.compile(r"^[ \t]*```[^\n`]*\n(.*?)^[ \t]*```", re.DOTALL | re.MULTILINE)
 _BLANK = r"(?:[ \t]*(?:#[^\n]*)?\n)*"
 _FUTURE = re.compile(rf"{_BLANK}(?:from __future__ import [^\n]*\n{_BLANK})+")
-_FLOAT_TOLERANCE = 1e-6
 
 
 @dataclass(frozen=True)
@@ -82,9 +80,9 @@ def score(
     tests = reference.get("tests")
     if not isinstance(tests, dict) or tests.get("kind") not in _JUDGES:
         raise ValueError("the prompt has no tests: code_tests is for code suites")
-    program = last_block(text)
+    program = find_program(after_thinking(text), complete=False)
     if program is None:
-        return Verdict.scored(0.0, "no fenced block of code")
+        return Verdict.scored(0.0, "no fenced block of Python")
     program = behind_setup(tests.get("setup", ""), program)
     failure = _JUDGES[tests["kind"]](program, tests, seconds, total_seconds)
     return Verdict.scored(float(not failure), failure)
@@ -95,12 +93,6 @@ def behind_setup(setup: str, program: str) -> str:
     found = _FUTURE.match(program)
     head = found.group() if found else ""
     return f"{head}{setup}\n{program.removeprefix(head)}"
-
-
-def last_block(text: str) -> str | None:
-    """What the last closed block between ``` fences holds, whatever language it names."""
-    blocks = _FENCED.findall(after_thinking(text))
-    return str(blocks[-1]) if blocks else None
 
 
 def pack(cases: Sequence[tuple[str, str]]) -> str:
@@ -136,7 +128,7 @@ def _judge_stdin(program: str, tests: dict[str, Any], seconds: float, total: flo
 
 def _judge_call(program: str, tests: dict[str, Any], seconds: float, total: float) -> str:
     cases = unpack(tests["cases"])
-    arguments = [[json.loads(line) for line in given.splitlines() if line] for given, _ in cases]
+    arguments = [[json.loads(line) for line in given.split("\n") if line] for given, _ in cases]
     job = {"kind": "call", "function": tests["function"], "arguments": arguments}
     ran = _run(job, program, "", total)
     if ran.failure:
@@ -148,7 +140,7 @@ def _judge_call(program: str, tests: dict[str, Any], seconds: float, total: floa
     if not isinstance(results, list) or len(results) != len(cases):
         return "it ended before its function had returned"
     for number, (result, (_, expected)) in enumerate(zip(results, cases, strict=True), 1):
-        if not _same_value(result, json.loads(expected)):
+        if not same_value(result, json.loads(expected)):
             return f"wrong result at case {number} of {len(cases)}"
     return ""
 
@@ -204,41 +196,3 @@ def _run(job: dict[str, Any], program: str, given: str, seconds: float) -> _Run:
 def _content(file: IO[bytes]) -> bytes:
     file.seek(0)
     return file.read(MAX_OUTPUT_BYTES)
-
-
-def same_output(found: bytes, expected: str) -> bool:
-    """Equal line by line, spaces at the ends and blank lines at the end aside; two lines that
-    differ are equal when their words are, or are decimal numbers of the same value."""
-    lines = found.decode("utf-8", "replace").strip().splitlines()
-    wanted = expected.strip().splitlines()
-    return len(lines) == len(wanted) and all(map(_same_line, lines, wanted))
-
-
-def _same_line(line: str, wanted: str) -> bool:
-    words, others = line.split(), wanted.split()
-    return len(words) == len(others) and all(map(_same_word, words, others))
-
-
-def _same_word(word: str, wanted: str) -> bool:
-    if word == wanted:
-        return True
-    try:
-        return Decimal(word) == Decimal(wanted)
-    except InvalidOperation:
-        return False
-
-
-def _same_value(found: Any, wanted: Any) -> bool:
-    """Equal as JSON; where a float is wanted or found, within a millionth."""
-    if isinstance(found, bool) or isinstance(wanted, bool):
-        return found is wanted
-    if isinstance(wanted, list):
-        return (
-            isinstance(found, list)
-            and len(found) == len(wanted)
-            and all(map(_same_value, found, wanted))
-        )
-    if isinstance(wanted, (int, float)) and isinstance(found, (int, float)):
-        exact = isinstance(wanted, int) and isinstance(found, int)
-        return found == wanted if exact else math.isclose(found, wanted, rel_tol=_FLOAT_TOLERANCE)
-    return bool(found == wanted)
