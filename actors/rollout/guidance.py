@@ -31,7 +31,10 @@ def num_guided(group_size: int, ratio: float) -> int:
 
 
 def adapted_length(length: float, history: list[float], reward: float, longest: int) -> float:
-    """l_{k+1} from l_k, the rewards before step k, and r_k; unchanged where a mean is zero."""
+    """The next guidance length l_{k+1} from l_k, the rewards before step k, and r_k.
+
+    It stays where a mean is zero.
+    """
     if not history or reward <= 0:
         return length
     before = sum(history) / len(history)

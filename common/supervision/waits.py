@@ -23,7 +23,7 @@ class Wait:
     owner: str
     cause: str
     since: float
-    """time.monotonic(), seconds."""
+    """When it began, by time.monotonic(), in seconds."""
 
 
 class Waits:

@@ -56,8 +56,8 @@ def test_every_point_is_reached_at_one_place() -> None:
     assert sorted(used) == sorted(POINTS)
 
 
-def test_the_table_in_contributing_is_that_of_the_tests() -> None:
-    from fault_table import CONTRIBUTING, with_table
+def test_the_table_of_faults_is_that_of_the_tests() -> None:
+    from fault_table import PAGE, with_table
 
-    text = CONTRIBUTING.read_text()
+    text = PAGE.read_text()
     assert with_table(text) == text, "run `python tests/support/fault_table.py`"

@@ -39,7 +39,7 @@ def keys(node: object, prefix: str = "") -> set[str]:
 
 def test_every_recipe_has_a_section_and_every_section_a_recipe() -> None:
     assert sorted(sections()) == NAMES
-    assert PAGE.read_text().count("\n## ") == len(NAMES)
+    assert PAGE.read_text().count("\n## `") == len(NAMES)
 
 
 def test_the_page_is_up_to_date() -> None:

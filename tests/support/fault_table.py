@@ -1,19 +1,22 @@
-"""The table of faults in CONTRIBUTING.md, made from the tests: `python
-tests/support/fault_table.py`.
+"""The table of faults in tests/README.md: `python tests/support/fault_table.py` writes it.
 
-Writes it between its two marks. A test holds that it is up to date.
+It is made from the names of the tests. Another test holds that it is up to date.
 """
 
 from __future__ import annotations
 
 import ast
-import re
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-CONTRIBUTING = ROOT / "CONTRIBUTING.md"
-BEGIN, END = "<!-- faults: made by tests/support/fault_table.py -->\n", "<!-- end of faults -->\n"
+PAGE = ROOT / "tests" / "README.md"
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "support")]
+
+from between_marks import with_part  # noqa: E402
+
+from common.supervision.faults import POINTS  # noqa: E402
+
 FAST = (
     "integration/test_replacement",
     "common/test_disks",
@@ -48,9 +51,6 @@ def _cases(node: ast.FunctionDef) -> int:
 
 
 def table() -> str:
-    sys.path[:0] = [str(ROOT)]
-    from common.supervision.faults import POINTS
-
     lines = ["| what is broken, and what then holds | cases | test | in |", "|---|---|---|---|"]
     for names, command in ((SLOW, "make faults"), (FAST, "make test")):
         for name in names:
@@ -68,9 +68,8 @@ def table() -> str:
 
 def with_table(text: str) -> str:
     """`text` with the table between its marks."""
-    pattern = re.escape(BEGIN) + ".*?" + re.escape(END)
-    return re.sub(pattern, lambda _: f"{BEGIN}{table()}{END}", text, flags=re.DOTALL)
+    return with_part(text, "faults", "fault_table.py", table())
 
 
 if __name__ == "__main__":
-    CONTRIBUTING.write_text(with_table(CONTRIBUTING.read_text()))
+    PAGE.write_text(with_table(PAGE.read_text()))
