@@ -5,6 +5,11 @@ Each message says what happened, with the values at fault, and what to do about 
 process with `exit_code`; anything else is a defect of ours and keeps its traceback.
 """
 
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+
 
 class UserError(Exception):
     """Wrong input: configuration, data, model folder, address. Exit status 2."""
@@ -41,3 +46,9 @@ class VerifierError(RunError):
 def first_line(error: BaseException) -> str:
     """Of its message; its representation where it has none."""
     return (str(error).strip() or repr(error)).splitlines()[0]
+
+
+def nearest(word: str, known: Sequence[str]) -> str:
+    """A hint for an error, with a space before it; empty where nothing is near."""
+    match = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    return f" (did you mean {match[0]}?)" if match else ""

@@ -55,10 +55,7 @@ def load_rows(config: DataConfig, held_out: int, seed: int, quarantine: Quaranti
         drawn = _draw_distinct(config.reasoning_gym, held_out, seed)
         quarantine.seen += len(drawn.train)
         return drawn
-    if config.path is None:
-        raise UserError(
-            f"data.source={config.source} needs data.path: a file, or a data set's name"
-        )
+    assert config.path is not None, "refused with the configuration"
     read = _read_file if config.source == "file" else _read_hub
     rows = list(read(config, config.path, config.split, quarantine))
     others: list[Row] = []

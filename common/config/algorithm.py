@@ -3,7 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
+
+from common.config.bounds import (
+    Count,
+    Finite,
+    Limit,
+    Natural,
+    NotNegative,
+    Positive,
+    Share,
+    ShareBelowOne,
+    at_least,
+    at_most,
+    or_infinite,
+)
 
 
 @dataclass
@@ -11,8 +25,8 @@ class BaselineConfig:
     """R -> advantage of a completion."""
 
     kind: Literal["grpo", "dr_grpo", "rloo", "krpo", "raft", "reinforce_rej", "none"] = "grpo"
-    epsilon: float = 1e-6
-    min_advantage: float | None = None
+    epsilon: Positive = 1e-6
+    min_advantage: Annotated[float, at_most(0)] | None = None
     """Advantages are clamped from below (GRPO-lambda: -0.1)."""
 
 
@@ -29,13 +43,17 @@ class CreditConfig:
     trace: Literal["recent", "both", "terminal"] = "recent"
     application: Literal["trace", "weight"] = "trace"
     """`trace`: inside the ratio, before the clip; `weight`: on the advantage."""
-    gamma: float = 1.0
-    lambda_: float = 0.99
+    gamma: Share = 1.0
+    lambda_: Share = 0.99
     normalize: Literal["none", "mean"] = "none"
     cut: bool = False
     """Cut the trace where the policy has moved off the behaviour policy (ours)."""
-    entropy_quantile: float = 0.0
+    entropy_quantile: ShareBelowOne = 0.0
     """Selective traces: tokens below this entropy quantile carry no trace. 0 is off."""
+
+
+ClipWidth = Annotated[float, or_infinite(at_least(0))]
+"""`.inf` clips nothing on that side."""
 
 
 @dataclass
@@ -43,11 +61,11 @@ class ObjectiveConfig:
     """Log-ratio and advantage -> surrogate of every token."""
 
     kind: Literal["ppo", "gspo", "gmpo", "cispo", "gpg"] = "ppo"
-    clip_low: float = 0.2
-    clip_high: float = 0.2
-    epochs: int = 1
+    clip_low: ClipWidth = 0.2
+    clip_high: ClipWidth = 0.2
+    epochs: Count = 1
     """Optimiser steps over the same batch; pi_old is the policy before the first."""
-    kl: float = 0.0
+    kl: NotNegative = 0.0
     """beta of the k3 estimator to the frozen reference policy."""
     kl_in: Literal["loss", "reward"] = "loss"
     """`reward`: beta times the one-sample estimate of a completion's KL is taken off its reward."""
@@ -60,8 +78,8 @@ class CorrectionConfig:
     kind: Literal["auto", "none", "tis", "icepop"] = "auto"
     """`auto`: `tis` when `max_staleness` > 0, else `none`."""
     level: Literal["token", "sequence"] = "token"
-    cap: float = 2.0
-    floor: float = 0.5
+    cap: Limit = 2.0
+    floor: NotNegative = 0.5
     """IcePop: tokens whose ratio lies outside [floor, cap] are zeroed."""
 
 
@@ -70,21 +88,21 @@ class AggregationConfig:
     """Token surrogates -> a scalar."""
 
     kind: Literal["sequence_mean", "token_mean", "constant", "lambda_grpo"] = "sequence_mean"
-    lambda_init: float = 0.0
-    lambda_learning_rate: float = 0.1
-    length_scale: float = 1.0 / 9.0
+    lambda_init: Finite = 0.0
+    lambda_learning_rate: NotNegative = 0.1
+    length_scale: Positive = 1.0 / 9.0
 
 
 @dataclass
 class GuidanceConfig:
     """G2RPO-A: the first tokens of `data.solution_column` lead some completions."""
 
-    ratio: float = 0.0
+    ratio: Share = 0.0
     """Share of a group that is guided. 0 is off."""
     schedule: Literal["cycle", "sliding", "fixed", "linear_decay"] = "cycle"
-    max_tokens: int = 3072
+    max_tokens: Count = 3072
     """l_0 and l_max."""
-    window: int = 2
+    window: Count = 2
     """T: steps of reward history an update looks back on."""
     mask: bool = True
     """Guidance tokens stay out of the loss: the policy did not sample them."""
@@ -96,13 +114,13 @@ class RolloutConfig:
 
     mask_truncated: bool = False
     """Completions cut at the limit stay out of the loss (DAPO)."""
-    overlong_penalty_tokens: int = 0
+    overlong_penalty_tokens: Natural = 0
     """DAPO's soft punishment: reward falls by up to 1 over the last N tokens. 0 is off."""
     dynamic_sampling: bool = False
     """Groups whose rewards are all equal are filtered and replaced by new prompts (DAPO)."""
-    keep_max_variance: int = 0
+    keep_max_variance: Natural = 0
     """PODS: train on this many completions of a group, those of most reward variance. 0 is off."""
-    prune_rate: float = 0.0
+    prune_rate: ShareBelowOne = 0.0
     """CPPO: the share of a group left out, those of least |advantage|. 0 is off."""
     refill: bool = False
     """CPPO: the places that pruning frees are filled with more prompts, so that as many
@@ -112,7 +130,7 @@ class RolloutConfig:
 
 @dataclass
 class AlgorithmConfig:
-    """Five independent axes; a paper is a choice on each (see deploy/configs/recipes)."""
+    """Six axes. A paper is a choice on each: see deploy/configs/recipes."""
 
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     baseline: BaselineConfig = field(default_factory=BaselineConfig)

@@ -9,11 +9,24 @@ Loading lives in `common.config.load`; every component is handed its own section
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from omegaconf import MISSING
 
 from common.config.algorithm import AlgorithmConfig
+from common.config.bounds import (
+    Count,
+    Finite,
+    Limit,
+    Natural,
+    NotNegative,
+    Positive,
+    PositiveShare,
+    Seconds,
+    Share,
+    ShareBelowOne,
+    between,
+)
 
 
 @dataclass
@@ -24,7 +37,7 @@ class ModelConfig:
     """Compute type of learner and generator; master weights are always float32. `auto`: bfloat16 on
     CUDA and on CPUs that multiply in it (AVX512-BF16, AMX), float32 on others, where bfloat16 is
     emulated and several times slower."""
-    max_length: int = 512
+    max_length: Count = 512
     """Context: prompt plus completion, in tokens."""
     trust_remote_code: bool = False
 
@@ -33,7 +46,7 @@ class ModelConfig:
 class ReasoningGymConfig:
     task: str = "chain_sum"
     params: dict[str, Any] = field(default_factory=dict)
-    size: int = 5000
+    size: Count = 5000
     """Number of distinct training prompts drawn from the task's generator."""
 
 
@@ -58,7 +71,7 @@ class DataConfig:
     template: Literal["chat", "plain"] = "chat"
     plain_template: str = "{prompt}"
     system_prompt: str | None = None
-    max_bad_rows: float = 0.01
+    max_bad_rows: Share = 0.01
     """Share of the rows that may be unusable: they go to quarantine.jsonl with the reason."""
     order: PromptOrder = "shuffle"
     """Of an epoch's prompts. `curriculum`: by `difficulty_column`, easy to hard (G2RPO-A)."""
@@ -68,41 +81,41 @@ class DataConfig:
 class BatchConfig:
     """The three batch knobs, and no more."""
 
-    prompts_per_step: int = 8
-    group_size: int = 8
-    tokens_per_microbatch: int = 4096
+    prompts_per_step: Count = 8
+    group_size: Count = 8
+    tokens_per_microbatch: Count = 4096
 
 
 @dataclass
 class GeneratorConfig:
-    count: int = 1
-    min_count: int | None = None
+    count: Count = 1
+    min_count: Count | None = None
     """On a cluster: with so many a run starts and goes on; the others join when there is room.
     None: it waits for all."""
-    resources: dict[str, float] = field(default_factory=dict)
+    resources: dict[str, NotNegative] = field(default_factory=dict)
     """Of Ray, that each asks for besides CPUs and GPUs, e.g. `{H100: 1}`; not on `local`."""
     labels: dict[str, str] = field(default_factory=dict)
     """Of the nodes it may stand on."""
-    max_completion_tokens: int = 48
-    temperature: float = 1.0
-    max_staleness: int = 1
+    max_completion_tokens: Count = 48
+    temperature: Positive = 1.0
+    max_staleness: Natural = 1
     """S: no trained token is more than S versions older than the learner. 0 is synchronous."""
-    kv_cache_gib: float = 1.0
-    max_concurrent_sequences: int = 256
+    kv_cache_gib: Positive = 1.0
+    max_concurrent_sequences: Count = 256
     enforce_eager: bool = True
-    memory_fraction: float = 0.85
+    memory_fraction: PositiveShare = 0.85
     """CUDA only: the share of a device's memory vLLM may take."""
-    threads: int | None = None
+    threads: Count | None = None
     """None lets the core plan decide; 4 on a cluster."""
-    num_gpus: float = 0.0
-    tensor_parallel: int = 1
+    num_gpus: NotNegative = 0.0
+    tensor_parallel: Count = 1
     """Devices that share every layer of a generator."""
-    pipeline_parallel: int = 1
+    pipeline_parallel: Count = 1
     """Stages of layers, each of `tensor_parallel` devices, all on one node."""
-    start_timeout_s: float = 600.0
-    group_timeout_s: float = 600.0
+    start_timeout_s: Seconds = 600.0
+    group_timeout_s: Seconds = 600.0
     """A group that takes longer ends the run: something hangs."""
-    group_cap_s: float | None = None
+    group_cap_s: Seconds | None = None
     """A group still generating after this long is abandoned and its place given to another prompt.
     It bounds how long a straggler is held, at the price of training on fewer long answers."""
 
@@ -116,18 +129,18 @@ class GeneratorConfig:
 class VerifierSpec:
     name: str = MISSING
     """A built-in (`reasoning_gym`, `math_answer`, `format_rules`) or `package.module:callable`."""
-    weight: float = 1.0
+    weight: Finite = 1.0
     args: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
 class VerifierConfig:
-    workers: int = 1
+    workers: Count = 1
     """Verifier actors; each scores in a child process that can be killed."""
-    resources: dict[str, float] = field(default_factory=dict)
+    resources: dict[str, NotNegative] = field(default_factory=dict)
     labels: dict[str, str] = field(default_factory=dict)
     """As those of generators."""
-    timeout_s: float = 10.0
+    timeout_s: Seconds = 10.0
     """Wall-clock limit of one completion's verdict."""
     network: bool = False
     """Whether rules may open network sockets (a judge behind HTTP needs it)."""
@@ -137,35 +150,35 @@ class VerifierConfig:
 
 @dataclass
 class LearnerConfig:
-    ranks: int = 1
-    shard_ranks: int | None = None
+    ranks: Count = 1
+    shard_ranks: Count | None = None
     """Ranks that hold one copy of the weights and optimiser between them; None: all. With as many
     as a node has devices (hybrid sharding) layers are gathered inside nodes only."""
-    resources: dict[str, float] = field(default_factory=dict)
+    resources: dict[str, NotNegative] = field(default_factory=dict)
     labels: dict[str, str] = field(default_factory=dict)
     """As those of generators, of each rank."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    learning_rate: float = 1e-5
-    warmup_steps: int = 5
+    learning_rate: Positive = 1e-5
+    warmup_steps: Natural = 5
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    weight_decay: float = 0.0
-    betas: tuple[float, float] = (0.9, 0.95)
-    max_grad_norm: float = 1.0
+    weight_decay: NotNegative = 0.0
+    betas: tuple[ShareBelowOne, ShareBelowOne] = (0.9, 0.95)
+    max_grad_norm: Limit = 1.0
     """`.inf` clips nothing."""
-    max_skipped_steps: int = 3
+    max_skipped_steps: Natural = 3
     """So many steps in a row whose gradient is not finite are left out; one more ends the run."""
-    logprob_gap_warn: float = 0.2
-    logprob_gap_stop: float = 1.0
+    logprob_gap_warn: Limit = 0.2
+    logprob_gap_stop: Limit = 1.0
     """Mean |log-probability gap| a token between trainer and sampler, in nats, that warns, and
     that ends the run. bfloat16 alone makes some 0.02, eight versions of staleness 0.05."""
-    logits_mib: float = 320.0
+    logits_mib: Positive = 320.0
     """Logits that exist at one time in the fused log-probability head, MiB of float32."""
     activation_checkpointing: bool = False
     compile: bool = False
-    credit_probe_every: int = 10
+    credit_probe_every: Natural = 10
     """Steps between measurements of the gradient norm under GRPO's credit on the same batch, for
     recipes whose tokens differ in credit: each is one more forward and backward pass. 0 is off."""
-    credit_log_every: int = 1
+    credit_log_every: Natural = 1
     """Steps between credit logs: what every token of the step was credited with, 12 bytes a token.
     0 writes none."""
     packing: Literal["shared_prefix", "sequence"] = "shared_prefix"
@@ -173,46 +186,46 @@ class LearnerConfig:
     attention: Literal["grids", "varlen"] = "grids"
     """`grids`: padded to similar lengths, on any device. `varlen`: torch's variable-length
     flash-attention, without padding; CUDA and bfloat16, compared with the grids at every start."""
-    threads: int | None = None
-    start_timeout_s: float = 600.0
-    step_timeout_s: float = 1800.0
+    threads: Count | None = None
+    start_timeout_s: Seconds = 600.0
+    step_timeout_s: Seconds = 1800.0
 
 
 @dataclass
 class WeightsConfig:
     transport: Literal["object_store", "nccl", "ipc"] = "object_store"
     """`ipc`: a generator and a learner rank share every device (`Config.colocated`)."""
-    bucket_mib: int = 64
-    canary_sequences: int = 4
-    canary_tokens: int = 24
-    canary_tolerance: float | None = None
+    bucket_mib: Count = 64
+    canary_sequences: Count = 4
+    canary_tokens: Count = 24
+    canary_tolerance: Positive | None = None
     """Largest mean |log-probability gap| of a canary sequence between learner and generator, in
     nats a token. None: 0.2 in bfloat16, whose logits have steps of up to 1/8, 0.001 in float32."""
-    resends: int = 2
+    resends: Natural = 2
     """Times that weights which arrive damaged are sent again as a whole, before a restart."""
-    publish_timeout_s: float = 300.0
+    publish_timeout_s: Seconds = 300.0
 
 
 @dataclass
 class EvalConfig:
-    every: int = 10
+    every: Natural = 10
     """Steps between evaluations; 0 evaluates only before and after."""
-    prompts: int = 200
-    max_completion_tokens: int | None = None
-    timeout_s: float = 900.0
+    prompts: Natural = 200
+    max_completion_tokens: Count | None = None
+    timeout_s: Seconds = 900.0
 
 
 @dataclass
 class CheckpointConfig:
-    every: int = 20
+    every: Natural = 20
     """Steps between checkpoints; 0 writes only the last."""
-    keep_last: int = 2
+    keep_last: Natural = 2
     """Older checkpoints are removed; 0 keeps all."""
-    keep_every: int = 0
+    keep_every: Natural = 0
     """Of the older ones those of every so many steps stay."""
-    stop_grace_s: float = 60.0
+    stop_grace_s: NotNegative = 60.0
     """After SIGTERM: time to finish the step under way and save it."""
-    timeout_s: float = 900.0
+    timeout_s: Seconds = 900.0
     mirror: str | None = None
     """A folder for copies of the run, one after every checkpoint: `s3://bucket/folder`, `gs://`,
     `hdfs://` or a path. `resume=auto` on a machine without the run begins from the copy."""
@@ -229,7 +242,7 @@ class MetricsConfig:
     """`wandb`, `mlflow` and `trackio` are extras: `pip install 'grpo-lambda[wandb]'`."""
     project: str = "grpo-lambda"
     """W&B's and Trackio's project, MLflow's experiment."""
-    timeout_s: float = 30.0
+    timeout_s: Seconds = 30.0
     """For a sink to take a record, and for all to close: one that takes longer is switched off."""
 
 
@@ -237,15 +250,15 @@ class MetricsConfig:
 class RestartConfig:
     """What happens when a process of the run dies or hangs."""
 
-    limit: int = 3
+    limit: Natural = 3
     """So often within `window_s`, or in a row without a step more, the run goes on by itself from
     its last checkpoint; then it ends with the causes. 0: the first one ends it."""
-    window_s: float = 1800.0
-    backoff_s: float = 2.0
+    window_s: NotNegative = 1800.0
+    backoff_s: NotNegative = 2.0
     """Before the first restart; doubled for each further one in the window."""
-    heartbeat_s: float = 10.0
+    heartbeat_s: NotNegative = 10.0
     """Between two signs of life that are asked of every process; 0: none are asked."""
-    silence_s: float = 60.0
+    silence_s: Seconds = 60.0
     """A process that has not answered for so long hangs: all start again."""
 
 
@@ -258,7 +271,7 @@ class PlacementConfig:
     """What `plan` computes with, e.g. `H100-80GB`; a run takes the devices that it finds."""
     learner_device: str | None = None
     """None: as `generator_device`."""
-    gpus_per_node: int = 8
+    gpus_per_node: Count = 8
     """For `plan`."""
 
 
@@ -266,10 +279,10 @@ class PlacementConfig:
 class RayConfig:
     address: str = "local"
     """`local` starts a cluster of its own; `auto` inside a Ray job; `host:port`."""
-    connect_timeout_s: float = 60.0
-    placement_timeout_s: float = 120.0
+    connect_timeout_s: Seconds = 60.0
+    placement_timeout_s: Seconds = 120.0
     """For a cluster to have room for the run, an autoscaled one to make it."""
-    object_store_gib: float = 2.0
+    object_store_gib: Positive = 2.0
     """`local` only."""
 
 
@@ -283,8 +296,8 @@ class Config:
     """A run directory to go on with. `auto`: that of `name` if it is there, else a new one, so that
     a job which a cluster submits again goes on by itself."""
     recipe: str | None = None
-    seed: int = 0
-    steps: int = 30
+    seed: Annotated[int, between(0, 2**31 - 1)] = 0
+    steps: Count = 30
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     batch: BatchConfig = field(default_factory=BatchConfig)

@@ -20,9 +20,8 @@ from omegaconf.errors import OmegaConfBaseException
 from actors.data.quarantine import Quarantine
 from actors.data.sources import Row, file_records, hub_records, load_rows
 from actors.verifiers.choice import LETTERS
-from common.config.load import nearest
 from common.config.sections import DataConfig, ReasoningGymConfig, VerifierSpec
-from common.errors import UserError
+from common.errors import UserError, nearest
 from deploy.eval import code_problems
 
 SUITES = Path(__file__).resolve().parent.parent / "configs" / "suites"

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from common.config.algorithm import AlgorithmConfig, CreditConfig
+from common.config.bounds import check_bounds
 from common.errors import UserError
 from learner.algorithm.advantages import check_rewards, group_advantages
 from learner.algorithm.aggregation import build_aggregation
@@ -171,48 +172,29 @@ class Recipe:
 
 
 def check_recipe(config: AlgorithmConfig, correction_kind: str, max_completion_tokens: int) -> None:
-    """Raise `UserError` for the first value that makes no sense, with the range that does."""
-    credit, correction, objective = config.credit, config.correction, config.objective
-    decay, quantile = credit.gamma * credit.lambda_, credit.entropy_quantile
-    low, high, floor, cap = (
-        objective.clip_low,
-        objective.clip_high,
-        correction.floor,
-        correction.cap,
+    """Raise `UserError` for a value out of its bound, or values that contradict each other."""
+    check_bounds(config, "algorithm.")
+    credit, correction, window = (
+        config.credit,
+        config.correction,
+        config.rollout.overlong_penalty_tokens,
     )
-    min_advantage = config.baseline.min_advantage
-    rollout = config.rollout
-    rules = {
-        f"credit.gamma * credit.lambda_ = {decay}: must lie in [0, 1]": 0 <= decay <= 1,
-        f"credit.entropy_quantile = {quantile}: must lie in [0, 1)": 0 <= quantile < 1,
-        f"objective.clip_low, clip_high = {low}, {high}: must be >= 0": min(low, high) >= 0,
-        f"objective.kl = {objective.kl}: must be >= 0": objective.kl >= 0,
-        f"correction.floor, cap = {floor}, {cap}: 0 <= floor <= cap": 0 <= floor <= cap,
-        f"rollout.prune_rate = {rollout.prune_rate}: must lie in [0, 1)": (
-            0 <= rollout.prune_rate < 1
-        ),
-        f"rollout.keep_max_variance = {rollout.keep_max_variance}: must be >= 0": (
-            rollout.keep_max_variance >= 0
-        ),
-        f"rollout.overlong_penalty_tokens = {rollout.overlong_penalty_tokens}: must lie in [0, "
-        f"generator.max_completion_tokens = {max_completion_tokens}]": (
-            0 <= rollout.overlong_penalty_tokens <= max_completion_tokens
-        ),
-        f"baseline.min_advantage = {min_advantage}: must be null or <= 0": (
-            min_advantage is None or min_advantage <= 0
-        ),
-        "credit.cut = true needs credit.application = weight: see learner/algorithm/traces.py": (
-            credit.kind != "lambda_trace"
-            or not credit.cut
-            or credit.application == "weight"
-            or correction_kind == "none"
-        ),
-    }
-    for message, holds in rules.items():
-        if not holds:
-            raise UserError(f"algorithm.{message}")
+    if correction.floor > correction.cap:
+        raise UserError(
+            f"algorithm.correction.floor={correction.floor} must be at most "
+            f"algorithm.correction.cap={correction.cap}"
+        )
+    if window > max_completion_tokens:
+        raise UserError(
+            f"algorithm.rollout.overlong_penalty_tokens={window} must be at most "
+            f"generator.max_completion_tokens={max_completion_tokens}"
+        )
+    traced = credit.kind == "lambda_trace" and credit.application == "trace"
+    if traced and credit.cut and correction_kind != "none":
+        raise UserError(
+            "algorithm.credit.cut=true needs algorithm.credit.application=weight under a "
+            "correction: see learner/algorithm/traces.py"
+        )
     check_credit(credit)
     if correction_kind not in CORRECTIONS:
         raise ValueError(f"correction {correction_kind!r} is not one of {sorted(CORRECTIONS)}")
-    if max_completion_tokens < 1:
-        raise UserError(f"generator.max_completion_tokens = {max_completion_tokens}: must be >= 1")

@@ -182,8 +182,6 @@ def test_a_data_set_out_of_reach(tokenizer: Any, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
     with pytest.raises(UserError, match=r"cannot be reached.*Without a network"):
         build(DataConfig(source="hub", path="openai/gsm8k"), tokenizer)
-    with pytest.raises(UserError, match=r"needs data\.path"):
-        build(DataConfig(source="hub"), tokenizer)
 
 
 def test_a_data_set_that_is_a_program(tokenizer: Any, tmp_path: Path) -> None:

@@ -140,8 +140,6 @@ def test_rules_that_cannot_be_used_stop_the_warm_up() -> None:
     unusable = VerifierSpec(name="nowhere:score")
     with worker_for(unusable) as worker, pytest.raises(UserError, match="nowhere"):
         asyncio.run(worker.warm_up())
-    with pytest.raises(UserError, match=r"verifier\.rules is empty"):
-        VerifierWorker(VerifierConfig(rules=[]))
 
 
 def test_another_batch_is_refused() -> None:

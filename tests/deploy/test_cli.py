@@ -47,9 +47,9 @@ def test_plan_prints_everything_and_starts_nothing(capsys: pytest.CaptureFixture
         (["train", "weights.transport=nccl", "learner.device=cpu"], 2, "object_store"),
         (["train", "data.source=file", "data.path=no.jsonl", RULE], 2, "no.jsonl does not"),
         (["train", "ray.address=ray://127.0.0.1:1"], 2, "submit the run as a job"),
-        (["plan", "recipe=grpo_lambda_cut", IN_RATIO], 2, "application = weight"),
-        (["train", "algorithm.credit.lambda_=1.5"], 2, "must lie in [0, 1]"),
-        (["plan", "algorithm.rollout.guidance.ratio=1.5"], 2, "must lie in [0, 1]"),
+        (["plan", "recipe=grpo_lambda_cut", IN_RATIO], 2, "application=weight"),
+        (["train", "algorithm.credit.lambda_=1.5"], 2, "must be in [0, 1]"),
+        (["plan", "algorithm.rollout.guidance.ratio=1.5"], 2, "must be in [0, 1]"),
         (["plan", *GUIDED, RULE], 2, "needs data.solution_column"),
     ],
 )

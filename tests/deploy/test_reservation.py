@@ -96,7 +96,7 @@ def test_what_is_missing_is_named() -> None:
 def test_a_run_may_start_with_fewer_generators_only_where_weights_can_follow() -> None:
     assert fewest_generators(config("generator.count=3")) == 3
     assert fewest_generators(config("generator.count=3", "generator.min_count=1")) == 1
-    with pytest.raises(UserError, match=r"must lie in 1\.\.generator.count=2"):
+    with pytest.raises(UserError, match="must be at most generator.count=2"):
         config("generator.count=2", "generator.min_count=3")
     with pytest.raises(UserError, match="are one collective"):
         config("generator.count=2", "generator.min_count=1", "weights.transport=nccl")

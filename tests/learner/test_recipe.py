@@ -251,7 +251,7 @@ def test_cut_traces_weigh_every_token_as_derived() -> None:
     }
     loss = policy_loss(batch, algorithm(credit=cut), "tis").loss
     assert gradient(-loss, batch).tolist() == pytest.approx([1.25, 2.4, 0.5])
-    with pytest.raises(UserError, match=r"credit\.application = weight"):
+    with pytest.raises(UserError, match=r"credit\.application=weight"):
         Recipe(algorithm(credit=cut | {"application": "trace"}), "tis", 8)
 
 
@@ -427,7 +427,7 @@ def test_untrained_completions_change_nothing() -> None:
 @pytest.mark.parametrize(
     ("axes", "key"),
     [
-        ({"credit": {"lambda_": 1.1}}, "credit.gamma"),
+        ({"credit": {"lambda_": 1.1}}, "credit.lambda_"),
         ({"credit": {"entropy_quantile": 1.0}}, "credit.entropy_quantile"),
         ({"correction": {"floor": 3.0}}, "correction.floor"),
         ({"objective": {"clip_low": -0.1}}, "objective.clip_low"),
