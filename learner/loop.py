@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -23,15 +23,27 @@ from learner.weights.publish import Exported, Publisher
 
 
 class GroupSource(Protocol):
-    """The generation loop, as the learner sees it."""
+    """The book of groups, as the learner sees it."""
 
-    async def take(self, version: int, deadline_s: float) -> list[GroupReceipt]: ...
+    async def take(self, version: int, deadline_s: float) -> list[GroupReceipt]:
+        """The groups of the next step, for a learner at `version`."""
+        ...
 
-    def trained(
-        self, step: int, receipts: list[GroupReceipt], metrics: dict[str, float]
-    ) -> dict[str, float]: ...
+    def trained(self, step: int, receipts: list[GroupReceipt]) -> None:
+        """Step `step` was made of these groups."""
+        ...
 
-    async def release(self) -> None: ...
+    def metrics(self) -> dict[str, float]:
+        """What there is to say of groups, trained on or not."""
+        ...
+
+    async def release(self) -> None:
+        """Every generator holds a step's version: as many groups may go out again."""
+        ...
+
+
+Adapt = Callable[[int, Mapping[str, float]], dict[str, float]]
+"""What of the rollout adapts to the metrics of a step; returns metrics of its own."""
 
 
 class Evaluation(Protocol):
@@ -64,11 +76,7 @@ class Schedule:
 
 
 class LearnerLoop:
-    """Runs from `first_step` to `last_step` and returns the last step's metrics.
-
-    `keep_batch` is given the groups of a step that ended the run by its numbers.
-    `stop`, once set, ends it early: the step under way is finished and saved, none is begun.
-    """
+    """Runs from `first_step` to `last_step` and returns the last step's metrics."""
 
     def __init__(
         self,
@@ -76,6 +84,7 @@ class LearnerLoop:
         learner: LearnerRanks,
         publisher: Publisher,
         groups: GroupSource,
+        adapt: Adapt,
         evaluation: Evaluation,
         checkpoints: Checkpoints,
         record: Callable[[int, dict[str, float]], None],
@@ -83,9 +92,15 @@ class LearnerLoop:
         keep_batch: Callable[[list[GroupReceipt]], None],
         stop: asyncio.Event | None = None,
     ) -> None:
+        """`keep_batch` is given the groups of a step that ended the run by its numbers.
+
+        `stop`, once set, ends the run early: the step under way is finished and saved, and no
+        other is begun.
+        """
         self._learner = learner
         self._publisher = publisher
         self._groups = groups
+        self._adapt = adapt
         self._evaluation = evaluation
         self._checkpoints = checkpoints
         self._record = record
@@ -178,8 +193,9 @@ class LearnerLoop:
             self._keep_batch(receipts)
             raise
         reached("step trained")
-        metrics |= self._groups.trained(step, receipts, metrics)
+        self._groups.trained(step, receipts)
         reached("step in the ledger")
+        metrics |= self._groups.metrics() | self._adapt(step, metrics)
         trained = time.monotonic()
         await self._delivery  # of the step before: versions reach the generators one by one
         delivered = time.monotonic()

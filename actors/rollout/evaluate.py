@@ -1,4 +1,4 @@
-"""Held-out evaluation: greedy, through the same generators and verifiers as training.
+"""Held-out evaluation: greedy, by the same generators and verifiers as training.
 
 The prompts never serve in training (see `actors.data.prompts`). An evaluation runs beside the
 learner's next step, and the next version waits for its end: every completion of it comes from one
@@ -12,10 +12,8 @@ import time
 from typing import Any
 
 from actors.data.prompts import Prompt
-from actors.rollout.pools import GeneratorPool, GroupLostError, VerifierPool
-from common.config.sections import EvalConfig
+from actors.rollout.episodes import Episodes, GroupSampling
 from common.record.writer import TrajectoryLogClient
-from common.trajectory import GroupRequest
 
 
 class Evaluator:
@@ -25,18 +23,16 @@ class Evaluator:
         self,
         *,
         prompts: list[Prompt],
-        generators: GeneratorPool,
-        verifiers: VerifierPool,
+        episodes: Episodes,
         log: TrajectoryLogClient,
-        config: EvalConfig,
         max_tokens: int,
+        log_timeout_s: float,
     ) -> None:
         self._prompts = prompts
-        self._generators = generators
-        self._verifiers = verifiers
+        self._episodes = episodes
         self._log = log
-        self._config = config
-        self._max_tokens = config.max_completion_tokens or max_tokens
+        self._sampling = GroupSampling(num_completions=1, max_tokens=max_tokens, temperature=0.0)
+        self._log_timeout_s = log_timeout_s
 
     async def run(self, step: int) -> dict[str, float]:
         """`eval/accuracy`: mean of the first verifier's reward; `eval/unscored`: verdicts missing.
@@ -50,29 +46,11 @@ class Evaluator:
         refs = await asyncio.gather(
             *[self._one(index, prompt) for index, prompt in enumerate(self._prompts)]
         )
-        summary = await self._log.write_evaluation(step, refs, self._config.timeout_s)
+        summary = await self._log.write_evaluation(step, refs, self._log_timeout_s)
         return {**summary, "time/eval": time.monotonic() - started}
 
     async def _one(self, index: int, prompt: Prompt) -> Any:
-        request = GroupRequest(
-            group_id=-1 - index,
-            ticket=-1,
-            prompt_id=prompt.prompt_id,
-            epoch=0,
-            prompt_text=prompt.text,
-            prompt_ids=prompt.token_ids,
-            reference=prompt.reference,
-            num_completions=1,
-            max_tokens=self._max_tokens,
-            temperature=0.0,
-            dispatch_version=self._generators.version,
-            dispatched_s=time.time(),
-        )
-        timeout_s = self._config.timeout_s
-        while True:
-            try:
-                rollouts = self._generators.generate(request, timeout_s)
-                (rollout_ref,) = [ref async for ref in rollouts]  # one completion, one batch
-                return await self._verifiers.score(request.group_id, rollout_ref, timeout_s)
-            except GroupLostError:
-                continue
+        """Reference to the prompt's one completion. Numbers below 0 are no group's of training."""
+        request = self._episodes.request(prompt, self._sampling, group_id=-1 - index)
+        (judged,) = await self._episodes.run(request)
+        return judged

@@ -19,10 +19,26 @@ An update that would divide by a reward of zero, or by a history of zeros, is sk
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
+from actors.data.prompts import Prompt
 from common.config.algorithm import GuidanceConfig
+from common.errors import UserError
+
+
+@dataclass(frozen=True)
+class GuidedStart:
+    """The first tokens of a group's last `num_completions` completions."""
+
+    token_ids: tuple[int, ...] = ()
+    num_completions: int = 0
+    mask: bool = True
+    """They stay out of the loss."""
+
+
+UNGUIDED = GuidedStart()
 
 
 def num_guided(group_size: int, ratio: float) -> int:
@@ -59,6 +75,38 @@ class Guidance:
     def length(self) -> int:
         """Guidance tokens of a guided completion dispatched now."""
         return max(1, round(self._length)) if self._config.ratio > 0 else 0
+
+    def start(
+        self, prompt: Prompt, encode: Callable[[str], list[int]], group_size: int
+    ) -> GuidedStart:
+        """How a group of `prompt` that is dispatched now begins.
+
+        A solution shorter than `length` guides with all of its tokens; one without any with none.
+
+        Args:
+            encode: token ids of a solution.
+
+        Raises:
+            UserError: the prompt has no solution to guide with.
+        """
+        length = self.length
+        if length < 1:
+            return GuidedStart(mask=self._config.mask)
+        if prompt.solution is None:
+            raise UserError(
+                f"prompt {prompt.prompt_id} has no reference solution to guide with: set "
+                "data.solution_column, or algorithm.rollout.guidance.ratio=0"
+            )
+        token_ids = tuple(encode(prompt.solution)[:length])
+        guided = num_guided(group_size, self._config.ratio) if token_ids else 0
+        return GuidedStart(token_ids, guided, self._config.mask)
+
+    def after_step(self, step: int, metrics: Mapping[str, float]) -> dict[str, float]:
+        """Adapt to the metrics of a learner step; the guidance's own metrics, if there is any."""
+        if self._config.ratio == 0:
+            return {}
+        self.observe(step, metrics["reward/accuracy"])
+        return {"guidance/length": float(self.length)}
 
     def observe(self, step: int, accuracy: float) -> None:
         """The mean accuracy of learner step `step` (1, 2, ...). Raises on a step out of order."""

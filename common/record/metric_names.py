@@ -31,7 +31,8 @@ _RANK = "learner/training/rank.py"
 _LOOP = "learner/loop.py"
 _PUBLISH = "learner/weights/publish.py"
 _AGGREGATION = "learner/algorithm/aggregation.py"
-_ROLLOUT = "actors/rollout/loop.py"
+_BOOK = "actors/rollout/group_book.py"
+_GUIDANCE = "actors/rollout/guidance.py"
 _EVALUATION = "actors/rollout/evaluate.py"
 _LOG = "common/record/writer.py"
 _METRICS = "common/record/metrics.py"
@@ -53,15 +54,13 @@ METRICS: dict[str, Metric] = {
     "groups/equal_rewards": Metric(
         "count", "Groups of the step whose completions all have the same reward.", _LOOP
     ),
-    "groups/dispatched": Metric(
-        "count", "Groups sent out since the run or resume began.", _ROLLOUT
-    ),
-    "groups/filtered": Metric("count", "Of these, left out by dynamic sampling.", _ROLLOUT),
+    "groups/dispatched": Metric("count", "Groups sent out since the run or resume began.", _BOOK),
+    "groups/filtered": Metric("count", "Of these, left out by dynamic sampling.", _BOOK),
     "groups/abandoned": Metric(
-        "count", "Of these, given up: too slow, or lost with a process.", _ROLLOUT
+        "count", "Of these, given up: too slow, or lost with a process.", _BOOK
     ),
     "guidance/length": Metric(
-        "tokens", "Length of the guidance that the next groups get (G2RPO-A).", _ROLLOUT
+        "tokens", "Length of the guidance that the next groups get (G2RPO-A).", _GUIDANCE
     ),
     "tokens/generated": Metric("tokens", "Tokens of the step's completions.", _LOOP),
     "tokens/trained": Metric("tokens", "Of these, tokens with a part in the loss.", _DATA),

@@ -29,11 +29,13 @@ from ray.exceptions import RayError
 from actors.data.chat import Template
 from actors.data.prompts import Prompt, PromptSource
 from actors.data.sources import Rows
+from actors.rollout.episodes import Episodes
 from actors.rollout.pools import GeneratorPool, VerifierPool
 from common.config.sections import Config
 from common.errors import RunError, UserError
 from common.record.writer import TrajectoryLogClient
 from common.supervision.heartbeat import beat
+from common.supervision.loops import first_cause, until_it_ends
 from deploy.eval import report
 from deploy.eval.runner import SuiteRunner, logged
 from deploy.eval.settings import (
@@ -42,6 +44,7 @@ from deploy.eval.settings import (
     base_config,
     context_length,
     differences,
+    in_flight,
     sampling_of,
     settings_of,
     suite_config,
@@ -50,7 +53,6 @@ from deploy.eval.suite import Suite, load_problems, load_suite
 from deploy.models.resolve import Located, check_vocabulary, resolve_model
 from deploy.placement.options import with_compute_dtype
 from deploy.run.actors import start_log
-from deploy.run.coordinator import first_cause, until_learner_ends
 from deploy.run.directory import RunDirectory, explained
 from deploy.run.display import PlainDisplay
 from deploy.run.preemption import Preemption
@@ -243,19 +245,24 @@ async def _sample_suite(
     verifiers.replacement = replacements.verifiers()
     stream = start_log(config, job.run.path)
     log = TrajectoryLogClient(stream, service.waits, config.verify_timeout_s, replacements.stream())
+    episodes = Episodes(
+        generators,
+        verifiers,
+        sample_timeout_s=config.generator.group_timeout_s,
+        judge_timeout_s=config.verify_timeout_s,
+    )
     runner = SuiteRunner(
         job.prompts,
         job.sampling,
-        generators=generators,
-        verifiers=verifiers,
+        episodes=episodes,
         log=log,
-        config=config,
+        in_flight=in_flight(config),
         progress=_Progress(job, say),
     )
     asks = [partial(part.ping, config.restart.silence_s) for part in (generators, verifiers, log)]
     try:
-        await until_learner_ends(runner.run(job.missing), beat(config.restart.heartbeat_s, asks))
-        _add_failures(job.run.path / FAILURES, await verifiers.failures(config.verify_timeout_s))
+        await until_it_ends(runner.run(job.missing), beat(config.restart.heartbeat_s, asks))
+        _add_failures(job.run.path / FAILURES, await episodes.failures())
     finally:
         verifiers.end()
         await service.end_run(log.stream)

@@ -8,17 +8,15 @@ missing. Sample s of problem p has the number p * k + s, which is its group's id
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from actors.data.prompts import Prompt
-from actors.rollout.pools import GeneratorPool, GroupLostError, VerifierPool
-from common.config.sections import Config
+from actors.rollout.episodes import Episodes, GroupSampling
 from common.record.trajectory_log import read_log
 from common.record.writer import TrajectoryLogClient
 from common.trajectory import GroupRequest, ticket_seed
-from deploy.eval.settings import Sampling, in_flight
+from deploy.eval.settings import Sampling
 
 
 def logged(folder: Path) -> set[int]:
@@ -40,21 +38,20 @@ class SuiteRunner:
         prompts: Sequence[Prompt],
         sampling: Sampling,
         *,
-        generators: GeneratorPool,
-        verifiers: VerifierPool,
+        episodes: Episodes,
         log: TrajectoryLogClient,
-        config: Config,
+        in_flight: int,
         progress: Callable[[int], None],
     ) -> None:
-        """`progress` is told how many samples have been logged, after each."""
+        """`in_flight`: the most samples under way at a time.
+
+        `progress` is told how many samples have been logged, after each.
+        """
         self._prompts = prompts
         self._sampling = sampling
-        self._generators = generators
-        self._verifiers = verifiers
+        self._episodes = episodes
         self._log = log
-        self._generate_s = config.generator.group_timeout_s
-        self._verify_s = config.verify_timeout_s
-        self._slots = asyncio.Semaphore(in_flight(config))
+        self._slots = asyncio.Semaphore(in_flight)
         self._progress = progress
         self._done = 0
 
@@ -70,41 +67,19 @@ class SuiteRunner:
 
     async def _one(self, request: GroupRequest) -> None:
         try:
-            verified = await self._verified(request)
-            await self._log.append(request.group_id, [verified])
+            judged = await self._episodes.run(request)
+            await self._log.append(request.group_id, judged)
             self._done += 1
             self._progress(self._done)
         finally:
             self._slots.release()
 
-    async def _verified(self, request: GroupRequest) -> object:
-        """What dies with its generator is sampled again, under the same seed."""
-        while True:
-            try:
-                rollouts = self._generators.generate(request, self._generate_s)
-                (rollout,) = [ref async for ref in rollouts]  # one completion, one batch
-                verified: object = await self._verifiers.score(
-                    request.group_id, rollout, self._verify_s
-                )
-                return verified
-            except GroupLostError:
-                continue
-
     def _request(self, number: int) -> GroupRequest:
-        problem, sample = divmod(number, self._sampling.samples)
-        prompt = self._prompts[problem]
-        return GroupRequest(
+        sampling = self._sampling
+        problem, sample = divmod(number, sampling.samples)
+        return self._episodes.request(
+            self._prompts[problem],
+            GroupSampling(1, sampling.max_tokens, sampling.temperature),
             group_id=number,
-            ticket=-1,
-            prompt_id=prompt.prompt_id,
-            epoch=prompt.epoch,
-            prompt_text=prompt.text,
-            prompt_ids=prompt.token_ids,
-            reference=prompt.reference,
-            num_completions=1,
-            max_tokens=self._sampling.max_tokens,
-            temperature=self._sampling.temperature,
-            dispatch_version=self._generators.version,
-            dispatched_s=time.time(),
-            seed=sample_seed(self._sampling.seed, problem, sample),
+            seed=sample_seed(sampling.seed, problem, sample),
         )

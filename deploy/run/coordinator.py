@@ -7,7 +7,7 @@ first ends the run.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,17 +18,21 @@ import pyarrow.ipc
 import ray
 
 from actors.data.prompts import PromptSource, build_prompt_source
+from actors.rollout.episodes import Episodes, GroupSampling
 from actors.rollout.evaluate import Evaluator
+from actors.rollout.group_book import GroupBook
 from actors.rollout.guidance import Guidance
 from actors.rollout.loop import RolloutLoop
 from actors.rollout.pools import GeneratorPool, VerifierPool
+from actors.rollout.resume import RolloutState
 from common.config.sections import Config
-from common.errors import RunError, UserError
+from common.errors import UserError
 from common.record.credit_log import forget_credit_after
 from common.record.ledger import Ledger
 from common.record.metrics import Metrics
 from common.record.writer import TrajectoryLogClient
 from common.supervision.heartbeat import beat
+from common.supervision.loops import first_cause, until_it_ends
 from common.trajectory import GroupReceipt
 from deploy.models.resolve import Located, check_vocabulary, resolve_model
 from deploy.placement.options import with_compute_dtype
@@ -79,7 +83,7 @@ class Run:
         self._mirror = Mirror(place) if place is not None else None
         if self._mirror is not None:
             self._mirror.check_apart(run.path)
-        self._rollout: RolloutLoop | None = None
+        self._book: GroupBook | None = None
         self._display: Display = make_display(config.steps, self._waits, self._status)
         self._first_step = 0
 
@@ -177,27 +181,26 @@ class Run:
         verifiers.replacement = self._replacements.verifiers()
         ledger = Ledger(self._run.path / LEDGER, source.identity)
         room = config.generator.max_completion_tokens - 1
-        self._rollout = RolloutLoop(
-            config,
-            source=source,
-            generators=generators,
-            verifiers=verifiers,
-            log=log,
-            guidance=Guidance(config.algorithm.rollout.guidance, config.steps, room),
-            ledger=ledger,
-            waits=self._waits,
+        self._book = GroupBook(
+            ledger,
+            self._waits,
+            max_staleness=config.generator.max_staleness,
+            groups_per_step=config.groups_per_step,
+            dynamic_sampling=config.algorithm.rollout.dynamic_sampling,
             # On one node they are in the learner's reach as soon as they are in the store.
             announce=None if config.ray.address == "local" else learner.fetch_ahead,
         )
+        guidance = Guidance(config.algorithm.rollout.guidance, config.steps, room)
+        rollout = RolloutState(source, self._book, guidance, log, config.batch.group_size)
         try:
-            await self._restore(learner, self._rollout)
+            await self._restore(learner, rollout)
             publisher = await self._publisher(learner, generators, source)
             generators.proof = publisher.prove_newcomer
             generators.expect(set(generator_names(config)) - set(actors.generators))
             if used:
                 await publisher.deliver(await publisher.export(self._first_step))
             self._display.event("all parts are up")
-            return await self._loops(learner, publisher, source, generators, verifiers, log)
+            return await self._loops(learner, publisher, rollout, generators, verifiers)
         finally:
             generators.end()
             verifiers.end()
@@ -207,32 +210,24 @@ class Run:
         self,
         learner: LearnerRanks,
         publisher: Publisher,
-        source: PromptSource,
+        rollout: RolloutState,
         generators: GeneratorPool,
         verifiers: VerifierPool,
-        log: TrajectoryLogClient,
     ) -> dict[str, float]:
         """The two loops, until the learner's ends."""
         config = self._config
-        assert self._rollout is not None
         metrics = self._metrics()
         loop = LearnerLoop(
             learner=learner,
             publisher=publisher,
-            groups=self._rollout,
-            evaluation=Evaluator(
-                prompts=source.eval_prompts(config.eval.prompts),
-                generators=generators,
-                verifiers=verifiers,
-                log=log,
-                config=config.eval,
-                max_tokens=config.generator.max_completion_tokens,
-            ),
+            groups=rollout.book,
+            adapt=rollout.guidance.after_step,
+            evaluation=self._evaluator(rollout, generators, verifiers),
             checkpoints=Checkpoints(
                 config.checkpoint,
                 self._run,
                 learner,
-                self._rollout.save,
+                rollout.save,
                 self._display.event,
                 self._waits,
                 self._mirror,
@@ -243,11 +238,50 @@ class Run:
             stop=self._preemption.requested,
         )
         with metrics, self._preemption.between_steps():
-            return await until_learner_ends(
+            return await until_it_ends(
                 loop.run(),
-                self._rollout.run(),
-                self._heartbeat(generators, verifiers, learner, log),
+                self._generation(rollout, generators, verifiers).run(),
+                self._heartbeat(generators, verifiers, learner, rollout.log),
             )
+
+    def _generation(
+        self, rollout: RolloutState, generators: GeneratorPool, verifiers: VerifierPool
+    ) -> RolloutLoop:
+        config = self._config
+        return RolloutLoop(
+            source=rollout.source,
+            episodes=Episodes(
+                generators,
+                verifiers,
+                sample_timeout_s=config.generator.group_timeout_s,
+                judge_timeout_s=config.verify_timeout_s,
+            ),
+            book=rollout.book,
+            log=rollout.log,
+            guidance=rollout.guidance,
+            sampling=GroupSampling(
+                config.batch.group_size,
+                config.generator.max_completion_tokens,
+                config.generator.temperature,
+                config.generator.group_cap_s,
+            ),
+            seed=config.seed if config.generator.max_staleness == 0 else None,
+        )
+
+    def _evaluator(
+        self, rollout: RolloutState, generators: GeneratorPool, verifiers: VerifierPool
+    ) -> Evaluator:
+        held_out, timeout_s = self._config.eval, self._config.eval.timeout_s
+        return Evaluator(
+            prompts=rollout.source.eval_prompts(held_out.prompts),
+            episodes=Episodes(
+                generators, verifiers, sample_timeout_s=timeout_s, judge_timeout_s=timeout_s
+            ),
+            log=rollout.log,
+            max_tokens=held_out.max_completion_tokens
+            or self._config.generator.max_completion_tokens,
+            log_timeout_s=timeout_s,
+        )
 
     async def _start(
         self, generators: GeneratorPool, verifiers: VerifierPool, learner: LearnerRanks, used: bool
@@ -262,7 +296,7 @@ class Run:
             ]
         await asyncio.gather(*starts)
 
-    async def _restore(self, learner: LearnerRanks, rollout: RolloutLoop) -> None:
+    async def _restore(self, learner: LearnerRanks, rollout: RolloutState) -> None:
         """On resume: the learner, the groups not yet trained on, the cursor of the prompts.
 
         Step 0 is a checkpoint too, that of the untrained model.
@@ -310,7 +344,7 @@ class Run:
             weights.resends,
         )
 
-    def _heartbeat(self, *parts: Any) -> Awaitable[None]:
+    def _heartbeat(self, *parts: Any) -> Coroutine[Any, Any, None]:
         restart = self._config.restart
         asks = [partial(part.ping, restart.silence_s) for part in parts]
         return beat(restart.heartbeat_s, asks)
@@ -349,29 +383,4 @@ class Run:
         )
 
     def _status(self) -> str:
-        return self._rollout.status() if self._rollout else "starting"
-
-
-async def until_learner_ends(learner: Any, *endless: Any) -> dict[str, float]:
-    """Run all loops; the learner's result, or the error of whichever ended first."""
-    tasks = [asyncio.ensure_future(loop) for loop in (learner, *endless)]
-    try:
-        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        for task in tasks[1:]:
-            if task.done():
-                await task
-                raise RunError("a loop returned, which only the learner's should: please report it")
-        result: dict[str, float] = await tasks[0]
-        return result
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-
-
-def first_cause(group: BaseExceptionGroup[BaseException]) -> BaseException:
-    """The first error inside nested groups."""
-    error: BaseException = group
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    return error
+        return self._book.status() if self._book else "starting"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
@@ -15,12 +15,16 @@ import pytest
 from test_budget import receipt
 
 from actors.data.prompts import Prompt
+from actors.rollout.episodes import Episodes, GroupSampling
 from actors.rollout.evaluate import Evaluator
+from actors.rollout.group_book import GroupBook
 from actors.rollout.guidance import Guidance
 from actors.rollout.loop import RolloutLoop
+from actors.rollout.pools import GroupLostError
+from actors.rollout.resume import RolloutState
 from common.config.load import load_config
 from common.config.sections import Config
-from common.errors import UserError, VerifierError
+from common.errors import StallError, UserError, VerifierError
 from common.record.ledger import Ledger
 from common.record.writer import TrajectoryLogClient
 from common.supervision.waits import Waits
@@ -33,6 +37,10 @@ PARTS = {"kept": 2, "filtered": 2, "cut short": 1, "nothing": 0}
 class Source:
     def next(self) -> Prompt:
         return Prompt(0, "p", 0, 0, "?", [1], "{}", None, None)
+
+    def encode(self, solution: str) -> list[int]:
+        """A letter is a token."""
+        return [ord(letter) for letter in solution]
 
 
 class Generators:
@@ -89,7 +97,23 @@ def config_with(*overrides: str) -> Config:
     return load_config([], [*keys, *overrides])
 
 
-def loop_of(
+@dataclass(frozen=True)
+class Rollout:
+    """The loop and what it works on."""
+
+    loop: RolloutLoop
+    state: RolloutState
+
+    @property
+    def book(self) -> GroupBook:
+        return self.state.book
+
+    def counts(self) -> tuple[float, ...]:
+        names = ("groups/dispatched", "groups/filtered", "groups/abandoned")
+        return tuple(self.book.metrics()[name] for name in names)
+
+
+def rollout_of(
     source: Any,
     stream: Any,
     verifiers: Any,
@@ -97,33 +121,41 @@ def loop_of(
     *overrides: str,
     ledger: Ledger | None = None,
     announce: Callable[[GroupReceipt], None] | None = None,
-) -> RolloutLoop:
+) -> Rollout:
     config = config_with(*overrides)
-    return RolloutLoop(
-        config,
-        source=source,
-        log=TrajectoryLogClient(stream, Waits(), 10.0),
-        verifiers=verifiers,
-        generators=generators,
-        guidance=Guidance(config.algorithm.rollout.guidance, 1, 7),
-        ledger=ledger or Ledger(Path(":memory:"), "prompts of the test"),
-        waits=Waits(),
+    staleness = config.generator.max_staleness
+    log = TrajectoryLogClient(stream, Waits(), 10.0)
+    guidance = Guidance(config.algorithm.rollout.guidance, 1, 7)
+    book = GroupBook(
+        ledger or Ledger(Path(":memory:"), "prompts of the test"),
+        Waits(),
+        max_staleness=staleness,
+        groups_per_step=config.groups_per_step,
+        dynamic_sampling=config.algorithm.rollout.dynamic_sampling,
         announce=announce,
     )
+    loop = RolloutLoop(
+        source=source,
+        episodes=Episodes(generators, verifiers, sample_timeout_s=60.0, judge_timeout_s=60.0),
+        book=book,
+        log=log,
+        guidance=guidance,
+        sampling=GroupSampling(config.batch.group_size, 8, 1.0),
+        seed=5 if staleness == 0 else None,
+    )
+    return Rollout(loop, RolloutState(source, book, guidance, log, config.batch.group_size))
 
 
-async def after_the_first_group(
-    kind: str, announced: list[GroupReceipt]
-) -> tuple[RolloutLoop, Stream]:
+async def after_the_first_group(kind: str, announced: list[GroupReceipt]) -> tuple[Rollout, Stream]:
     stream = Stream()
     generators = Generators(kind)
-    loop = loop_of(Source(), stream, Verifiers(), generators, announce=announced.append)
-    running = asyncio.create_task(loop.run())
+    rollout = rollout_of(Source(), stream, Verifiers(), generators, announce=announced.append)
+    running = asyncio.create_task(rollout.loop.run())
     for _ in range(50):
         await asyncio.sleep(0)
     running.cancel()
     await asyncio.gather(running, return_exceptions=True)
-    return loop, stream
+    return rollout, stream
 
 
 @pytest.mark.parametrize(
@@ -139,15 +171,13 @@ def test_a_dropped_group_makes_room_for_another(
     kind: str, counts: tuple[int, int, int], status: str
 ) -> None:
     announced: list[GroupReceipt] = []
-    loop, stream = asyncio.run(after_the_first_group(kind, announced))
-    found = loop.counts
-    assert (found.groups_dispatched, found.groups_filtered, found.groups_abandoned) == counts
-    assert loop.status() == status
+    rollout, stream = asyncio.run(after_the_first_group(kind, announced))
+    assert rollout.counts() == counts
+    assert rollout.book.status() == status
     assert [group.group_id for group in announced] == ([0] if kind == "kept" else [])
     # Everything that was sampled is in the log, of dropped groups too.
     parts = [f"{kind} {part}" for part in range(PARTS[kind])]
     assert stream.append.logged == ([parts] if parts else [])
-    assert found.tokens_generated == (10 if parts else 0)
 
 
 class Unjudged(Generators):
@@ -171,24 +201,21 @@ def test_verifiers_that_judge_nothing_end_the_run_by_name() -> None:
 
     stream = Stream()
     stream.append = WithoutRewards()
-    loop = loop_of(Source(), stream, Broken(), Unjudged(""))
+    rollout = rollout_of(Source(), stream, Broken(), Unjudged(""))
     with pytest.raises(ExceptionGroup) as raised:
-        asyncio.run(asyncio.wait_for(loop.run(), 10))
+        asyncio.run(asyncio.wait_for(rollout.loop.run(), 10))
     assert raised.group_contains(VerifierError, match="32 times: my_rule returned nan")
-    assert loop.counts.groups_filtered == 15
+    assert rollout.counts() == (16, 15, 0)
 
 
 class Solved(Source):
-    """Worked solutions of three letters and of none; a letter is a token."""
+    """Prompts with a worked solution, or with none."""
 
     def __init__(self, solution: str | None) -> None:
         self.solution = solution
 
     def next(self) -> Prompt:
         return Prompt(0, "p", 0, 0, "?", [1], "{}", self.solution, None)
-
-    def encode(self, solution: str) -> list[int]:
-        return [ord(letter) for letter in solution]
 
 
 @pytest.mark.parametrize(
@@ -199,26 +226,83 @@ def test_guidance_is_what_there_is_of_the_solution(
     solution: str, guidance: tuple[int, ...], guided: int
 ) -> None:
     keys = ("algorithm.rollout.guidance.ratio=0.5", "algorithm.rollout.guidance.max_tokens=5")
-    loop = loop_of(Solved(solution), Stream(), Verifiers(), Generators("kept"), *keys)
-    request = loop._dispatch(Solved(solution).next())
+    rollout = rollout_of(Solved(solution), Stream(), Verifiers(), Generators("kept"), *keys)
+    request = rollout.loop._dispatch(Solved(solution).next())
     assert (request.guidance_ids, request.num_guided) == (guidance, guided)
 
 
 def test_a_prompt_without_a_solution_cannot_be_guided() -> None:
     keys = ("algorithm.rollout.guidance.ratio=0.5",)
-    loop = loop_of(Solved(None), Stream(), Verifiers(), Generators("kept"), *keys)
+    rollout = rollout_of(Solved(None), Stream(), Verifiers(), Generators("kept"), *keys)
     with pytest.raises(UserError, match=r"set data\.solution_column"):
-        loop._dispatch(Solved(None).next())
+        rollout.loop._dispatch(Solved(None).next())
 
 
 def test_an_evaluation_without_prompts_asks_nobody() -> None:
     nobody: Any = None
-    evaluator = Evaluator(
-        prompts=[],
-        generators=nobody,
-        verifiers=nobody,
-        log=nobody,
-        config=config_with().eval,
-        max_tokens=8,
-    )
+    evaluator = Evaluator(prompts=[], episodes=nobody, log=nobody, max_tokens=8, log_timeout_s=1.0)
     assert asyncio.run(evaluator.run(0)) == {}
+
+
+class Mortal(Generators):
+    """The first request is lost with its generator; `late` says when."""
+
+    def __init__(self, late: bool) -> None:
+        super().__init__("kept")
+        self.late = late
+        self.asked: list[GroupRequest] = []
+
+    async def generate(self, request: GroupRequest, deadline_s: float) -> AsyncIterator[str]:
+        self.asked.append(request)
+        if len(self.asked) == 1 and not self.late:
+            raise GroupLostError("it died before the first batch")
+        yield f"batch {len(self.asked)} a"
+        if len(self.asked) == 1:
+            raise GroupLostError("it died between two batches")
+        yield f"batch {len(self.asked)} b"
+
+
+class Forgetful(Verifiers):
+    """Finds the first batch lost with its generator."""
+
+    async def score(self, group_id: int, rollout_ref: str, deadline_s: float) -> str:
+        if rollout_ref.startswith("batch 1"):
+            raise GroupLostError("the batch died with its generator")
+        return f"judged {rollout_ref}"
+
+
+def asked(episodes: Episodes) -> GroupRequest:
+    sampling = GroupSampling(num_completions=2, max_tokens=8, temperature=1.0)
+    return episodes.request(Source().next(), sampling, group_id=3, seed=7)
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_group_that_dies_on_its_way_is_run_again_from_the_start(late: bool) -> None:
+    generators: Any = Mortal(late)
+    verifiers: Any = Forgetful()
+    episodes = Episodes(generators, verifiers, sample_timeout_s=9.0, judge_timeout_s=9.0)
+    request = asked(episodes)
+    found = asyncio.run(episodes.run(request))
+    assert found == ["judged batch 2 a", "judged batch 2 b"]
+    assert generators.asked == [request, request]  # its seed and version too
+
+
+def test_another_error_beside_a_lost_group_is_raised() -> None:
+    class Broken(Forgetful):
+        async def score(self, group_id: int, rollout_ref: str, deadline_s: float) -> str:
+            if rollout_ref.endswith("b"):
+                raise StallError("no verdict")
+            return await super().score(group_id, rollout_ref, deadline_s)
+
+    generators: Any = Unjudged("")
+    verifiers: Any = Broken()
+
+    async def parts(request: GroupRequest, deadline_s: float) -> AsyncIterator[str]:
+        yield "batch 1 a"
+        yield "batch 1 b"
+
+    generators.generate = parts
+    episodes = Episodes(generators, verifiers, sample_timeout_s=9.0, judge_timeout_s=9.0)
+    with pytest.raises(ExceptionGroup) as raised:
+        asyncio.run(asyncio.wait_for(episodes.run(asked(episodes)), 10))
+    assert raised.group_contains(StallError, match="no verdict")

@@ -35,13 +35,14 @@ import matplotlib.pyplot as plt
 from actors.data.prompts import Prompt
 from actors.generation.engine import Completion
 from actors.generation.generator import rollout_batch
+from actors.rollout.episodes import Episodes, GroupSampling
+from actors.rollout.group_book import GroupBook
 from actors.rollout.guidance import Guidance
 from actors.rollout.loop import RolloutLoop
 from actors.rollout.pools import GeneratorPool, VerifierPool
 from actors.verifiers.base import Verdict
 from actors.verifiers.worker import with_verdicts
-from common.config.load import load_config
-from common.config.sections import Config
+from common.config.algorithm import GuidanceConfig
 from common.record.ledger import Ledger
 from common.record.writer import TrajectoryLogActor, TrajectoryLogClient
 from common.supervision.waits import Waits
@@ -114,7 +115,7 @@ class Point:
     coordinator_mib: float
 
 
-async def measure(config: Config, folder: Path, generators: int, tokens: int) -> Point:
+async def measure(group_size: int, folder: Path, generators: int, tokens: int) -> Point:
     hosts = [
         ray.remote(ScriptedGenerator).options(num_cpus=0, max_concurrency=1000).remote(tokens)
         for _ in range(HOSTS)
@@ -125,26 +126,31 @@ async def measure(config: Config, folder: Path, generators: int, tokens: int) ->
     ledger = Ledger(folder / "ledger.sqlite", "one prompt")
     handles = {f"generator-{i}": hosts[i % HOSTS] for i in range(generators)}
     pool = GeneratorPool(handles, waits, 0)
+    book = GroupBook(ledger, waits, max_staleness=1, groups_per_step=PROMPTS)
     loop = RolloutLoop(
-        config,
         source=Prompts(),  # type: ignore[arg-type]
-        generators=pool,
-        verifiers=VerifierPool({"verifier-0": verifier}, waits),
+        episodes=Episodes(
+            pool,
+            VerifierPool({"verifier-0": verifier}, waits),
+            sample_timeout_s=DEADLINE_S,
+            judge_timeout_s=DEADLINE_S,
+        ),
+        book=book,
         log=TrajectoryLogClient(stream, waits, 60.0),
-        guidance=Guidance(config.algorithm.rollout.guidance, 1, 1),
-        ledger=ledger,
-        waits=waits,
+        guidance=Guidance(GuidanceConfig(), 1, 1),
+        sampling=GroupSampling(group_size, tokens, 1.0),
+        seed=None,
     )
     running = asyncio.create_task(loop.run())
     walls, cpus, process = [], [], psutil.Process()
     for step in range(STEPS):
         wall, cpu = time.perf_counter(), time.process_time()
-        loop.trained(step + 1, await loop.take(step, DEADLINE_S), {})
+        book.trained(step + 1, await book.take(step, DEADLINE_S))
         await pool.update_weights([], step + 1, DEADLINE_S)
         await pool.score([[1] * 32] * 8, [16] * 8, DEADLINE_S)
         await pool.ping(DEADLINE_S)
         pool.version = step + 1
-        await loop.release()
+        await book.release()
         if step >= SKIPPED:
             walls.append(time.perf_counter() - wall)
             cpus.append(time.process_time() - cpu)
@@ -154,7 +160,7 @@ async def measure(config: Config, folder: Path, generators: int, tokens: int) ->
     for actor in (*hosts, verifier, stream):
         ray.kill(actor)
     return Point(
-        config.batch.group_size,
+        group_size,
         tokens,
         generators,
         float(np.median(walls)),
@@ -165,20 +171,10 @@ async def measure(config: Config, folder: Path, generators: int, tokens: int) ->
 
 def measure_here(group_size: int, tokens: int, generators: int) -> Point:
     """In this process, which has done nothing else: its memory is this point's."""
-    config = load_config(
-        [],
-        [
-            "model.path=none",
-            f"batch.group_size={group_size}",
-            f"batch.prompts_per_step={PROMPTS}",
-            "generator.max_staleness=1",
-            "model.max_length=32768",
-        ],
-    )
     ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     try:
         with tempfile.TemporaryDirectory() as folder:
-            return asyncio.run(measure(config, Path(folder), generators, tokens))
+            return asyncio.run(measure(group_size, Path(folder), generators, tokens))
     finally:
         ray.shutdown()
 

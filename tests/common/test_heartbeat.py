@@ -8,8 +8,8 @@ import pytest
 
 from common.errors import StallError
 from common.supervision.heartbeat import beat
+from common.supervision.loops import first_cause
 from common.supervision.waits import Waits
-from deploy.run.coordinator import first_cause
 
 
 def test_all_are_asked_again_and_a_slow_one_holds_up_no_other() -> None:

@@ -1,4 +1,4 @@
-"""The ledger: outcomes add up, turns are lost and repeated nowhere, and resumes take back exactly
+"""The ledger: outcomes add up, tickets are lost and repeated nowhere, and resumes take back exactly
 what did not survive. A model-based test drives the real generation loop through kills and resumes.
 """
 
@@ -25,7 +25,7 @@ from hypothesis.stateful import (
 )
 from test_budget import receipt
 from test_prompts import small_source
-from test_rollout import Verifiers, loop_of
+from test_rollout import Verifiers, rollout_of
 
 from common.budget import in_time
 from common.errors import RunError, UserError
@@ -219,7 +219,7 @@ class Generators:
 
 
 class RunThroughDeaths(RuleBasedStateMachine):
-    """The real loop, ledger and prompt source; a dictionary of turns as the reference."""
+    """The real loop, book, ledger and prompt source; a dictionary of tickets as the reference."""
 
     @initialize(staleness=st.integers(0, 8), prompts=st.integers(1, 3), size=st.integers(1, 9))
     def begin(self, staleness: int, prompts: int, size: int) -> None:
@@ -238,7 +238,7 @@ class RunThroughDeaths(RuleBasedStateMachine):
         self.ledger = ledger_at(self.folder, self.source.identity)
         self.generators = Generators(step)
         self.stream = Stream(self.storage, self.generators)
-        self.loop = loop_of(
+        rollout = rollout_of(
             self.source,
             self.stream,
             Verifiers(),
@@ -247,12 +247,13 @@ class RunThroughDeaths(RuleBasedStateMachine):
             f"generator.max_staleness={self.staleness}",
             ledger=self.ledger,
         )
+        self.book, self.rollout = rollout.book, rollout.state
         self.learner = step
         if fresh:
-            self.state = self.loop.save(0)
+            self.state = self.rollout.save(0)
         else:
-            self.spin(self.loop.resume(step, self.state))
-        self.running = self.events.create_task(self.loop.run())
+            self.spin(self.rollout.resume(step, self.state))
+        self.running = self.events.create_task(rollout.loop.run())
         self.spin()
 
     def spin(self, work: Any = None) -> Any:
@@ -282,27 +283,27 @@ class RunThroughDeaths(RuleBasedStateMachine):
 
     @rule()
     def the_learner_steps(self) -> None:
-        if self.loop._window.missing(self.learner):
+        if self.book._window.missing(self.learner):
             return
-        taken = self.spin(self.loop.take(self.learner, 5.0))
+        taken = self.spin(self.book.take(self.learner, 5.0))
         assert len(taken) == self.prompts
         for group in taken:
             assert self.learner - group.min_version <= self.staleness
             assert group.max_version <= self.learner
         self.learner += 1
-        self.loop.trained(self.learner, taken, {"reward/accuracy": 0.5})
+        self.book.trained(self.learner, taken)
         self.lineage.append([group.ticket for group in taken])
 
     @precondition(lambda self: self.generators.version < self.learner)
     @rule()
     def a_version_is_published(self) -> None:
         self.generators.version += 1
-        self.spin(self.loop.release())
+        self.spin(self.book.release())
 
     @precondition(lambda self: self.generators.version == self.learner)
     @rule()
     def a_checkpoint_is_written(self) -> None:
-        self.state, self.saved = self.loop.save(self.learner), self.learner
+        self.state, self.saved = self.rollout.save(self.learner), self.learner
 
     def die(self) -> None:
         self.running.cancel()
@@ -384,7 +385,7 @@ def test_a_version_that_a_kill_took_back_is_not_trained_on() -> None:
     machine.a_version_is_published()
     machine.a_group_ends(0, "kept")
     machine.killed()
-    assert machine.loop.status() == "1 groups under way, 1 ready, 2/2 slots"
+    assert machine.book.status() == "1 groups under way, 1 ready, 2/2 slots"
     assert [group.ticket for group in machine.ledger.open_groups()] == [0, 1]
     machine.the_learner_steps()
     assert machine.lineage == [[0]]

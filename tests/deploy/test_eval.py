@@ -8,7 +8,6 @@ import math
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,7 @@ import pytest
 from actors.data.prompts import Prompt
 from actors.generation.engine import Completion
 from actors.generation.generator import rollout_batch
-from actors.rollout.loop import RolloutLoop
+from actors.rollout.episodes import Episodes
 from actors.rollout.pools import GroupLostError
 from actors.verifiers import math_answer
 from actors.verifiers.base import Verdict
@@ -28,7 +27,7 @@ from common.config.sections import VerifierSpec
 from common.errors import RunError, StallError, UserError
 from common.record.schema import trajectory_schema
 from common.record.trajectory_log import TrajectoryLog, read_log
-from common.trajectory import GroupRequest
+from common.trajectory import GroupRequest, ticket_seed
 from deploy.cli import main
 from deploy.eval import launch, report
 from deploy.eval.runner import SuiteRunner, logged, sample_seed
@@ -140,9 +139,8 @@ def test_a_fingerprint_sees_other_weights_and_not_other_folders(tmp_path: Path) 
 
 
 def test_seeds_are_those_of_synchronous_training() -> None:
-    loop = SimpleNamespace(_seed=5)
     for problem in range(20):
-        of_ticket = RolloutLoop._seed_of(loop, problem)  # type: ignore[arg-type]
+        of_ticket = ticket_seed(5, problem)
         assert [sample_seed(5, problem, s) for s in range(3)] == [of_ticket + s for s in range(3)]
     seeds = {sample_seed(seed, p, s) for seed in range(3) for p in range(50) for s in range(8)}
     assert len(seeds) == 3 * 50 * 8
@@ -297,16 +295,18 @@ class Log:
 def sample(
     folder: Path, numbers: list[int], *, dies: int | None = None, fails_at: int | None = None
 ) -> Generators:
-    overrides = ["generator.max_concurrent_sequences=2"]
-    config = base_config(replace(OPTIONS, overrides=overrides))
     generators, log = Generators(dies), Log(folder, fails_at)
     runner = SuiteRunner(
         prompts(),
         SAMPLING,
-        generators=generators,  # type: ignore[arg-type]
-        verifiers=Verifiers(),  # type: ignore[arg-type]
+        episodes=Episodes(
+            generators,  # type: ignore[arg-type]
+            Verifiers(),  # type: ignore[arg-type]
+            sample_timeout_s=9.0,
+            judge_timeout_s=9.0,
+        ),
         log=log,  # type: ignore[arg-type]
-        config=config,
+        in_flight=2,
         progress=lambda done: None,
     )
     try:

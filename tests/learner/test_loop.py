@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 import pytest
 from test_budget import receipt
 
-from common.errors import NumbersError, RunError, WeightsError
+from common.errors import NumbersError, WeightsError
+from common.supervision.loops import first_cause
 from common.trajectory import GroupReceipt
-from deploy.run.coordinator import first_cause, until_learner_ends
 from learner.loop import LearnerLoop, Schedule
 from learner.weights.publish import Exported, Publisher
 
@@ -48,10 +49,13 @@ class Recorder:
         self.calls.append(f"take {version}")
         return [receipt(0, version, self.newest_token)]
 
-    def trained(
-        self, step: int, receipts: list[GroupReceipt], metrics: dict[str, float]
-    ) -> dict[str, float]:
+    def trained(self, step: int, receipts: list[GroupReceipt]) -> None:
         assert len(receipts) == 1
+
+    def metrics(self) -> dict[str, float]:
+        return {"groups/dispatched": 1.0}
+
+    def adapt(self, step: int, metrics: Mapping[str, float]) -> dict[str, float]:
         assert "loss/policy" in metrics
         return {"guidance/length": float(step)}
 
@@ -110,6 +114,7 @@ def loop_over(parts: Any, schedule: Schedule, stop: asyncio.Event | None = None)
         learner=parts,
         publisher=parts,
         groups=parts,
+        adapt=parts.adapt,
         evaluation=parts,
         checkpoints=CheckpointsOf(parts),
         record=parts.record,
@@ -337,23 +342,6 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_loop() -> None:
     with pytest.raises(ExceptionGroup) as caught:
         asyncio.run(asyncio.wait_for(loop_over(FullDisk(), SCHEDULE).run(), 5.0))
     assert "no space" in str(first_cause(caught.value))
-
-
-def test_any_other_loop_that_returns_is_an_error() -> None:
-    async def ends() -> None:
-        return None
-
-    async def fails() -> None:
-        raise ValueError("cause")
-
-    async def learns() -> dict[str, float]:
-        await asyncio.sleep(5)
-        return {}
-
-    with pytest.raises(RunError, match="only the learner's should"):
-        asyncio.run(until_learner_ends(learns(), ends()))
-    with pytest.raises(ValueError, match="cause"):
-        asyncio.run(until_learner_ends(learns(), fails()))
 
 
 def test_the_batch_of_a_step_that_ends_the_run_by_its_numbers_is_kept() -> None:

@@ -1,0 +1,116 @@
+"""From a prompt to judged completions: the one way there, for training and for every evaluation.
+
+    request   a prompt and how to sample it  ->  `GroupRequest`
+    run       a request  ->  references to trajectory batches, sampled and judged
+
+An *episode* is what the policy does with one prompt, up to its reward; a group is G episodes of one
+prompt. A request says nothing of turns: how an episode goes is the environment's business
+(`actors.environments`), and callers only see what comes out.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+from actors.data.prompts import Prompt
+from actors.rollout.guidance import UNGUIDED, GuidedStart
+from actors.rollout.pools import GeneratorPool, GroupLostError, VerifierPool
+from common.trajectory import GroupRequest
+
+
+@dataclass(frozen=True)
+class GroupSampling:
+    """How every group of a loop is sampled."""
+
+    num_completions: int
+    max_tokens: int
+    temperature: float
+    cap_s: float | None = None
+    """Seconds after which completions still being sampled are aborted and left out."""
+
+
+class Episodes:
+    """Samples groups with the generators and has the verifiers judge them."""
+
+    def __init__(
+        self,
+        generators: GeneratorPool,
+        verifiers: VerifierPool,
+        *,
+        sample_timeout_s: float,
+        judge_timeout_s: float,
+    ) -> None:
+        """Both times are for one group. When one has passed, the run ends: something hangs."""
+        self._generators = generators
+        self._verifiers = verifiers
+        self._sample_timeout_s = sample_timeout_s
+        self._judge_timeout_s = judge_timeout_s
+
+    def request(
+        self,
+        prompt: Prompt,
+        sampling: GroupSampling,
+        *,
+        group_id: int,
+        guided: GuidedStart = UNGUIDED,
+        seed: int | None = None,
+    ) -> GroupRequest:
+        """What `run` takes: sample `prompt` now, with the weights that the generators hold.
+
+        Args:
+            seed: of the group's samples; None leaves them to the engine's random state.
+        """
+        return GroupRequest(
+            group_id=group_id,
+            ticket=prompt.ticket,
+            prompt_id=prompt.prompt_id,
+            epoch=prompt.epoch,
+            prompt_text=prompt.text,
+            prompt_ids=prompt.token_ids,
+            reference=prompt.reference,
+            num_completions=sampling.num_completions,
+            max_tokens=sampling.max_tokens,
+            temperature=sampling.temperature,
+            dispatch_version=self._generators.version,
+            dispatched_s=time.time(),
+            guidance_ids=guided.token_ids,
+            num_guided=guided.num_completions,
+            mask_guidance=guided.mask,
+            seed=seed,
+            cap_s=sampling.cap_s,
+        )
+
+    async def run(self, request: GroupRequest) -> list[Any]:
+        """References to trajectory batches; none when no completion ended in time.
+
+        A group whose generator dies is sampled again, under the same seed: nobody has seen a
+        completion of it yet.
+
+        Raises:
+            ExceptionGroup: of what the pools raise, `StallError` at a deadline among it.
+        """
+        while True:
+            try:
+                return await self._sampled_and_judged(request)
+            except ExceptionGroup as group:
+                if group.split(GroupLostError)[1] is not None:
+                    raise
+
+    async def _sampled_and_judged(self, request: GroupRequest) -> list[Any]:
+        """Completions are judged while others of the group are still being sampled."""
+        async with asyncio.TaskGroup() as judging:
+            parts = [
+                judging.create_task(
+                    self._verifiers.score(request.group_id, sampled, self._judge_timeout_s)
+                )
+                async for sampled in self._generators.generate(request, self._sample_timeout_s)
+            ]
+        return [part.result() for part in parts]
+
+    async def failures(self) -> Counter[str]:
+        """Why verifiers could not judge, and how often."""
+        return await self._verifiers.failures(self._judge_timeout_s)
