@@ -6,8 +6,14 @@ The tokens travel as Arrow record batches (`common.record.schema`) behind object
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
+
+from common.supervision.calls import Ref
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 
 def ticket_seed(seed: int, ticket: int) -> int:
@@ -46,11 +52,12 @@ class GroupRequest:
 
 @dataclass(frozen=True)
 class GroupReceipt:
-    """A verified group that is in the trajectory log. `batch_ref` names its record batch."""
+    """A verified group that is in the trajectory log."""
 
     group_id: int
     ticket: int
-    batch_ref: Any
+    batch_ref: Ref[pa.RecordBatch] | None
+    """Its record batch; None where whoever asked for the receipt has the reference already."""
     dispatch_version: int
     min_version: int
     """Oldest weight version any token was sampled with."""
@@ -73,3 +80,17 @@ class GroupReceipt:
     def unjudged(self) -> bool:
         """No completion has a reward."""
         return self.num_unscored == self.num_completions
+
+
+def batch_refs(receipts: Iterable[GroupReceipt]) -> list[Ref[pa.RecordBatch]]:
+    """The record batches of groups.
+
+    Raises:
+        ValueError: a receipt is not complete: the trajectory log's client completes them.
+    """
+    refs = []
+    for receipt in receipts:
+        if receipt.batch_ref is None:
+            raise ValueError(f"the receipt of group {receipt.group_id} has no batch_ref")
+        refs.append(receipt.batch_ref)
+    return refs

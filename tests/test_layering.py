@@ -98,3 +98,20 @@ def test_files_and_functions_fit_on_a_screen(package: str) -> None:
                     place = f"{path.relative_to(ROOT)}:{node.lineno}"
                     too_long.append(f"{place} {node.name}: {length} lines")
     assert not too_long
+
+
+CALLS = ROOT / "common" / "supervision" / "calls.py"
+"""The one module that may call an actor's method by its name."""
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_calls_of_actors_name_their_method(package: str) -> None:
+    """`ask(handle, Class.method, ...)`, which grep, IDE and mypy can follow."""
+    nameless = [
+        f"{path.relative_to(ROOT)}:{node.lineno}"
+        for path in sources(package)
+        if path != CALLS
+        for node in ast.walk(tree(path))
+        if isinstance(node, ast.Attribute) and node.attr in ("remote", "actor")
+    ]
+    assert not nameless

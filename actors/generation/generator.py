@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import ray
 
 from actors.generation.engine import Completion, Engine
 from actors.generation.lending import lend
@@ -291,6 +290,3 @@ def rollout_batch(
 def _loss_mask(completion: Completion, mask_guidance: bool) -> list[bool]:
     guided = completion.guidance_length
     return [not mask_guidance] * guided + [True] * (len(completion.token_ids) - guided)
-
-
-GeneratorActor = ray.remote(Generator)

@@ -14,11 +14,13 @@ import asyncio
 import time
 from collections import Counter
 from dataclasses import dataclass
-from typing import Any
+
+import pyarrow as pa
 
 from actors.data.prompts import Prompt
 from actors.rollout.guidance import UNGUIDED, GuidedStart
 from actors.rollout.pools import GeneratorPool, GroupLostError, VerifierPool
+from common.supervision.calls import Ref
 from common.trajectory import GroupRequest
 
 
@@ -84,7 +86,7 @@ class Episodes:
             cap_s=sampling.cap_s,
         )
 
-    async def run(self, request: GroupRequest) -> list[Any]:
+    async def run(self, request: GroupRequest) -> list[Ref[pa.RecordBatch]]:
         """References to trajectory batches; none when no completion ended in time.
 
         A group whose generator dies is sampled again, under the same seed: nobody has seen a
@@ -100,7 +102,7 @@ class Episodes:
                 if group.split(GroupLostError)[1] is not None:
                     raise
 
-    async def _sampled_and_judged(self, request: GroupRequest) -> list[Any]:
+    async def _sampled_and_judged(self, request: GroupRequest) -> list[Ref[pa.RecordBatch]]:
         """Completions are judged while others of the group are still being sampled."""
         async with asyncio.TaskGroup() as judging:
             parts = [

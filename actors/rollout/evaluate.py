@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import asyncio
 import time
-from typing import Any
+
+import pyarrow as pa
 
 from actors.data.prompts import Prompt
 from actors.rollout.episodes import Episodes, GroupSampling
 from common.record.writer import TrajectoryLogClient
+from common.supervision.calls import Ref
 
 
 class Evaluator:
@@ -49,7 +51,7 @@ class Evaluator:
         summary = await self._log.write_evaluation(step, refs, self._log_timeout_s)
         return {**summary, "time/eval": time.monotonic() - started}
 
-    async def _one(self, index: int, prompt: Prompt) -> Any:
+    async def _one(self, index: int, prompt: Prompt) -> Ref[pa.RecordBatch]:
         """Reference to the prompt's one completion. Numbers below 0 are no group's of training."""
         request = self._episodes.request(prompt, self._sampling, group_id=-1 - index)
         (judged,) = await self._episodes.run(request)

@@ -1,8 +1,8 @@
 """The live generators and verifiers, behind two small typed classes.
 
-A pool sends work to the member with the least of it under way. Handles are Ray actors; every
-call goes through `Waits` with a deadline. A member that dies is replaced, and what it was asked is
-asked again; only what had been sampled of its groups is lost.
+A pool sends work to the member with the least of it under way. Every answer is waited
+for through `Waits`, with a deadline. A member that dies is replaced, and what it was asked is asked
+again; only what had been sampled of its groups is lost.
 """
 
 from __future__ import annotations
@@ -10,23 +10,38 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Iterable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Generic, Literal, Protocol, TypeVar
 
+import pyarrow as pa
 from ray.exceptions import RayActorError
 
+from actors.generation.generator import Generator
+from actors.verifiers.worker import VerifierWorker
+from common.supervision.calls import Call, Handle, Ref, ask, ask_pair, call, resolved, stream
 from common.supervision.replacement import Replacement, is_own_death
 from common.supervision.waits import Waits
 from common.trajectory import GroupRequest
 from common.weights import Proof, WeightBucket
+
+R = TypeVar("R")
+
+
+class Member(Protocol):
+    """What every actor of a pool can be asked."""
+
+    async def ping(self) -> None: ...
+
+
+M = TypeVar("M", bound=Member)
 
 
 class GroupLostError(Exception):
     """A group's completions died with their generator: sample it again."""
 
 
-class Pool:
+class Pool(Generic[M]):
     """Named actor handles and how many calls each has under way.
 
     Without a `replacement`, as until all members are up, the death of one is an error. With one, a
@@ -38,11 +53,13 @@ class Pool:
     kind = "members"
     """In the words of a stall report."""
 
-    def __init__(self, handles: dict[str, Any], waits: Waits, min_live: int | None = None) -> None:
+    def __init__(
+        self, handles: dict[str, Handle[M]], waits: Waits, min_live: int | None = None
+    ) -> None:
         self.handles = handles
         """The members that serve now."""
         self.waits = waits
-        self.replacement: Replacement | None = None
+        self.replacement: Replacement[M] | None = None
         self._min_live = len(handles) if min_live is None else min_live
         self._load: Counter[str] = Counter()
         self._coming: dict[str, asyncio.Task[None]] = {}
@@ -58,25 +75,23 @@ class Pool:
             self._load[name] -= 1
 
     async def call_all(
-        self, method: str, *args: Any, owner: str, deadline_s: float, fewest: int | None = None
-    ) -> dict[str, Any]:
-        """Call `method` on every live member and await all; results by name.
+        self, asked: Call[M, R], *, owner: str, deadline_s: float, fewest: int | None = None
+    ) -> dict[str, R]:
+        """Ask every live member and await all answers; by name.
 
         Args:
             fewest: members to wait for; None stands for `min_live`.
         """
-        results: dict[str, Any] = {}
+        results: dict[str, R] = {}
         while True:
             await self._until_live(self._min_live if fewest is None else fewest)
-            asked = [each for each in self.handles.items() if each[0] not in results]
-            if not asked:
+            left = [each for each in self.handles.items() if each[0] not in results]
+            if not left:
                 return results
-            calls = [
-                self._call(handle, name, method, args, owner, deadline_s) for name, handle in asked
-            ]
+            calls = [self._call(name, handle, asked, owner, deadline_s) for name, handle in left]
             # All of them, even when one fails: who tries again must not meet the rest of this.
             answers = await asyncio.gather(*calls, return_exceptions=True)
-            for (name, handle), answer in zip(asked, answers, strict=True):
+            for (name, handle), answer in zip(left, answers, strict=True):
                 if isinstance(answer, RayActorError):
                     await self.lost(name, handle, answer)
                 elif isinstance(answer, BaseException):
@@ -87,25 +102,17 @@ class Pool:
     async def ping(self, deadline_s: float) -> None:
         """Returns when every member that serves has answered, or one in its place."""
         self._raise_failed()
-        await self.call_all("ping", owner="heartbeat", deadline_s=deadline_s, fewest=0)
+        await self.call_all(call(Member.ping), owner="heartbeat", deadline_s=deadline_s, fewest=0)
 
     async def _call(
-        self,
-        handle: Any,
-        name: str,
-        method: str,
-        args: tuple[Any, ...],
-        owner: str,
-        deadline_s: float,
-    ) -> Any:
+        self, name: str, handle: Handle[M], asked: Call[M, R], owner: str, deadline_s: float
+    ) -> R:
+        cause = f"{asked.name} of {name}"
         return await self.waits.on(
-            getattr(handle, method).remote(*args),
-            owner=owner,
-            cause=f"{method} of {name}",
-            deadline_s=deadline_s,
+            asked.to(handle), owner=owner, cause=cause, deadline_s=deadline_s
         )
 
-    async def lost(self, name: str, dead: Any, error: RayActorError) -> None:
+    async def lost(self, name: str, dead: Handle[M], error: RayActorError) -> None:
         """`dead` serves no more, another comes in its place; returns when any serves.
 
         Raises:
@@ -155,7 +162,7 @@ class Pool:
         for task in self._coming.values():
             task.cancel()
 
-    async def _replace(self, name: str, dead: Any, error: RayActorError) -> None:
+    async def _replace(self, name: str, dead: Handle[M], error: RayActorError) -> None:
         assert self.replacement is not None
         await self.replacement.bury(name, dead, error)
         await self._arrive(name)
@@ -176,18 +183,22 @@ class Pool:
         self.handles[name] = handle  # nothing was awaited since it had the newest weights
         del self._coming[name]
 
-    async def _prepare(self, name: str, handle: Any, deadline_s: float) -> None:
+    async def _prepare(self, name: str, handle: Handle[M], deadline_s: float) -> None:
         """Make a new member ready to serve."""
         raise NotImplementedError
 
 
-class GeneratorPool(Pool):
+class GeneratorPool(Pool[Generator]):
     """Generators, and the weight version all of them hold."""
 
     kind = "generators"
 
     def __init__(
-        self, handles: dict[str, Any], waits: Waits, version: int, min_live: int | None = None
+        self,
+        handles: dict[str, Handle[Generator]],
+        waits: Waits,
+        version: int,
+        min_live: int | None = None,
     ) -> None:
         super().__init__(handles, waits, min_live)
         self.version = version
@@ -196,7 +207,13 @@ class GeneratorPool(Pool):
         self.proof: Proof | None = None
         """Raises unless a member that comes later scores as the learner does."""
 
-    async def generate(self, request: GroupRequest, deadline_s: float) -> AsyncIterator[Any]:
+    async def start(self, deadline_s: float) -> None:
+        """Start every engine."""
+        await self.call_all(call(Generator.start), owner="start-up", deadline_s=deadline_s)
+
+    async def generate(
+        self, request: GroupRequest, deadline_s: float
+    ) -> AsyncIterator[Ref[pa.RecordBatch]]:
         """References to rollout batches of one group, as its completions end.
 
         The stream says only which batch is ready; the batch is the result of a call of its own
@@ -208,8 +225,8 @@ class GeneratorPool(Pool):
         """
         ends = time.monotonic() + deadline_s
 
-        def on(waited: Any) -> Any:
-            return self.waits.on(
+        async def on(waited: Awaitable[R]) -> R:
+            return await self.waits.on(
                 waited,
                 owner=f"group {request.group_id}",
                 cause=f"its completions from {name} (given {deadline_s:.0f} s in all)",
@@ -220,9 +237,9 @@ class GeneratorPool(Pool):
         with self.least_loaded() as name:
             handle = self.handles[name]
             try:
-                ready = handle.generate_group.options(num_returns="streaming").remote(request)
+                ready = stream(handle, Generator.generate_group, request)
                 while (item := await on(anext(ready, None))) is not None:
-                    yield handle.take_batch.remote(await on(item))
+                    yield ask(handle, Generator.take_batch, await on(item))
             except RayActorError as error:
                 lost = error
             else:
@@ -230,21 +247,22 @@ class GeneratorPool(Pool):
         await self.lost(name, handle, lost)
         raise GroupLostError(f"{name} died with group {request.group_id}") from lost
 
-    async def _prepare(self, name: str, handle: Any, deadline_s: float) -> None:
-        await self._call(handle, name, "start", (), "restart", deadline_s)
+    async def _prepare(self, name: str, handle: Handle[Generator], deadline_s: float) -> None:
+        async def answer(asked: Call[Generator, R]) -> R:
+            return await self._call(name, handle, asked, "restart", deadline_s)
+
+        await answer(call(Generator.start))
         while True:
             update = self._newest
             version = self.version
             if update is not None:
-                await self._call(handle, name, "update_weights", update, "restart", deadline_s)
+                await answer(call(Generator.update_weights, *update))
                 version = update[1]
             if self.proof is not None:
                 await self.proof(
                     name,
                     version,
-                    lambda sequences, lengths: self._call(
-                        handle, name, "score", (sequences, lengths), "restart", deadline_s
-                    ),
+                    lambda sequences, lengths: answer(call(Generator.score, sequences, lengths)),
                 )
             if self._newest is update:  # else another version came meanwhile
                 return
@@ -253,40 +271,46 @@ class GeneratorPool(Pool):
         self, sequences: list[list[int]], prompt_lengths: list[int], deadline_s: float
     ) -> dict[str, list[list[float]]]:
         """Canary scores of every generator."""
-        return await self.call_all(
-            "score", sequences, prompt_lengths, owner="canary", deadline_s=deadline_s
-        )
+        scored = call(Generator.score, sequences, prompt_lengths)
+        return await self.call_all(scored, owner="canary", deadline_s=deadline_s)
 
     async def sleep(self, deadline_s: float) -> None:
         """Every generator leaves its device to the learner."""
-        await self.call_all("sleep", owner="learner", deadline_s=deadline_s)
+        await self.call_all(call(Generator.sleep), owner="learner", deadline_s=deadline_s)
 
     async def wake(self, part: Literal["weights", "cache"], deadline_s: float) -> None:
         """Memory for the next weights, then for serving again."""
-        await self.call_all(f"wake_{part}", owner="publish", deadline_s=deadline_s)
+        woken = call(Generator.wake_weights if part == "weights" else Generator.wake_cache)
+        await self.call_all(woken, owner="publish", deadline_s=deadline_s)
 
     async def update_weights(
         self, buckets: list[WeightBucket], version: int, deadline_s: float
     ) -> float:
         """Bring every generator to `version`; returns the longest stall of generation, seconds."""
         self._newest = (buckets, version)
-        stalls = await self.call_all(
-            "update_weights", buckets, version, owner="publish", deadline_s=deadline_s
-        )
-        return float(max(stalls.values()))
+        update = call(Generator.update_weights, buckets, version)
+        stalls = await self.call_all(update, owner="publish", deadline_s=deadline_s)
+        return max(stalls.values())
 
 
-class VerifierPool(Pool):
+class VerifierPool(Pool[VerifierWorker]):
     """Verifiers."""
 
     kind = "verifiers"
 
+    async def warm_up(self, deadline_s: float) -> None:
+        """Returns when every verifier has imported its rules."""
+        await self.call_all(call(VerifierWorker.warm_up), owner="start-up", deadline_s=deadline_s)
+
     async def failures(self, deadline_s: float) -> Counter[str]:
         """Why rules could not judge, and how often."""
-        found = await self.call_all("failures", owner="verdicts", deadline_s=deadline_s)
+        asked = call(VerifierWorker.failures)
+        found = await self.call_all(asked, owner="verdicts", deadline_s=deadline_s)
         return sum((Counter(each) for each in found.values()), Counter())
 
-    async def score(self, group_id: int, rollout_ref: Any, deadline_s: float) -> Any:
+    async def score(
+        self, group_id: int, rollout_ref: Ref[pa.RecordBatch], deadline_s: float
+    ) -> Ref[pa.RecordBatch]:
         """Reference to the trajectory batch of a rollout batch.
 
         The method returns (batch, acknowledgement). Only the acknowledgement is fetched: the
@@ -299,7 +323,8 @@ class VerifierPool(Pool):
             await self._until_live(1)
             with self.least_loaded() as name:
                 handle = self.handles[name]
-                batch_ref, done = handle.score_group.options(num_returns=2).remote(rollout_ref)
+                batch = resolved(rollout_ref)
+                batch_ref, done = ask_pair(handle, VerifierWorker.score_group, batch)
                 try:
                     await self.waits.on(
                         done,
@@ -315,5 +340,5 @@ class VerifierPool(Pool):
                     return batch_ref
             await self.lost(name, handle, lost)
 
-    async def _prepare(self, name: str, handle: Any, deadline_s: float) -> None:
-        await self._call(handle, name, "warm_up", (), "restart", deadline_s)
+    async def _prepare(self, name: str, handle: Handle[VerifierWorker], deadline_s: float) -> None:
+        await self._call(name, handle, call(VerifierWorker.warm_up), "restart", deadline_s)

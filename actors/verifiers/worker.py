@@ -15,7 +15,6 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 import pyarrow as pa
-import ray
 
 from actors.sandbox.sandbox import RuleSpec, Sandbox, Task
 from actors.verifiers.base import Verdict, fits_float32
@@ -30,7 +29,7 @@ from common.record.schema import (
 from common.supervision.faults import reached
 from common.supervision.stacks import arm
 
-__all__ = ["VerifierActor", "VerifierWorker", "verifier_names", "with_verdicts"]
+__all__ = ["VerifierWorker", "verifier_names", "with_verdicts"]
 
 T = TypeVar("T")
 
@@ -133,6 +132,3 @@ def _weighted_sum(rewards: Sequence[float | None], weights: Sequence[float]) -> 
         return None
     total = math.fsum(w * r for w, r in zip(weights, known, strict=True))
     return total if fits_float32(total) else None
-
-
-VerifierActor = ray.remote(VerifierWorker)

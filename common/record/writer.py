@@ -1,10 +1,10 @@
 """The trajectory log: verified groups go into the log, receipts come out.
 
 An actor of its own, so that the coordinator never touches tokens. The batch stays where it is in
-Ray's object store; the stream maps it, checks it, appends it to the log, and returns a receipt.
+Ray's object store; the writer maps it, checks it, appends it to the log, and returns a receipt.
 
-    TrajectoryLogWriter    the actor, owner of the trajectory log
-    TrajectoryLogClient            the coordinator's side of it
+    TrajectoryLogWriter    the actor, which owns the files (`common.record.trajectory_log`)
+    TrajectoryLogClient    the coordinator's side of it
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ import asyncio
 import itertools
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet
-import ray
 from ray.exceptions import RayActorError
 
 from common.errors import StallError
 from common.record.schema import sampled_lengths, trajectory_schema
 from common.record.trajectory_log import TrajectoryLog, read_segment, segments
+from common.supervision.calls import Call, Handle, Ref, ask, call, get_all, in_group, put, resolved
 from common.supervision.faults import reached
 from common.supervision.heartbeat import HEALTH
 from common.supervision.replacement import Replacement, is_own_death
@@ -33,6 +33,9 @@ from common.supervision.waits import Waits
 from common.trajectory import GroupReceipt
 
 _RECOVER_S = 600.0
+_FETCH_S = 60.0
+
+R = TypeVar("R")
 
 
 class TrajectoryLogWriter:
@@ -72,7 +75,7 @@ class TrajectoryLogWriter:
         group, ref = parts[0], None
         if len(parts) > 1:
             group = pa.concat_batches(parts).sort_by("completion_index")
-            ref = ray.put(group)
+            ref = put(group)
         self._log.append(group)
         return receipt(group, ref)
 
@@ -89,17 +92,17 @@ class TrajectoryLogWriter:
                 group_id = batch.column("group_id")[0].as_py()
                 if group_id in wanted and batch.schema.equals(self._schema, check_metadata=False):
                     wanted.discard(group_id)
-                    found.append(receipt(batch, ray.put(batch)))
+                    found.append(receipt(batch, put(batch)))
         return found
 
-    def write_evaluation(self, step: int, refs: list[Any]) -> dict[str, float]:
+    def write_evaluation(self, step: int, refs: list[Ref[pa.RecordBatch]]) -> dict[str, float]:
         """Keep the held-out completions of one evaluation as `evaluations/step-N.parquet`.
 
         Returns its sums: accuracy over all completions, those without a verdict counting as wrong.
         """
         folder = self._run_folder / "evaluations"
         folder.mkdir(exist_ok=True)
-        table = pa.Table.from_batches(ray.get(refs, timeout=60.0), schema=self._schema)
+        table = pa.Table.from_batches(get_all(refs, _FETCH_S), schema=self._schema)
         pa.parquet.write_table(table, folder / f"step-{step:06d}.parquet", compression="zstd")
         accuracy = table.column("accuracy").to_numpy()
         lengths = pc.list_value_length(table.column("token_ids"))
@@ -109,6 +112,7 @@ class TrajectoryLogWriter:
             "eval/length": float(pc.mean(lengths).as_py()),
         }
 
+    @in_group(HEALTH)
     def ping(self) -> None:
         """A sign of life."""
 
@@ -117,7 +121,7 @@ class TrajectoryLogWriter:
         self._log.close()
 
 
-def receipt(batch: pa.RecordBatch, ref: Any) -> GroupReceipt:
+def receipt(batch: pa.RecordBatch, ref: Ref[pa.RecordBatch] | None) -> GroupReceipt:
     """Sum a verified group up for the control plane."""
     lengths_G = sampled_lengths(batch)
     rewards_G = batch.column("reward").to_numpy(zero_copy_only=False).astype(np.float64)
@@ -144,21 +148,21 @@ def receipt(batch: pa.RecordBatch, ref: Any) -> GroupReceipt:
 
 
 class TrajectoryLogClient:
-    """The stream as the coordinator writes to it: one call at a time, with all that is ready.
+    """The coordinator's side of the trajectory log: one call at a time, with all that is ready.
 
     A call of Ray costs more than the writing of a group, so groups that end while one is under
-    way go together in the next. A stream that dies is replaced, where there is a `replacement`;
+    way go together in the next. A writer that dies is replaced, where there is a `replacement`;
     what it had written is not written again.
     """
 
     def __init__(
         self,
-        stream: Any,
+        writer: Handle[TrajectoryLogWriter],
         waits: Waits,
         deadline_s: float,
-        replacement: Replacement | None = None,
+        replacement: Replacement[TrajectoryLogWriter] | None = None,
     ) -> None:
-        self.stream = stream
+        self.writer = writer
         self._waits = waits
         self._deadline_s = deadline_s
         self._replacement = replacement
@@ -166,7 +170,7 @@ class TrajectoryLogClient:
         self._calling = asyncio.Lock()
         self._replacing = asyncio.Lock()
 
-    async def append(self, group_id: int, refs: list[Any]) -> GroupReceipt:
+    async def append(self, group_id: int, refs: list[Ref[pa.RecordBatch]]) -> GroupReceipt:
         """Log a verified group, in one batch or several; returns once it is written.
 
         Raises:
@@ -184,44 +188,36 @@ class TrajectoryLogClient:
 
     async def recover(self, group_ids: list[int]) -> list[GroupReceipt]:
         """As `TrajectoryLogWriter.recover`."""
-        receipts: list[GroupReceipt] = await self._call(
-            "recover", group_ids, owner="resume", deadline_s=_RECOVER_S
-        )
-        return receipts
+        asked = call(TrajectoryLogWriter.recover, group_ids)
+        return await self._call(asked, owner="resume", deadline_s=_RECOVER_S)
 
     async def write_evaluation(
-        self, step: int, refs: list[Any], deadline_s: float
+        self, step: int, refs: list[Ref[pa.RecordBatch]], deadline_s: float
     ) -> dict[str, float]:
         """As `TrajectoryLogWriter.write_evaluation`."""
+        asked = call(TrajectoryLogWriter.write_evaluation, step, refs)
         async with self._calling:
-            sums: dict[str, float] = await self._call(
-                "write_evaluation", step, refs, owner="evaluation", deadline_s=deadline_s
-            )
-        return sums
+            return await self._call(asked, owner="evaluation", deadline_s=deadline_s)
 
     async def ping(self, deadline_s: float) -> None:
-        """Returns when the stream has answered, or one in its place."""
-        stream = self.stream
-        ping = stream.ping.options(concurrency_group=HEALTH).remote()
+        """Returns when the writer has answered, or one in its place."""
+        writer = self.writer
         try:
-            await self._waits.on(
-                ping, owner="heartbeat", cause="the trajectory log", deadline_s=deadline_s
-            )
+            await self._answer(ask(writer, TrajectoryLogWriter.ping), "heartbeat", deadline_s)
         except RayActorError as error:
-            await self._replace(stream, error)
+            await self._replace(writer, error)
 
     async def _send(self, groups: list[_Unlogged]) -> None:
         while groups:
-            refs = [ref for group in groups for ref in group.refs]
+            batches = [resolved(ref) for group in groups for ref in group.refs]
             sizes = [len(group.refs) for group in groups]
-            owner, stream = f"group {groups[0].group_id}", self.stream
+            owner, writer = f"group {groups[0].group_id}", self.writer
+            asked = ask(writer, TrajectoryLogWriter.append, sizes, *batches)
             try:
-                receipts: list[GroupReceipt] = await self._once(
-                    "append", sizes, *refs, owner=owner, deadline_s=self._deadline_s
-                )
+                receipts = await self._answer(asked, owner, self._deadline_s)
                 logged = dict(zip([group.group_id for group in groups], receipts, strict=True))
             except RayActorError as error:
-                await self._replace(stream, error)
+                await self._replace(writer, error)
                 found = await self.recover([group.group_id for group in groups])
                 logged = {made.group_id: made for made in found}
             for group in groups:
@@ -230,36 +226,33 @@ class TrajectoryLogClient:
                     group.receipt = replace(made, batch_ref=ref)
             groups = [group for group in groups if group.receipt is None]
 
-    async def _call(self, method: str, *args: Any, owner: str, deadline_s: float) -> Any:
+    async def _call(
+        self, asked: Call[TrajectoryLogWriter, R], *, owner: str, deadline_s: float
+    ) -> R:
+        """The answer, of another writer if this one dies."""
         while True:
-            stream = self.stream
+            writer = self.writer
             try:
-                return await self._once(method, *args, owner=owner, deadline_s=deadline_s)
+                return await self._answer(asked.to(writer), owner, deadline_s)
             except RayActorError as error:
-                await self._replace(stream, error)
+                await self._replace(writer, error)
 
-    async def _once(self, method: str, *args: Any, owner: str, deadline_s: float) -> Any:
+    async def _answer(self, answer: Ref[R], owner: str, deadline_s: float) -> R:
         return await self._waits.on(
-            getattr(self.stream, method).remote(*args),
-            owner=owner,
-            cause="the trajectory log",
-            deadline_s=deadline_s,
+            answer, owner=owner, cause="the trajectory log", deadline_s=deadline_s
         )
 
-    async def _replace(self, dead: Any, error: RayActorError) -> None:
-        """Put a new stream in the place of `dead`, unless that has been done."""
+    async def _replace(self, dead: Handle[TrajectoryLogWriter], error: RayActorError) -> None:
+        """Put a new writer in the place of `dead`, unless that has been done."""
         if self._replacement is None or not is_own_death(error):
             raise error
         async with self._replacing:
-            if self.stream is dead:
-                self.stream = await self._replacement.replace("the trajectory log", dead, error)
+            if self.writer is dead:
+                self.writer = await self._replacement.replace("the trajectory log", dead, error)
 
 
 @dataclass(eq=False)
 class _Unlogged:
     group_id: int
-    refs: list[Any]
+    refs: list[Ref[pa.RecordBatch]]
     receipt: GroupReceipt | None = None
-
-
-TrajectoryLogActor = ray.remote(concurrency_groups={HEALTH: 1})(TrajectoryLogWriter)

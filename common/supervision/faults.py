@@ -36,7 +36,7 @@ POINTS = {
     "weights received": "a generator has the buckets of an update, none is loaded",
     "weights half loaded": "vLLM has loaded a bucket, others are to come",
     "verdict given": "a verifier has judged a batch",
-    "log appended": "the stream has written groups, nobody was told",
+    "log appended": "the log has been written, nobody was told",
     "gradient step done": "the optimiser has stepped, nobody was told",
 }
 """Every point, and what is true there."""

@@ -1,16 +1,18 @@
-"""A new actor in the place of one that died, generator, verifier or stream alike."""
+"""A new actor in the place of one that died: a generator, a verifier or the log's writer."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Generic, TypeVar
 
-import ray
 from ray.exceptions import RayActorError, RayTaskError
 
 from common.errors import first_line
+from common.supervision.calls import Handle
+
+T = TypeVar("T")
 
 
 async def _at_once(name: str) -> None:
@@ -18,11 +20,11 @@ async def _at_once(name: str) -> None:
 
 
 @dataclass(frozen=True)
-class Replacement:
+class Replacement(Generic[T]):
     """How actors of one kind are replaced."""
 
-    make: Callable[[str], Any]
-    """A new actor for a name."""
+    make: Callable[[str], Handle[T]]
+    """Starts an actor for a name."""
     allow: Callable[[BaseException], float]
     """Seconds to wait before the restart that answers an error; raises after too many."""
     say: Callable[[str], None]
@@ -39,19 +41,19 @@ class Replacement:
         room, start, and the pause, weights and proof around it."""
         return self.room_s + 2 * self.deadline_s
 
-    async def bury(self, name: str, dead: Any, error: RayActorError) -> None:
+    async def bury(self, name: str, dead: Handle[T], error: RayActorError) -> None:
         """Make way for another in the place of `dead`; raises what `allow` raises."""
         pause_s = self.allow(error)
         self.say(f"{name} died and starts again in {pause_s:.0f} s: {first_line(error)}")
         await asyncio.sleep(pause_s)
-        ray.kill(dead)  # if it only could not be reached
+        dead.kill()  # if it only could not be reached
 
-    async def replace(self, name: str, dead: Any, error: RayActorError) -> Any:
+    async def replace(self, name: str, dead: Handle[T], error: RayActorError) -> Handle[T]:
         """The actor that comes in the place of `dead`."""
         await self.bury(name, dead, error)
         return await self.bring(name)
 
-    async def bring(self, name: str) -> Any:
+    async def bring(self, name: str) -> Handle[T]:
         """A new actor, once there is room for it."""
         await self.room(name)
         return self.make(name)

@@ -213,7 +213,7 @@ async def _sample(jobs: list[Job], log_folder: Path, say: Say) -> None:
         preemption.listen()
         generators = GeneratorPool(actors.generators, service.waits, 0)
         deadline_s = first.config.generator.start_timeout_s
-        await generators.call_all("start", owner="start-up", deadline_s=deadline_s)
+        await generators.start(deadline_s)
         restarts = RestartBudget(first.config.restart)
         generators.replacement = Replacements(
             service.factory, first.run, restarts, say
@@ -241,10 +241,10 @@ async def _sample_suite(
 ) -> None:
     config = job.config
     deadline_s = config.generator.start_timeout_s
-    await verifiers.call_all("warm_up", owner="start-up", deadline_s=deadline_s)
+    await verifiers.warm_up(deadline_s)
     verifiers.replacement = replacements.verifiers()
-    stream = start_log(config, job.run.path)
-    log = TrajectoryLogClient(stream, service.waits, config.verify_timeout_s, replacements.stream())
+    writer = start_log(config, job.run.path)
+    log = TrajectoryLogClient(writer, service.waits, config.verify_timeout_s, replacements.log())
     episodes = Episodes(
         generators,
         verifiers,
@@ -265,7 +265,7 @@ async def _sample_suite(
         _add_failures(job.run.path / FAILURES, await episodes.failures())
     finally:
         verifiers.end()
-        await service.end_run(log.stream)
+        await service.end_run(log.writer)
 
 
 class _Progress:

@@ -24,7 +24,7 @@ MIB = 2**20
 _FEWEST_TO_DIVIDE = 4
 _CLUSTER_THREADS = 4
 """Of an actor on a cluster, unless the configuration says more: its work is on a GPU there."""
-STREAM_OPTIONS: dict[str, object] = {"num_cpus": 0.1}
+LOG_OPTIONS: dict[str, object] = {"num_cpus": 0.1}
 
 
 @dataclass(frozen=True)

@@ -15,17 +15,17 @@ from typing import Any
 
 import ray
 
-from actors.generation.generator import GeneratorActor
+from actors.generation.generator import Generator
 from actors.verifiers.registry import verifier_names
-from actors.verifiers.worker import VerifierActor
+from actors.verifiers.worker import VerifierWorker
 from common.config.sections import Config
 from common.errors import StartError, UserError
-from common.record.writer import TrajectoryLogActor
-from common.supervision.heartbeat import HEALTH
+from common.record.writer import TrajectoryLogWriter
+from common.supervision.calls import Handle, start_actor
 from common.supervision.stacks import descendants
 from deploy.models.resolve import Located
 from deploy.placement.options import (
-    STREAM_OPTIONS,
+    LOG_OPTIONS,
     ActorOptions,
     CorePlan,
     actor_options,
@@ -35,23 +35,19 @@ from deploy.placement.options import (
 from deploy.placement.reservation import LEARNER, VERIFIERS, Reservation
 from learner.training.job import LearnerJob
 from learner.training.rank import LearnerRank
-from learner.training.ranks import WRITING
 
 PROJECT_ROOT = Path(__file__).resolve().parents[2]
 _TASKS_REMEMBERED = 2_000
 """By Ray's server, for its own tools: of 100,000, its default, a long run has it grow by 200 MB."""
 
 
-LearnerActor = ray.remote(concurrency_groups={WRITING: 1, HEALTH: 1})(LearnerRank)
-
-
 @dataclass
 class Actors:
     """What several runs may use one after the other."""
 
-    generators: dict[str, Any]
-    verifiers: dict[str, Any]
-    learners: list[Any]
+    generators: dict[str, Handle[Generator]]
+    verifiers: dict[str, Handle[VerifierWorker]]
+    learners: list[Handle[LearnerRank]]
 
 
 def connect(config: Config, cores: CorePlan) -> None:
@@ -139,11 +135,13 @@ class ActorFactory:
     reservation: Reservation | None = None
     """Places on a cluster; None on one of our own, which is as large as the run."""
 
-    def generator(self, name: str, model_folder: str) -> Any:
+    def generator(self, name: str, model_folder: str) -> Handle[Generator]:
         """`name` is generator-N."""
         config, index = self.config, int(name.rpartition("-")[2])
         options = self._options.generator | self._place(name)
-        return GeneratorActor.options(**options).remote(
+        return start_actor(
+            Generator,
+            options,
             name,
             replace(config.model, path=model_folder),
             config.generator,
@@ -154,21 +152,23 @@ class ActorFactory:
             self.locate,
         )
 
-    def verifier(self, name: str) -> Any:
+    def verifier(self, name: str) -> Handle[VerifierWorker]:
         """`name` is verifier-N."""
         index = int(name.rpartition("-")[2])
         options = self._options.verifier | self._place(VERIFIERS, index)
-        return VerifierActor.options(**options).remote(self.config.verifier)
+        return start_actor(VerifierWorker, options, self.config.verifier)
 
     def _place(self, name: str, index: int = 0) -> dict[str, Any]:
         return {} if self.reservation is None else self.reservation.options(name, index)
 
     def all(self, generators: Sequence[str]) -> Actors:
-        """Every actor but the stream; they start up on their own, `Run` awaits them."""
+        """Every actor but the log's writer; they start up on their own, `Run` awaits them."""
         config, job = self.config, learner_job(self.config, self.locate)
         verifiers = [f"verifier-{index}" for index in range(config.verifier.workers)]
         learners = [
-            LearnerActor.options(**self._options.learner | self._place(LEARNER, rank)).remote(
+            start_actor(
+                LearnerRank,
+                self._options.learner | self._place(LEARNER, rank),
                 job,
                 rank,
                 self.cores.learner_cores[rank] if self._bound else None,
@@ -211,10 +211,10 @@ def learner_job(config: Config, origin: Located) -> LearnerJob:
     )
 
 
-def start_log(config: Config, run_folder: Path) -> Any:
-    """The trajectory log of one run."""
+def start_log(config: Config, run_folder: Path) -> Handle[TrajectoryLogWriter]:
+    """The writer of one run's trajectory log."""
     names = verifier_names(config.verifier)
-    return TrajectoryLogActor.options(**STREAM_OPTIONS).remote(str(run_folder), names)
+    return start_actor(TrajectoryLogWriter, LOG_OPTIONS, str(run_folder), names)
 
 
 _LET_GO_S = 20.0

@@ -15,7 +15,6 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.ipc
-import ray
 
 from actors.data.prompts import PromptSource, build_prompt_source
 from actors.rollout.episodes import Episodes, GroupSampling
@@ -31,9 +30,10 @@ from common.record.credit_log import forget_credit_after
 from common.record.ledger import Ledger
 from common.record.metrics import Metrics
 from common.record.writer import TrajectoryLogClient
+from common.supervision.calls import get_all
 from common.supervision.heartbeat import beat
 from common.supervision.loops import first_cause, until_it_ends
-from common.trajectory import GroupReceipt
+from common.trajectory import GroupReceipt, batch_refs
 from deploy.models.resolve import Located, check_vocabulary, resolve_model
 from deploy.placement.options import with_compute_dtype
 from deploy.placement.reservation import fewest_generators, generator_names
@@ -100,15 +100,15 @@ class Run:
                 self._config, self._first_step, origin, self._display.event
             )
             self._preemption.listen()
-            stream = start_log(self._config, self._run.path)
+            writer = start_log(self._config, self._run.path)
             timeout_s = self._config.verify_timeout_s
-            log = TrajectoryLogClient(stream, self._waits, timeout_s, self._replacements.stream())
+            log = TrajectoryLogClient(writer, self._waits, timeout_s, self._replacements.log())
             try:
                 return await self._train(actors, log, source, used)
             except ExceptionGroup as group:
                 raise first_cause(group) from group
             finally:
-                await self._service.end_run(log.stream)
+                await self._service.end_run(log.writer)
 
     @property
     def _replacements(self) -> Replacements:
@@ -290,10 +290,7 @@ class Run:
         starts: list[Awaitable[Any]] = [learner.setup(config.learner.start_timeout_s)]
         if not used:
             deadline_s = config.generator.start_timeout_s
-            starts += [
-                generators.call_all("start", owner="start-up", deadline_s=deadline_s),
-                verifiers.call_all("warm_up", owner="start-up", deadline_s=deadline_s),
-            ]
+            starts += [generators.start(deadline_s), verifiers.warm_up(deadline_s)]
         await asyncio.gather(*starts)
 
     async def _restore(self, learner: LearnerRanks, rollout: RolloutState) -> None:
@@ -350,7 +347,7 @@ class Run:
         return beat(restart.heartbeat_s, asks)
 
     def _keep_batch(self, receipts: list[GroupReceipt]) -> None:
-        batches = ray.get([receipt.batch_ref for receipt in receipts], timeout=_FETCH_S)
+        batches = get_all(batch_refs(receipts), _FETCH_S)
         with pa.ipc.new_file(self._run.path / FAILED_BATCH, batches[0].schema) as file:
             for batch in batches:
                 file.write_batch(batch)

@@ -1,4 +1,4 @@
-"""Generators, verifiers and the stream start again by themselves, while the others go on.
+"""Generators, verifiers and the log's writer start again by themselves, while the others go on.
 
 The learner does not: its ranks hold one model together, so all start again from the last checkpoint
 (`deploy.run.restart_budget`). Nor does a generator whose weights come by a collective (nccl, ipc).
@@ -9,12 +9,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
+from actors.generation.generator import Generator
+from actors.verifiers.worker import VerifierWorker
+from common.record.writer import TrajectoryLogWriter
+from common.supervision.calls import Handle
 from common.supervision.replacement import Replacement
 from deploy.run.actors import ActorFactory, start_log
 from deploy.run.directory import RunDirectory
 from deploy.run.restart_budget import RestartBudget
+
+T = TypeVar("T")
 
 
 class Replacements:
@@ -32,19 +38,19 @@ class Replacements:
         self._restarts = restarts
         self._say = say
 
-    def generators(self) -> Replacement | None:
+    def generators(self) -> Replacement[Generator] | None:
         """None where a new one could not get the weights."""
         if self._factory.config.weights.transport != "object_store":
             return None
         return self._by(self._generator, has_place=True)
 
-    def verifiers(self) -> Replacement:
+    def verifiers(self) -> Replacement[VerifierWorker]:
         return self._by(self._factory.verifier)
 
-    def stream(self) -> Replacement:
+    def log(self) -> Replacement[TrajectoryLogWriter]:
         return self._by(lambda _: start_log(self._factory.config, self._run.path))
 
-    def _by(self, make: Callable[[str], Any], *, has_place: bool = False) -> Replacement:
+    def _by(self, make: Callable[[str], Handle[T]], *, has_place: bool = False) -> Replacement[T]:
         """`has_place`: the cluster keeps one under the name of each."""
         config, reservation = self._factory.config, self._factory.reservation
         deadline_s = config.generator.start_timeout_s
@@ -53,7 +59,7 @@ class Replacements:
             return replacement
         return replace(replacement, room=reservation.room, room_s=config.ray.placement_timeout_s)
 
-    def _generator(self, name: str) -> Any:
+    def _generator(self, name: str) -> Handle[Generator]:
         folder = self._factory.config.model.path
         if not Path(folder).is_dir():  # a checkpoint that has been pruned since
             newest = self._run.newest_checkpoint(self._say)

@@ -13,12 +13,13 @@ import asyncio
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import ray
-
+from actors.generation.generator import Generator
+from actors.verifiers.worker import VerifierWorker
 from common.config.sections import Config
 from common.errors import UserError
+from common.record.writer import TrajectoryLogWriter
+from common.supervision.calls import Handle, Ref, ask
 from common.supervision.waits import Waits
 from deploy.models.resolve import Located
 from deploy.placement.cpu_runtime import preload_libraries
@@ -26,6 +27,7 @@ from deploy.placement.memory import check_memory
 from deploy.placement.options import CorePlan, actor_options, gpus_each, plan_here, uses_cuda
 from deploy.placement.reservation import Reservation, generator_names, wishes
 from deploy.run.actors import ActorFactory, Actors, connect, disconnect, learner_job
+from learner.training.rank import LearnerRank
 from learner.training.ranks import LearnerRanks
 
 SHUTDOWN_S = 30.0
@@ -81,24 +83,24 @@ class Service:
         self._actors, self._served = self._factory.all(generators), wanted
         return self._actors, False
 
-    async def change_verifiers(self, config: Config) -> dict[str, Any]:
+    async def change_verifiers(self, config: Config) -> dict[str, Handle[VerifierWorker]]:
         """Verifiers of `config.verifier` in the place of those that are open; the rest stays."""
         assert self._actors is not None
         old = self._actors.verifiers
-        await self._all_answered([handle.close.remote() for handle in old.values()])
+        await self._all_answered([ask(handle, VerifierWorker.close) for handle in old.values()])
         for handle in old.values():
-            ray.kill(handle)
+            handle.kill()
         changed = replace(self.factory.config, verifier=config.verifier)
         self._factory, self._served = replace(self.factory, config=changed), _sections(changed)
         self._actors.verifiers = {name: self.factory.verifier(name) for name in old}
         return self._actors.verifiers
 
-    async def end_run(self, stream: Any) -> None:
+    async def end_run(self, log: Handle[TrajectoryLogWriter]) -> None:
         """Close what belongs to one run; the learner lets go of its policy."""
         assert self._actors is not None
-        calls = [handle.shutdown.remote() for handle in self._actors.learners]
-        await self._all_answered([*calls, stream.close.remote()])
-        ray.kill(stream)
+        calls = [ask(handle, LearnerRank.shutdown) for handle in self._actors.learners]
+        await self._all_answered([*calls, ask(log, TrajectoryLogWriter.close)])
+        log.kill()
 
     async def end(self, log_folder: Path) -> None:
         """End every actor and Ray; the logs of all processes go to `log_folder`."""
@@ -106,12 +108,12 @@ class Service:
             generators, verifiers = self._actors.generators, self._actors.verifiers
             self._actors = None
             await self._all_answered(
-                [handle.shutdown.remote() for handle in generators.values()]
-                + [handle.close.remote() for handle in verifiers.values()]
+                [ask(handle, Generator.shutdown) for handle in generators.values()]
+                + [ask(handle, VerifierWorker.close) for handle in verifiers.values()]
             )
         disconnect(log_folder)
 
-    async def _all_answered(self, calls: list[Any]) -> None:
+    async def _all_answered(self, calls: list[Ref[None]]) -> None:
         """Every actor was asked to end its own children; whatever does not answer is killed after.
 
         Errors are not raised: a dead or hanging actor is why we may be here.

@@ -26,8 +26,11 @@ from torch.distributed.device_mesh import DeviceMesh
 from common.errors import RunError
 from common.record.credit_log import write_credit
 from common.record.schema import check_schema
+from common.supervision.calls import Handle, Ref, in_group
 from common.supervision.faults import reached
+from common.supervision.heartbeat import HEALTH
 from common.supervision.stacks import arm
+from common.weight_transport import WeightReceiver
 from common.weights import WeightBucket, pack_tensors
 from learner.algorithm.recipe import Recipe
 from learner.policy.model import (
@@ -58,6 +61,9 @@ if TYPE_CHECKING:
     from learner.weights.device_transport import DeviceTransport
 
 log = logging.getLogger(__name__)
+
+_WRITING = "writing"
+"""The concurrency group in which checkpoints are written."""
 
 
 def _ray_put(value: Any) -> Any:
@@ -206,7 +212,7 @@ class LearnerRank:
 
     def step(
         self,
-        batches: Sequence[Any],
+        batches: Sequence[pa.RecordBatch | Ref[pa.RecordBatch]],
         version: int,
         max_staleness: int,
         credit_run: str | None = None,
@@ -254,7 +260,11 @@ class LearnerRank:
         return buckets
 
     def open_transport(
-        self, backend: str, generators: list[Any], workers_each: int, deadline_s: float
+        self,
+        backend: str,
+        generators: list[Handle[WeightReceiver]],
+        workers_each: int,
+        deadline_s: float,
     ) -> None:
         """Join vLLM's `nccl` or `ipc` weight transfer to `generators`. Collective, CUDA only."""
         from learner.weights.device_transport import DeviceTransport, GeneratorClient
@@ -308,6 +318,7 @@ class LearnerRank:
         state = TrainerState(trainer.step, schedule, self._recipe.state_dict(), extra)
         self._snapshot = take_snapshot(trainer.policy, trainer.optimizer, state, self._dtype)
 
+    @in_group(_WRITING)
     def write_checkpoint(self, folder: str) -> None:
         """Write what `take_checkpoint` took (see `learner.training.checkpoint`); `step` may go on
         beside it.
@@ -330,10 +341,12 @@ class LearnerRank:
         self._recipe.load_state_dict(state.recipe)
         return state.extra
 
-    def fetch_ahead(self, batches: Sequence[Any]) -> None:
+    @in_group(HEALTH)
+    def fetch_ahead(self, batches: Sequence[Ref[pa.RecordBatch]]) -> None:
         """Begin to bring batches of a later step, given as Ray references, to this node."""
         fetch_ahead(batches)
 
+    @in_group(HEALTH)
     def ping(self) -> None:
         """A sign of life."""
 

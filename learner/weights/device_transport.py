@@ -9,15 +9,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypeVar
 
-import ray
 import torch
 from vllm.distributed.weight_transfer.base import ParamMeta, TrainerInitInfo, WeightSource
 from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
 
 from common.errors import UserError
+from common.supervision.calls import Call, Handle, ask, call, get_all
+from common.weight_transport import WeightReceiver
 from learner.training import fsdp
+
+R = TypeVar("R")
 
 
 class GeneratorClient:
@@ -26,7 +29,9 @@ class GeneratorClient:
     `workers_each`: processes of a generator that take part.
     """
 
-    def __init__(self, handles: list[Any], workers_each: int, deadline_s: float) -> None:
+    def __init__(
+        self, handles: list[Handle[WeightReceiver]], workers_each: int, deadline_s: float
+    ) -> None:
         self._handles = handles
         self._workers_each = workers_each
         self._deadline_s = deadline_s
@@ -40,23 +45,21 @@ class GeneratorClient:
             info = dict(init_info)
             if "rank_offset" in info:
                 info["rank_offset"] += index * self._workers_each
-            calls.append(handle.init_weight_transfer.remote(info))
-        ray.get(calls, timeout=self._deadline_s)
+            calls.append(ask(handle, WeightReceiver.init_weight_transfer, info))
+        get_all(calls, self._deadline_s)
 
     def start_weight_update(self) -> None:
-        self._call("begin_update")
+        self._all(call(WeightReceiver.begin_update))
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
-        self._call("receive_weights", update_info)
+        self._all(call(WeightReceiver.receive_weights, update_info))
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
         """`weight_version` is vLLM's to give; ours is set before every send."""
-        self.stall_s = max(self._call("end_update", self.version))
+        self.stall_s = max(self._all(call(WeightReceiver.end_update, self.version)))
 
-    def _call(self, method: str, *args: Any) -> list[Any]:
-        calls = [getattr(handle, method).remote(*args) for handle in self._handles]
-        results: list[Any] = ray.get(calls, timeout=self._deadline_s)
-        return results
+    def _all(self, asked: Call[WeightReceiver, R]) -> list[R]:
+        return get_all([asked.to(handle) for handle in self._handles], self._deadline_s)
 
 
 class PolicySource(WeightSource):

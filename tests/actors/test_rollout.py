@@ -27,6 +27,7 @@ from common.config.sections import Config
 from common.errors import StallError, UserError, VerifierError
 from common.record.ledger import Ledger
 from common.record.writer import TrajectoryLogClient
+from common.supervision.calls import Handle
 from common.supervision.waits import Waits
 from common.trajectory import GroupReceipt, GroupRequest
 
@@ -64,7 +65,7 @@ class Verifiers:
 
 
 class Append:
-    """The stream's one method: what it was given, and a receipt for it."""
+    """`TrajectoryLogWriter.append`: what it was given, and a receipt for it."""
 
     def __init__(self) -> None:
         self.logged: list[list[str]] = []
@@ -80,7 +81,7 @@ class Append:
         return replace(receipt(0, 0, 0), num_completions=len(refs), rewards_equal=equal)
 
 
-class Stream:
+class Writer:
     def __init__(self) -> None:
         self.append = Append()
 
@@ -115,7 +116,7 @@ class Rollout:
 
 def rollout_of(
     source: Any,
-    stream: Any,
+    writer: Any,
     verifiers: Any,
     generators: Any,
     *overrides: str,
@@ -124,7 +125,7 @@ def rollout_of(
 ) -> Rollout:
     config = config_with(*overrides)
     staleness = config.generator.max_staleness
-    log = TrajectoryLogClient(stream, Waits(), 10.0)
+    log = TrajectoryLogClient(Handle(writer), Waits(), 10.0)
     guidance = Guidance(config.algorithm.rollout.guidance, 1, 7)
     book = GroupBook(
         ledger or Ledger(Path(":memory:"), "prompts of the test"),
@@ -146,16 +147,16 @@ def rollout_of(
     return Rollout(loop, RolloutState(source, book, guidance, log, config.batch.group_size))
 
 
-async def after_the_first_group(kind: str, announced: list[GroupReceipt]) -> tuple[Rollout, Stream]:
-    stream = Stream()
+async def after_the_first_group(kind: str, announced: list[GroupReceipt]) -> tuple[Rollout, Writer]:
+    writer = Writer()
     generators = Generators(kind)
-    rollout = rollout_of(Source(), stream, Verifiers(), generators, announce=announced.append)
+    rollout = rollout_of(Source(), writer, Verifiers(), generators, announce=announced.append)
     running = asyncio.create_task(rollout.loop.run())
     for _ in range(50):
         await asyncio.sleep(0)
     running.cancel()
     await asyncio.gather(running, return_exceptions=True)
-    return rollout, stream
+    return rollout, writer
 
 
 @pytest.mark.parametrize(
@@ -171,13 +172,13 @@ def test_a_dropped_group_makes_room_for_another(
     kind: str, counts: tuple[int, int, int], status: str
 ) -> None:
     announced: list[GroupReceipt] = []
-    rollout, stream = asyncio.run(after_the_first_group(kind, announced))
+    rollout, writer = asyncio.run(after_the_first_group(kind, announced))
     assert rollout.counts() == counts
     assert rollout.book.status() == status
     assert [group.group_id for group in announced] == ([0] if kind == "kept" else [])
     # Everything that was sampled is in the log, of dropped groups too.
     parts = [f"{kind} {part}" for part in range(PARTS[kind])]
-    assert stream.append.logged == ([parts] if parts else [])
+    assert writer.append.logged == ([parts] if parts else [])
 
 
 class Unjudged(Generators):
@@ -199,9 +200,9 @@ def test_verifiers_that_judge_nothing_end_the_run_by_name() -> None:
         async def failures(self, deadline_s: float) -> Counter[str]:
             return Counter({"my_rule returned nan": 32, "my_rule: too slow": 1})
 
-    stream = Stream()
-    stream.append = WithoutRewards()
-    rollout = rollout_of(Source(), stream, Broken(), Unjudged(""))
+    writer = Writer()
+    writer.append = WithoutRewards()
+    rollout = rollout_of(Source(), writer, Broken(), Unjudged(""))
     with pytest.raises(ExceptionGroup) as raised:
         asyncio.run(asyncio.wait_for(rollout.loop.run(), 10))
     assert raised.group_contains(VerifierError, match="32 times: my_rule returned nan")
@@ -226,14 +227,14 @@ def test_guidance_is_what_there_is_of_the_solution(
     solution: str, guidance: tuple[int, ...], guided: int
 ) -> None:
     keys = ("algorithm.rollout.guidance.ratio=0.5", "algorithm.rollout.guidance.max_tokens=5")
-    rollout = rollout_of(Solved(solution), Stream(), Verifiers(), Generators("kept"), *keys)
+    rollout = rollout_of(Solved(solution), Writer(), Verifiers(), Generators("kept"), *keys)
     request = rollout.loop._dispatch(Solved(solution).next())
     assert (request.guidance_ids, request.num_guided) == (guidance, guided)
 
 
 def test_a_prompt_without_a_solution_cannot_be_guided() -> None:
     keys = ("algorithm.rollout.guidance.ratio=0.5",)
-    rollout = rollout_of(Solved(None), Stream(), Verifiers(), Generators("kept"), *keys)
+    rollout = rollout_of(Solved(None), Writer(), Verifiers(), Generators("kept"), *keys)
     with pytest.raises(UserError, match=r"set data\.solution_column"):
         rollout.loop._dispatch(Solved(None).next())
 

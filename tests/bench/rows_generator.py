@@ -19,7 +19,9 @@ from harness import CONFIGS, Row, emit
 from workload import without_end
 
 os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"
+from actors.generation.generator import Generator
 from common.config.load import load_config
+from common.supervision.calls import Handle, ask, get_all, start_actor, stream
 from common.trajectory import GroupRequest
 from common.weights import pack_tensors
 from deploy.models.resolve import Located, resolve_model
@@ -41,21 +43,21 @@ def measure(folder: str) -> list[Row]:
     connect(config, cores)
     factory = ActorFactory(config, cores, cuda=False, version=0, locate=Located(folder, folder))
     generator = factory.generator("generator-0", folder)
-    ray.get(generator.start.remote(), timeout=300)
+    get_all([ask(generator, Generator.start)], 300)
     draw = np.random.default_rng(0)
     prompts = [draw.integers(3, 250, 24).tolist() for _ in range(GROUPS)]
     # The same environment, threads and cores as the actor's.
     options = actor_options(config, cores, cuda=False).generator | {"num_cpus": 0}
-    offline = ray.remote(Offline).options(**options).remote(folder, cores.generator_cores[0])
+    offline = start_actor(Offline, options, folder, cores.generator_cores[0])
     rates: dict[str, list[float]] = {"actor": [], "offline": []}
     for repeat in range(REPEATS + 1):
-        plain = ray.get(offline.rate.remote(prompts), timeout=300)
+        (plain,) = get_all([ask(offline, Offline.rate, prompts)], 300)
         ours = actor_rate(generator, prompts, repeat)
         if repeat:
             rates["offline"].append(plain)
             rates["actor"].append(ours)
     stalls, copies = publish_stalls(generator, folder, prompts)
-    ray.get(generator.shutdown.remote(), timeout=30)
+    get_all([ask(generator, Generator.shutdown)], 30)
     disconnect(Path("/tmp"))
     return [
         Row(
@@ -122,24 +124,26 @@ class Offline:
         return tokens / (time.perf_counter() - started)
 
 
-def ask(generator: Any, prompts: list[list[int]], first: int) -> list[Any]:
+def ask_groups(generator: Handle[Generator], prompts: list[list[int]], first: int) -> list[Any]:
     """Every group asked for at once, as the loop does; streams of batches."""
     return [
-        generator.generate_group.options(num_returns="streaming").remote(
+        stream(
+            generator,
+            Generator.generate_group,
             GroupRequest(
                 first + i, first + i, "p", 0, "?", ids, "{}", SIZE, TOKENS, 1.0, 0, time.time()
-            )
+            ),
         )
         for i, ids in enumerate(prompts)
     ]
 
 
-def actor_rate(generator: Any, prompts: list[list[int]], repeat: int) -> float:
+def actor_rate(generator: Handle[Generator], prompts: list[list[int]], repeat: int) -> float:
     """Tokens a second, until the batches are in the object store."""
     started = time.perf_counter()
-    ready = [list(stream) for stream in ask(generator, prompts, GROUPS * repeat)]
+    ready = [list(each) for each in ask_groups(generator, prompts, GROUPS * repeat)]
     numbers = [number for group in ready for number in ray.get(group)]
-    stored = [generator.take_batch.remote(number) for number in numbers]
+    stored = [ask(generator, Generator.take_batch, number) for number in numbers]
     ray.wait(stored, num_returns=len(stored), timeout=60, fetch_local=False)
     taken = time.perf_counter() - started
     batches = ray.get(stored)
@@ -147,7 +151,7 @@ def actor_rate(generator: Any, prompts: list[list[int]], repeat: int) -> float:
 
 
 def publish_stalls(
-    generator: Any, folder: str, prompts: list[list[int]]
+    generator: Handle[Generator], folder: str, prompts: list[list[int]]
 ) -> tuple[list[float], list[float]]:
     """(seconds generation stood still, seconds to copy the same bytes), a repeat each.
 
@@ -161,11 +165,11 @@ def publish_stalls(
     stored = [replace(bucket, ref=ray.put(bucket.ref)) for bucket in buckets]
     stalls, copies = [], []
     for version in range(1, REPEATS + 2):
-        streams = ask(generator, prompts, 1000 * version)
+        streams = ask_groups(generator, prompts, 1000 * version)
         time.sleep(0.3)
-        stall = ray.get(generator.update_weights.remote(stored, version), timeout=120)
-        for stream in streams:
-            list(stream)
+        (stall,) = get_all([ask(generator, Generator.update_weights, stored, version)], 120)
+        for each in streams:
+            list(each)
         started = time.perf_counter()
         for bucket in buckets:
             np.array(np.frombuffer(bucket.ref, np.uint8))

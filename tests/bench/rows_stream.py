@@ -1,4 +1,4 @@
-"""Groups through stream actor, ledger and log, no model: 8 completions of 1,000 tokens each."""
+"""Groups through the log's writer and the ledger, no model: 8 completions of 1,000 tokens each."""
 
 from __future__ import annotations
 
@@ -7,25 +7,31 @@ import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import ray
 from harness import Row, emit
 from learner_models import trajectories
 
 from common.record.ledger import Ledger
-from common.record.writer import TrajectoryLogActor, TrajectoryLogClient
+from common.record.writer import TrajectoryLogClient, TrajectoryLogWriter
+from common.supervision.calls import Handle, Ref, ask, get_all, put, start_actor
 from common.supervision.waits import Waits
 from common.trajectory import GroupReceipt, GroupRequest
 
 GROUPS, REPEATS, STEP, UNDER_WAY = 320, 5, 16, 32
 
 
-async def pass_through(stream: Any, ledger: Ledger, refs: list[Any], first: int) -> None:
+async def pass_through(
+    writer: Handle[TrajectoryLogWriter],
+    ledger: Ledger,
+    refs: list[Ref[pa.RecordBatch]],
+    first: int,
+) -> None:
     """Every group dispatched, logged, booked and trained on, as a run's coordinator does it."""
     slots = asyncio.Semaphore(UNDER_WAY)
-    log = TrajectoryLogClient(stream, Waits(), deadline_s=60.0)
+    log = TrajectoryLogClient(writer, Waits(), deadline_s=60.0)
 
     async def one(group: int) -> GroupReceipt:
         async with slots:
@@ -42,17 +48,17 @@ async def pass_through(stream: Any, ledger: Ledger, refs: list[Any], first: int)
 def main() -> None:
     ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     batches = trajectories([(200, [1000] * 8)] * 20)
-    refs = [ray.put(batch) for batch in batches]
+    refs = [put(batch) for batch in batches]
     nbytes = batches[0].nbytes
     rates, ratios = [], []
     source = np.random.default_rng(0).integers(0, 255, nbytes, dtype=np.uint8)
     with tempfile.TemporaryDirectory() as name:
-        stream = TrajectoryLogActor.options(num_cpus=0).remote(name, ["test"])
+        writer = start_actor(TrajectoryLogWriter, {"num_cpus": 0}, name, ["test"])
         ledger = Ledger(Path(name) / "ledger.sqlite", "made up")
-        asyncio.run(pass_through(stream, ledger, refs, 0))  # warms up
+        asyncio.run(pass_through(writer, ledger, refs, 0))  # warms up
         for repeat in range(1, REPEATS + 1):
             started = time.perf_counter()
-            asyncio.run(pass_through(stream, ledger, refs, repeat * GROUPS))
+            asyncio.run(pass_through(writer, ledger, refs, repeat * GROUPS))
             taken = time.perf_counter() - started
             started = time.perf_counter()
             for _ in range(GROUPS):
@@ -61,8 +67,9 @@ def main() -> None:
             rates.append(GROUPS / taken)
             ratios.append(taken / copied)
         ledger.end()
-        ray.get(stream.close.remote(), timeout=60)  # its Parquet twins are in the folder too
-        ray.kill(stream)
+        # Its Parquet twins are in the folder too.
+        get_all([ask(writer, TrajectoryLogWriter.close)], timeout_s=60)
+        writer.kill()
     ray.shutdown()
     emit(
         [

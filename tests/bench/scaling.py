@@ -21,6 +21,7 @@ import time
 from collections.abc import AsyncIterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -44,7 +45,8 @@ from actors.verifiers.base import Verdict
 from actors.verifiers.worker import with_verdicts
 from common.config.algorithm import GuidanceConfig
 from common.record.ledger import Ledger
-from common.record.writer import TrajectoryLogActor, TrajectoryLogClient
+from common.record.writer import TrajectoryLogClient, TrajectoryLogWriter
+from common.supervision.calls import Handle, start_actor
 from common.supervision.waits import Waits
 from common.trajectory import GroupRequest
 from common.weights import WeightBucket
@@ -116,12 +118,10 @@ class Point:
 
 
 async def measure(group_size: int, folder: Path, generators: int, tokens: int) -> Point:
-    hosts = [
-        ray.remote(ScriptedGenerator).options(num_cpus=0, max_concurrency=1000).remote(tokens)
-        for _ in range(HOSTS)
-    ]
-    verifier = ray.remote(ScriptedVerifier).options(num_cpus=0, max_concurrency=1000).remote()
-    stream = TrajectoryLogActor.options(num_cpus=0).remote(str(folder), ["rule"])
+    many = {"num_cpus": 0, "max_concurrency": 1000}
+    hosts: list[Handle[Any]] = [start_actor(ScriptedGenerator, many, tokens) for _ in range(HOSTS)]
+    verifier: Handle[Any] = start_actor(ScriptedVerifier, many)
+    writer = start_actor(TrajectoryLogWriter, {"num_cpus": 0}, str(folder), ["rule"])
     waits = Waits()
     ledger = Ledger(folder / "ledger.sqlite", "one prompt")
     handles = {f"generator-{i}": hosts[i % HOSTS] for i in range(generators)}
@@ -136,7 +136,7 @@ async def measure(group_size: int, folder: Path, generators: int, tokens: int) -
             judge_timeout_s=DEADLINE_S,
         ),
         book=book,
-        log=TrajectoryLogClient(stream, waits, 60.0),
+        log=TrajectoryLogClient(writer, waits, 60.0),
         guidance=Guidance(GuidanceConfig(), 1, 1),
         sampling=GroupSampling(group_size, tokens, 1.0),
         seed=None,
@@ -157,8 +157,8 @@ async def measure(group_size: int, folder: Path, generators: int, tokens: int) -
     running.cancel()
     await asyncio.gather(running, return_exceptions=True)
     ledger.end()
-    for actor in (*hosts, verifier, stream):
-        ray.kill(actor)
+    for actor in (*hosts, verifier, writer):
+        actor.kill()
     return Point(
         group_size,
         tokens,

@@ -15,8 +15,9 @@ from ray.experimental import get_object_locations
 from test_budget import receipt
 from test_trainer import make_worker
 
+from common.supervision.calls import start_actor
 from common.supervision.waits import Waits
-from deploy.run.actors import LearnerActor
+from learner.training.rank import LearnerRank
 from learner.training.ranks import LearnerRanks
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
@@ -29,8 +30,8 @@ def test_a_group_is_fetched_while_the_learner_is_busy(cluster: Cluster, tmp_path
     environment = {"env_vars": {"PYTHONPATH": path}}
     ray.init(address=cluster.address, log_to_driver=False, runtime_env=environment)
     job = make_worker(save_tiny_model(tmp_path))._job
-    learner = LearnerActor.options(num_cpus=1, resources={"learning": 1}).remote(job, 0)
-    busy = learner.__ray_call__.remote(lambda _: time.sleep(60.0))
+    learner = start_actor(LearnerRank, {"num_cpus": 1, "resources": {"learning": 1}}, job, 0)
+    busy = learner.actor.__ray_call__.remote(lambda _: time.sleep(60.0))
     group = LearnerRanks([learner], Waits(), 60.0)
     refs = [ray.put(batch) for batch in trajectories([(512, [8192] * 8)] * 8)]
     try:
@@ -42,5 +43,5 @@ def test_a_group_is_fetched_while_the_learner_is_busy(cluster: Cluster, tmp_path
             time.sleep(0.1)
         assert ray.wait([busy], timeout=0) == ([], [busy])
     finally:
-        ray.kill(learner)
+        learner.kill()
         ray.shutdown()

@@ -160,8 +160,8 @@ class Storage:
         self.logged: dict[int, GroupReceipt] = {}
 
 
-class Stream:
-    """The stream actor on `storage`; its receipts know the request they answer."""
+class Writer:
+    """The trajectory log's writer on `storage`; its receipts know the request they answer."""
 
     def __init__(self, storage: Storage, generators: Generators) -> None:
         self.storage, self.generators = storage, generators
@@ -237,10 +237,10 @@ class RunThroughDeaths(RuleBasedStateMachine):
         self.source = small_source(self.size)
         self.ledger = ledger_at(self.folder, self.source.identity)
         self.generators = Generators(step)
-        self.stream = Stream(self.storage, self.generators)
+        self.writer = Writer(self.storage, self.generators)
         rollout = rollout_of(
             self.source,
-            self.stream,
+            self.writer,
             Verifiers(),
             self.generators,
             f"batch.prompts_per_step={self.prompts}",

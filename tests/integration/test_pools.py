@@ -13,6 +13,7 @@ import ray
 
 from actors.rollout.pools import GeneratorPool
 from common.errors import StallError
+from common.supervision.calls import Handle, start_actor
 from common.supervision.waits import Waits
 from common.trajectory import GroupRequest
 
@@ -37,8 +38,8 @@ class Scripted:
 
 
 @pytest.fixture(scope="module")
-def scripted(local_ray: None) -> Any:
-    return ray.remote(Scripted).options(num_cpus=0).remote()
+def scripted(local_ray: None) -> Handle[Scripted]:
+    return start_actor(Scripted, {"num_cpus": 0})
 
 
 def request(text: str, completions: int) -> GroupRequest:
@@ -50,7 +51,7 @@ async def received(actor: Any, asked: GroupRequest, deadline_s: float = 30.0) ->
     return [ref async for ref in pool.generate(asked, deadline_s)]
 
 
-def test_batches_are_there_however_late_they_are_read(scripted: Any) -> None:
+def test_batches_are_there_however_late_they_are_read(scripted: Handle[Scripted]) -> None:
     async def many() -> list[list[Any]]:
         groups = [received(scripted, request("?", 20)) for _ in range(20)]
         begun = asyncio.gather(*groups)
@@ -63,13 +64,13 @@ def test_batches_are_there_however_late_they_are_read(scripted: Any) -> None:
         assert [batch.column("tokens")[0].as_py()[0] for batch in batches] == list(range(20))
 
 
-def test_what_the_generator_raises_comes_out_after_its_batches(scripted: Any) -> None:
+def test_what_the_generator_raises_comes_out_after_its_batches(scripted: Handle[Scripted]) -> None:
     with pytest.raises(ValueError, match="no such prompt"):
         asyncio.run(received(scripted, request("raises", 0)))
     with pytest.raises(ValueError, match="no such prompt"):
         asyncio.run(received(scripted, request("raises", 2)))
 
 
-def test_a_generator_that_hangs_is_a_stall_with_its_name(scripted: Any) -> None:
+def test_a_generator_that_hangs_is_a_stall_with_its_name(scripted: Handle[Scripted]) -> None:
     with pytest.raises(StallError, match="completions from generator-0"):
         asyncio.run(received(scripted, request("hangs", 1), deadline_s=0.5))

@@ -1,4 +1,4 @@
-"""What becomes of groups when a generator, a verifier or the stream dies, on real Ray."""
+"""What becomes of groups when a generator, a verifier or the log's writer dies, on real Ray."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from actors.verifiers.base import Verdict
 from actors.verifiers.worker import with_verdicts
 from common.errors import RunError, StallError, WeightsError
 from common.record.trajectory_log import read_log
-from common.record.writer import TrajectoryLogActor, TrajectoryLogClient
+from common.record.writer import TrajectoryLogClient, TrajectoryLogWriter
+from common.supervision.calls import Handle, ask, start_actor
 from common.supervision.faults import MARK, VARIABLE
 from common.supervision.replacement import Replacement
 from common.supervision.waits import Waits
@@ -29,7 +30,7 @@ pytestmark = pytest.mark.usefixtures("local_ray")
 
 
 def actor(kind: type[Mortal] = Mortal) -> Any:
-    return ray.remote(kind).options(num_cpus=0, max_concurrency=100).remote()
+    return start_actor(kind, {"num_cpus": 0, "max_concurrency": 100})
 
 
 def verified(index: int) -> pa.RecordBatch:
@@ -38,7 +39,7 @@ def verified(index: int) -> pa.RecordBatch:
     return with_verdicts(group(index), ["rule"], [1.0], [Verdict("pass", 1.0, "")] * 2)
 
 
-def replacement(said: list[str], pauses: list[float] | None = None) -> Replacement:
+def replacement(said: list[str], pauses: list[float] | None = None) -> Replacement[Any]:
     """Allows as many restarts as there are `pauses`."""
     left = pauses if pauses is not None else [0.0] * 10
 
@@ -62,7 +63,7 @@ async def versions(pool: GeneratorPool, text: str) -> list[int]:
 async def generators(count: int, said: list[str], pauses: list[float] | None = None) -> Any:
     handles = {f"generator-{index}": actor() for index in range(count)}
     pool = GeneratorPool(handles, Waits(), 0)
-    await pool.call_all("start", owner="test", deadline_s=60.0)
+    await pool.start(60.0)
     pool.replacement = replacement(said, pauses)
     return pool
 
@@ -142,7 +143,7 @@ def test_a_pool_that_may_shrink_goes_on_and_grows_again() -> None:
     async def main() -> None:
         handles = {f"generator-{index}": actor() for index in range(2)}
         pool = GeneratorPool(handles, Waits(), 0, min_live=1)
-        await pool.call_all("start", owner="test", deadline_s=60.0)
+        await pool.start(60.0)
         nodes = asyncio.Event()
 
         async def room(name: str) -> None:
@@ -160,7 +161,7 @@ def test_a_pool_that_may_shrink_goes_on_and_grows_again() -> None:
         while len(pool.handles) < 3:
             await pool.ping(30.0)
             await asyncio.sleep(0.05)
-        held = await pool.call_all("score", [[1]], [1], owner="test", deadline_s=30.0)
+        held = await pool.score([[1]], [1], 30.0)
         assert held == {f"generator-{index}": [[-5.0]] for index in range(3)}
         pool.end()
 
@@ -203,7 +204,7 @@ def test_an_update_that_comes_while_a_newcomer_loads_is_loaded_too() -> None:
             await versions(pool, "die")
         while len(pool.handles) < 2:
             await asyncio.sleep(0.05)
-        held = await pool.call_all("score", [[1]], [1], owner="test", deadline_s=30.0)
+        held = await pool.score([[1]], [1], 30.0)
         assert held == {f"generator-{index}": [[-7.0]] for index in range(2)}
         assert proved == [0, 7]
 
@@ -248,7 +249,7 @@ def test_too_many_deaths_end_the_run_and_none_may_be_forbidden() -> None:
 def test_a_verifier_that_dies_is_asked_again() -> None:
     async def main() -> None:
         pool = VerifierPool({"verifier-0": actor()}, Waits())
-        await pool.call_all("warm_up", owner="test", deadline_s=60.0)
+        await pool.warm_up(60.0)
         pool.replacement = replacement([])
         small = ray.put(pa.record_batch({"a": [1]}))
         scored = await asyncio.gather(*[pool.score(0, small, 30.0) for _ in range(3)])
@@ -260,25 +261,25 @@ def test_a_verifier_that_dies_is_asked_again() -> None:
 def test_completions_that_died_with_their_generator_are_the_groups_loss() -> None:
     async def main() -> None:
         verifiers = VerifierPool({"verifier-0": actor()}, Waits())
-        await verifiers.call_all("warm_up", owner="test", deadline_s=60.0)
+        await verifiers.warm_up(60.0)
         dead = actor()
-        ray.kill(dead)
+        dead.kill()
         with pytest.raises(GroupLostError):
-            await verifiers.score(0, dead.take_batch.remote(0), 30.0)
+            await verifiers.score(0, ask(dead, Mortal.take_batch, 0), 30.0)
 
     asyncio.run(main())
 
 
-def test_a_stream_that_dies_behind_the_log_does_not_write_twice(tmp_path: Path) -> None:
+def test_a_writer_that_dies_behind_the_log_does_not_write_twice(tmp_path: Path) -> None:
     faults = {VARIABLE: "kill@log appended#2", MARK: str(tmp_path / "mark")}
 
-    def stream() -> Any:
-        options = TrajectoryLogActor.options(num_cpus=0, runtime_env={"env_vars": faults})
-        return options.remote(str(tmp_path), ["rule"])
+    def writer() -> Handle[TrajectoryLogWriter]:
+        options = {"num_cpus": 0, "runtime_env": {"env_vars": faults}}
+        return start_actor(TrajectoryLogWriter, options, str(tmp_path), ["rule"])
 
     async def main() -> None:
-        again = Replacement(lambda name: stream(), lambda error: 0.0, lambda said: None, 60.0)
-        log = TrajectoryLogClient(stream(), Waits(), 60.0, again)
+        again = Replacement(lambda name: writer(), lambda error: 0.0, lambda said: None, 60.0)
+        log = TrajectoryLogClient(writer(), Waits(), 60.0, again)
         receipts = [await log.append(index, [ray.put(verified(index))]) for index in range(4)]
         assert [receipt.group_id for receipt in receipts] == [0, 1, 2, 3]
         for index, receipt in enumerate(receipts):
