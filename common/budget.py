@@ -115,10 +115,10 @@ class GroupWindow:
 def in_time(
     receipts: Iterable[GroupReceipt], version: int, max_staleness: int, prompts_per_step: int
 ) -> list[GroupReceipt]:
-    """Of complete groups, those that a learner at `version` can still train within the bound.
+    """The complete groups that a learner at `version` can still train within the bound.
 
-    Oldest first, the k-th is trained at version + k // P. What was out when a run ended all is
-    in time, unless the run goes on with smaller S or P. At most (S + 1) * P are.
+    Oldest first, the k-th is trained at version + k // P. So at most (S + 1) * P are in time.
+    All that were out when a run ended are, unless the run goes on with smaller S or P.
     """
     kept: list[GroupReceipt] = []
     for receipt in _oldest_first(receipts):

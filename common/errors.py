@@ -44,7 +44,7 @@ class VerifierError(RunError):
 
 
 def first_line(error: BaseException) -> str:
-    """Of its message; its representation where it has none."""
+    """The first line of an error's message; its representation where it has none."""
     return (str(error).strip() or repr(error)).splitlines()[0]
 
 

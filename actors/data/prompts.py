@@ -34,7 +34,7 @@ class Prompt:
     """
 
     ticket: int
-    """Its place in the order of serving, over all epochs; -1 for evaluation."""
+    """The place in the order of serving, over all epochs; -1 for evaluation."""
     prompt_id: str
     index: int
     epoch: int

@@ -63,7 +63,7 @@ def credit_schema() -> pa.Schema:
 
 
 def credit_path(run: Path, step: int, rule: str | None = None) -> Path:
-    """Of the credit of learner step `step` (from 1) of the run directory `run`.
+    """Where the credit of learner step `step` (from 1) of the run directory `run` is written.
 
     `rule`: another credit rule that was asked what it would have done; None is the run's own.
     """

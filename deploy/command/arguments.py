@@ -22,7 +22,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def parser() -> argparse.ArgumentParser:
-    """Of every verb."""
+    """The parser of all verbs."""
     made = argparse.ArgumentParser(
         prog="grpo-lambda",
         description="Reinforcement learning of language models with verifiable rewards.",

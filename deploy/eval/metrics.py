@@ -54,7 +54,7 @@ def pass_at_k(num_samples: int, num_correct_P: npt.ArrayLike, k: int) -> Floats:
 
 
 def majority(answers_N: Sequence[str | None], correct_N: Sequence[bool]) -> float:
-    """maj@N of one problem: the expected mark of the answer that most samples give.
+    """Majority vote, maj@N of one problem: the expected mark of the commonest answer.
 
     Ties are shared: among the answers with the most votes one is drawn at random, and the mark is
     the expectation over that draw (self-consistency, Wang et al. 2022, arXiv 2203.11171, leaves

@@ -159,7 +159,9 @@ def results_of(
 
 
 def write(folder: Path, samples: Samples, results: Mapping[str, Any]) -> None:
-    """completions.parquet, then results.json: where the latter is, all is. Each is renamed whole.
+    """Write completions.parquet, then results.json, so that with the second there is all.
+
+    Each is written aside and renamed whole.
 
     Raises: `OSError` when the disk does not take it.
     """

@@ -186,7 +186,7 @@ def differences(stored: dict[str, Any], wanted: dict[str, Any], prefix: str = ""
 
 
 def versions() -> dict[str, str]:
-    """Of what a result may depend on, as installed."""
+    """Installed versions of what a result may depend on."""
     found = {"python": platform.python_version()}
     for name in _VERSIONED:
         try:

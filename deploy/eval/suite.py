@@ -62,9 +62,9 @@ class Suite:
     problems: int | None = None
     """How many there should be; another number is refused. None: not known."""
     seed: int = 0
-    """Of questions that are drawn, and of the order of options."""
+    """Decides which questions are drawn, and the order of options."""
     license: str = MISSING
-    """Of the data, as far as known."""
+    """The licence of the data, as far as it is known."""
     unverified: str = ""
     """What nobody could check when the file was written."""
 

@@ -66,7 +66,7 @@ class Replay:
     from_step: int
     """The checkpoint it began from."""
     ranks: int
-    """Of the run; the replay has one."""
+    """How many the run had; the replay has one."""
     metrics: dict[str, float]
     compared: int
     """Numbers of the record that were compared."""
@@ -83,7 +83,7 @@ class Other:
     metrics: dict[str, float]
     credit: pa.Table
     logged: Path
-    """Its credit, beside that of the run."""
+    """Where its credit was written, beside that of the run."""
 
 
 def replay(run: Path, step: int, other: tuple[str, Config] | None = None) -> Replay:
@@ -179,7 +179,10 @@ def _place(batch: pa.RecordBatch) -> tuple[int, int]:
 
 
 def run_config(run: Path) -> Config:
-    """As it was resolved when the run began. Raises `UserError` where there is no run."""
+    """The configuration of a run, as it was resolved when the run began.
+
+    Raises: `UserError` where there is no run.
+    """
     path = run / "config.yaml"
     if not path.is_file():
         raise UserError(f"{run}: there is no run (no config.yaml) in this folder")

@@ -44,7 +44,7 @@ class State:
     version: str
     """Changes whenever a file does."""
     groups: pa.Table
-    """Of the log and the ledger together, ascending by `group_id`; `segment` is null where the
+    """The groups of log and ledger together, ascending by `group_id`. `segment` is null where the
     log has no such group."""
     metrics: list[dict[str, float]]
     credit_steps: list[int]

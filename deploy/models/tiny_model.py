@@ -44,7 +44,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:
-    """A Qwen2 with fresh float32 weights drawn from `seed`.
+    """A Llama with fresh float32 weights drawn from `seed`.
 
     The vocabulary is padded to a multiple of 64; ids past the tokenizer's are never trained.
     """

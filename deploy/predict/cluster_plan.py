@@ -137,7 +137,7 @@ class ClusterPlan:
         return Simulation(self.workload(), costs or self.costs(), lengths).run(steps)
 
     def splits(self, lengths: Lengths | None = None) -> list[tuple[ClusterPlan, Prediction]]:
-        """The same devices divided otherwise between generation and learning, fastest first.
+        """Other divisions of these devices between generation and learning, fastest first.
 
         Only where both pools are of one kind, and only what fits.
         """

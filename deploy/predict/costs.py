@@ -84,7 +84,7 @@ class ModelShape:
 
     @property
     def kv_bytes(self) -> int:
-        """Of a token in the key-value cache."""
+        """Bytes of one token in the key-value cache."""
         return 2 * self.layers * self.kv_heads * self.head_size * _BYTES
 
 
@@ -98,7 +98,10 @@ MODELS = {
 
 
 def model_shape(path: str) -> ModelShape:
-    """Of a known name or a Hugging Face folder. Raises `UserError` for any other."""
+    """The shape of a model, by a known name or from a Hugging Face folder.
+
+    Raises: `UserError` for any other.
+    """
     known = MODELS.get(path.removesuffix("-Instruct"))
     if known is not None:
         return known
@@ -134,7 +137,7 @@ class Pools:
 
     generators: int
     devices_each: int
-    """Of a generator."""
+    """How many devices one generator takes."""
     ranks: int
     shared: bool = False
     """Generators stand on the learner's devices."""
@@ -201,13 +204,13 @@ class DeviceMemory:
 
 
 _USABLE = 0.90
-"""Of a device's memory; the rest is the driver's, the allocator's and NCCL's."""
+"""Share of a device's memory; the driver, the allocator and NCCL take the rest."""
 
 
 def learner_memory(
     model: ModelShape, ranks: int, tokens: int, logits_mib: float, *, recompute: bool
 ) -> DeviceMemory:
-    """Of a learner rank: its shard, the layers gathered, and a micro-batch of `tokens`.
+    """Memory of a learner rank: its shard, the gathered layers, a micro-batch of `tokens`.
 
     A layer keeps its input when it is recomputed; else about 34 bytes a hidden unit and 8 a unit
     of the MLP (bfloat16, flash attention). One layer is always there in full.
@@ -226,7 +229,7 @@ def learner_memory(
 def generator_memory(
     model: ModelShape, devices_each: int, device: Device, fraction: float, taken: float = 0.0
 ) -> DeviceMemory:
-    """Of a generator's device: what the weights and a forward pass leave is the cache's.
+    """Memory of a generator's device: the cache gets what weights and a forward pass leave.
 
     `taken`: bytes of the device that a learner rank keeps.
     """

@@ -34,19 +34,21 @@ class Costs:
     """Seconds that each thing takes."""
 
     decode_round_s: float
-    """A token of every running sequence of a generator, beside what follows."""
+    """One round of decoding: a token for every running sequence of a generator."""
     decode_sequence_s: float
-    """More for each running sequence."""
+    """What each running sequence adds to a round."""
     prefill_token_s: float
+    """A token of a prompt."""
     request_s: float
-    """Of a generator, a completion, beside its tokens."""
+    """What a completion costs its generator, beside its tokens."""
     coordinate_s: float
-    """Of the coordinator, a group."""
+    """What a group costs the coordinator."""
     verify_s: float
     """A completion's verdict, of one verifier."""
     log_group_s: float
+    """A group, in the trajectory log."""
     learner_step_s: float
-    """A step, beside what follows."""
+    """A step, beside its tokens."""
     learner_token_s: float
     """A token trained on, all ranks together."""
     export_s: float
@@ -70,17 +72,17 @@ class Workload:
     max_staleness: int
     generators: int
     sequences: int
-    """That one generator runs at a time."""
+    """How many completions one generator runs at a time."""
     verifiers: int
     prompt_tokens: int
     trained_share: float = 1.0
-    """Of the completions: those whose advantage is not zero."""
+    """Share of the completions whose advantage is not zero."""
 
     @classmethod
     def of(
         cls, config: Config, *, sequences: int, prompt_tokens: int, trained_share: float = 1.0
     ) -> Workload:
-        """Of a run; what does not stand in its configuration is given."""
+        """What the run of `config` asks for; what is not in a configuration is given."""
         return cls(
             prompts_per_step=config.groups_per_step,
             group_size=config.batch.group_size,

@@ -17,7 +17,7 @@ from torch import Tensor
 
 
 def prefix_set_sizes(token_ids: Sequence[Sequence[int]]) -> Tensor:
-    """|lambda_i(t)| for the completions of ONE group, packed in their order, [N] float32.
+    """Sizes |lambda_i(t)| for the completions of ONE group, packed in their order, [N] float32.
 
     Time is linear in the number of tokens that lie on shared prefixes, plus N.
     """

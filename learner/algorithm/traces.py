@@ -199,7 +199,7 @@ class _UniformRecurrence(torch.autograd.Function):
 
 
 def uniform_recurrence(inputs_N: Tensor, decay: float, axis: PackedAxis) -> Tensor:
-    """z_t = x_t + decay * z_{t-1} inside every completion of `axis`, which starts at z = x.
+    """The recurrence z_t = x_t + decay * z_{t-1} in every completion of `axis`, from z = x.
 
     `linear_recurrence` with one decay; several times as fast on long completions.
     """
@@ -258,7 +258,7 @@ class LambdaTrace:
     select_N: Tensor | None = None
 
     def apply(self, inputs_N: Tensor) -> Tensor:
-        """z = K x, differentiable in x."""
+        """The traces z = K x of all completions, differentiable in x."""
         if self.select_N is not None:
             inputs_N = inputs_N * self.select_N
         return _KERNELS[self.kind](self, inputs_N)
@@ -271,14 +271,14 @@ class LambdaTrace:
         return last_N.to(like_N.dtype)
 
     def weights(self, like_N: Tensor) -> Tensor:
-        """c = K^T rows, [N] in the dtype of `like_N`: the adjoint of the trace applied to ones."""
+        """Trace weights c = K^T rows, [N] in the dtype of `like_N`: the credit of every token."""
         with torch.enable_grad():
             inputs_N = torch.zeros_like(like_N).requires_grad_()
             traced_N = self.apply(inputs_N)
         return torch.autograd.grad(traced_N, inputs_N, self.rows(traced_N.detach()))[0]
 
     def decays(self, like_N: Tensor, decay: float) -> Tensor:
-        """a_t = decay * keep_t inside completions, 0 at their starts."""
+        """Factors a_t = decay * keep_t inside completions, 0 at their starts."""
         decays_N = torch.full_like(like_N, decay) if self.keep_N is None else decay * self.keep_N
         return decays_N.masked_fill(self.axis.position_N == 0, 0.0)
 
