@@ -7,52 +7,38 @@ reasoning-gym `task`, `params`, `entry`), `args` what the configuration gives th
 
 from __future__ import annotations
 
-import math
 import re
-from dataclasses import dataclass
 from numbers import Real
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Literal, NamedTuple, Protocol, get_args
 
+from actors.sandbox.verdict import Verdict
 from common.errors import UserError
-from common.record.schema import ERROR, FAIL, PASS, TIMEOUT
+from common.record.schema import ERROR
+
+__all__ = [
+    "NUMBER",
+    "Extract",
+    "Verdict",
+    "Verifier",
+    "after_thinking",
+    "as_verdict",
+    "check_extract",
+    "extract_answer",
+    "fits_float32",
+    "last_boxed",
+    "last_boxes",
+]
 
 Extract = Literal["full", "last_number", "boxed", "answer_tag", "last_line"]
 
 NUMBER = re.compile(r"(?<![\w.])-?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?")
 """A decimal number. A minus behind a digit or letter is a subtraction, not a sign."""
-_ANSWER_TAG = re.compile(r"<answer>(.*?)</answer>", re.DOTALL | re.IGNORECASE)
-_BOXED = re.compile(r"\\boxed\s*\{")
+_ANSWER_TAG = re.compile(r"<(/?)answer>", re.IGNORECASE)
+_BRACE = re.compile(r"(\\boxed\s*)?([{}])")
 _LINK = re.compile(r"[\s$]*(?:,|;|and|or|,\s*and|,\s*or)[\s$]*")
 
 _LARGEST = float.fromhex("0x1.fffffep+127")
 """Of float32."""
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """One rule's judgement of one completion.
-
-    `pass` is a reward above 0 and `fail` one of 0 or less: a graded rule passes with any credit
-    at all, so that "never solved" means exactly "nothing to learn from". `error` and `timeout`
-    say that the rule could not judge; they carry no reward, and never 0.
-    """
-
-    kind: str
-    reward: float | None
-    reason: str = ""
-
-    def __post_init__(self) -> None:
-        if self.kind not in (PASS, FAIL, ERROR, TIMEOUT):
-            raise ValueError(f"verdict {self.kind!r} is none of pass, fail, error, timeout")
-        if self.kind in (ERROR, TIMEOUT):
-            if self.reward is not None:
-                raise ValueError(f"verdict {self.kind} carries the reward {self.reward!r}")
-        elif not isinstance(self.reward, float) or not math.isfinite(self.reward):
-            raise ValueError(f"verdict {self.kind} carries the reward {self.reward!r}")
-
-    @classmethod
-    def scored(cls, reward: float, reason: str = "") -> Verdict:
-        return cls(PASS if reward > 0 else FAIL, float(reward), reason)
 
 
 class Verifier(Protocol):
@@ -92,8 +78,7 @@ def extract_answer(text: str, how: str) -> str | None:
     if how == "boxed":
         return last_boxed(text)
     if how == "answer_tag":
-        tagged = _ANSWER_TAG.findall(text)
-        return str(tagged[-1]).strip() if tagged else None
+        return _last_tagged(text)
     if how == "last_number":
         numbers = NUMBER.findall(text.replace("\N{MINUS SIGN}", "-"))
         return str(numbers[-1]).replace(",", "") if numbers else None
@@ -105,11 +90,8 @@ def extract_answer(text: str, how: str) -> str | None:
 
 def last_boxed(text: str) -> str | None:
     """What the last complete `\\boxed{...}` of `text` holds, braces inside it balanced."""
-    for match in reversed(list(_BOXED.finditer(text))):
-        end = _closing(text, match.end())
-        if end is not None:
-            return text[match.end() : end].strip()
-    return None
+    boxes = _boxes(text)
+    return text[boxes[-1].inside : boxes[-1].end - 1].strip() if boxes else None
 
 
 def last_boxes(text: str) -> list[str]:
@@ -118,18 +100,15 @@ def last_boxes(text: str) -> list[str]:
     `\\boxed{1} and \\boxed{2}` is one answer of two parts; between other boxes stand words, and a
     later one replaces an earlier one.
     """
-    found: list[tuple[int, int, str]] = []
-    for match in _BOXED.finditer(text):
-        end = _closing(text, match.end())
-        if end is None:
-            continue
-        while found and found[-1][1] > match.start():  # the inner box of two is the answer
+    found: list[_Box] = []
+    for box in _boxes(text):
+        while found and found[-1].end > box.start:  # the inner box of two is the answer
             found.pop()
-        found.append((match.start(), end + 1, text[match.end() : end].strip()))
+        found.append(box)
     first = len(found) - 1
-    while first > 0 and _LINK.fullmatch(text[found[first - 1][1] : found[first][0]]):
+    while first > 0 and _LINK.fullmatch(text, found[first - 1].end, found[first].start):
         first -= 1
-    return [content for _, _, content in found[max(first, 0) :]]
+    return [text[box.inside : box.end - 1].strip() for box in found[max(first, 0) :]]
 
 
 def after_thinking(text: str) -> str:
@@ -137,11 +116,33 @@ def after_thinking(text: str) -> str:
     return text.rpartition("</think>")[2]
 
 
-def _closing(text: str, start: int) -> int | None:
-    """Where the brace that was opened just before `start` is closed."""
-    depth = 1
-    for end in range(start, len(text)):
-        depth += {"{": 1, "}": -1}.get(text[end], 0)
-        if depth == 0:
-            return end
-    return None
+class _Box(NamedTuple):
+    """Where a `\\boxed{...}` starts, where what it holds starts, and where it has ended."""
+
+    start: int
+    inside: int
+    end: int
+
+
+def _boxes(text: str) -> list[_Box]:
+    """All complete boxes by where they start, in one pass: a text may have a megabyte of braces."""
+    opened: list[tuple[int, int] | None] = []
+    closed: list[_Box] = []
+    for brace in _BRACE.finditer(text):
+        if brace[2] == "{":
+            opened.append(brace.span() if brace[1] else None)
+        elif opened and (box := opened.pop()) is not None:
+            closed.append(_Box(*box, brace.end()))
+    return sorted(closed)
+
+
+def _last_tagged(text: str) -> str | None:
+    """What the last `<answer></answer>` holds; a tag that opens inside another is text."""
+    opened: int | None = None
+    last: tuple[int, int] | None = None
+    for tag in _ANSWER_TAG.finditer(text):
+        if not tag[1]:
+            opened = tag.end() if opened is None else opened
+        elif opened is not None:
+            last, opened = (opened, tag.start()), None
+    return text[slice(*last)].strip() if last else None

@@ -15,6 +15,7 @@ _SAID = re.compile(
     rf"(?:option|choice)?)\s*:?{_WRAPPED}"
 )
 _ALONE = re.compile(rf"{_WRAPPED}[\s*_$)}}\].:]*")
+_SPACES = re.compile(r"\s+")
 _BOX = re.compile(rf"{_WRAPPED}(?:[\s*_$)}}\].:]*|[).:}}].*)", re.DOTALL)
 
 
@@ -43,11 +44,16 @@ def vote(text: str, reference: dict[str, Any]) -> str | None:
     text = after_thinking(text)
     boxes = last_boxes(text)
     if boxes:
-        boxed = _BOX.fullmatch(boxes[-1]) if len(boxes) == 1 else None
+        boxed = _BOX.fullmatch(_squeezed(boxes[-1])) if len(boxes) == 1 else None
         return boxed[1] if boxed else None
-    said = _SAID.findall(text)
+    said = _SAID.findall(_squeezed(text))
     if said:
         return str(said[-1])
     lines = text.strip().splitlines()
-    alone = _ALONE.fullmatch(lines[-1].strip()) if lines else None
+    alone = _ALONE.fullmatch(_squeezed(lines[-1].strip())) if lines else None
     return alone[1] if alone else None
+
+
+def _squeezed(text: str) -> str:
+    """`text` with one space for many: the expressions above try every share of a long run."""
+    return _SPACES.sub(" ", text)

@@ -36,7 +36,8 @@ _TEXT_MACRO = re.compile(r"\\(?:text|mathrm|textbf|mathbf)\s*\{([^{}]*)\}")
 _DELIMITED = re.compile(r"\$|\\\(|\\\[|\\boxed")
 _FORMULA = re.compile(r"\$+([^$]+)\$+|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
 _PROSE = re.compile(r"[A-Za-z]{2,}\W+[A-Za-z]{2,}")
-_LEAD = re.compile(r".*(?:\banswer\s+is|\banswer)\b\s*:?|^[^:]*[A-Za-z]{3,}\s*:", re.IGNORECASE)
+_ANSWER_IS = re.compile(r".*(?:\banswer\s+is|\banswer)\b\s*:?", re.IGNORECASE)
+_LABEL = re.compile(r"[A-Za-z]{3}")
 _SYMBOLS = frozenset({"pi", "e", "i", "oo", "inf", "infinity", "infty"})
 _SPELLINGS = (
     # What math-verify does not read, and the same as it does.
@@ -44,8 +45,11 @@ _SPELLINGS = (
     (re.compile(r"(?<=\d)(?:\\[,!;: ]|\{,\}|,(?=\\!))+,?(?=\d{3}(?!\d))"), ""),  # 1\,000 1{,}000
     (re.compile(r"(?<![\w.\\])(\d+(?:\.\d+)?)[eE]([+-]?\d+)(?![\w.])"), r"\1 \\times 10^{\2}"),
     (re.compile(r"(?<![\d./])(\d+) (\d+)/(\d+)(?![\d/])"), r"\1\\frac{\2}{\3}"),  # 2 1/2
-    (re.compile(r"\\(?:text|mathrm|textbf|mathbf)\s*\{([^{}]*\d[^{}]*)\}"), r"\1"),  # \text{7 m}
 )
+_SEARCHED = 1_000
+"""Characters at the end of a completion in which an answer without a box is looked for."""
+_LONGEST = 1_000
+"""Characters of the longest answer that is read as mathematics."""
 _SMALL, _SMALL_TOLERANCE = 1e-4, 1e-3
 
 
@@ -72,6 +76,8 @@ def score(text: str, reference: dict[str, Any], extract: Extract = "full") -> Ve
     answer = _given(text, extract)
     if answer is None:
         return Verdict.scored(0.0, f"no answer ({extract})")
+    if len(answer) > _LONGEST:
+        return Verdict.scored(0.0, f"an answer of {len(answer)} characters is none")
     words = _as_words(stored)
     if words is not None:
         given = _as_words(_tail(answer))
@@ -87,7 +93,7 @@ def vote(text: str, reference: dict[str, Any], extract: Extract = "full") -> str
     two answers to a vote, though one to `score`.
     """
     answer = _given(text, extract)
-    if answer is None:
+    if answer is None or len(answer) > _LONGEST:
         return None
     formulas = [] if last_boxes(answer) else _FORMULA.findall(answer)
     tail = "".join(formulas[-1]) if formulas else _tail(answer)
@@ -100,19 +106,37 @@ def vote(text: str, reference: dict[str, Any], extract: Extract = "full") -> str
     return _normal(tail) or None
 
 
-def _given(text: str, extract: Extract) -> str | None:
+def _given(text: str, extract: str) -> str | None:
     """The answer of a completion, its boxes as one."""
-    text = _spelled(after_thinking(text))
+    text = after_thinking(text)
     boxes = last_boxes(text) if extract == "full" else []
     if boxes:
-        return f"\\boxed{{{', '.join(box.rstrip('. ') for box in boxes)}}}"
-    return extract_answer(text, extract)
+        found = ", ".join(box.rstrip(". ") for box in boxes)
+        return _spelled(f"\\boxed{{{found}}}") if len(found) <= _LONGEST else found
+    if extract in ("full", "last_line", "last_number"):
+        return extract_answer(_spelled(_last_lines(text)), extract)
+    answer = extract_answer(text, extract)
+    return answer if answer is None or len(answer) > _LONGEST else _spelled(answer)
+
+
+def _last_lines(text: str) -> str:
+    """The lines at the end of `text` that have `_SEARCHED` characters, or the end of the last."""
+    end = text.rstrip()[-_SEARCHED:]
+    if len(end) < _SEARCHED:
+        return end
+    _, line_feed, lines = end.partition("\n")
+    return lines if line_feed else end
 
 
 def _spelled(text: str) -> str:
     for pattern, plain in _SPELLINGS:
         text = pattern.sub(plain, text)
-    return text
+    return _TEXT_MACRO.sub(_number_of, text)
+
+
+def _number_of(macro: re.Match[str]) -> str:
+    """`\\text{7 m}` without the macro, which math-verify would drop with the number in it."""
+    return macro[1] if any(map(str.isdigit, macro[1])) else macro[0]
 
 
 def _normal(expression: str) -> str:
@@ -136,17 +160,20 @@ def _compare(stored: str, answer: str, bare: bool) -> Verdict:
     from math_verify import verify
     from math_verify.errors import TimeoutException
 
-    gold = _parse(stored if _DELIMITED.search(stored) else f"\\boxed{{{stored}}}")
+    try:
+        gold = _parse(stored if _DELIMITED.search(stored) else f"\\boxed{{{stored}}}")
+    except TimeoutException:
+        return Verdict(TIMEOUT, None, f"the stored answer was not read within {SECONDS} s")
     if not gold:
         raise ValueError(f"the stored answer {stored[:80]!r} cannot be read as mathematics")
+    # The stored answer has been read, so what cannot be compared from here on is the completion's.
     try:
         given = _parse(_delimit(answer, bare))
         right = verify(gold, given, timeout_seconds=SECONDS, raise_on_error=True)
         right = right and _same_if_small(gold[0], given[0])
     except TimeoutException:
-        return Verdict(TIMEOUT, None, f"math_answer: no result within {SECONDS} s")
+        return Verdict.scored(0.0, f"not comparable within {SECONDS} s")
     except Exception as error:
-        # The stored answer has been read, so what cannot be compared is the completion's.
         return Verdict.scored(0.0, f"not comparable: {type(error).__name__}")
     return Verdict.scored(float(right), "" if given else "no expression found")
 
@@ -184,7 +211,13 @@ def _tail(answer: str) -> str:
     if boxes:
         return ", ".join(boxes)
     line = (extract_answer(answer, "last_line") or "").replace("**", "")
-    return _LEAD.sub("", line, count=1).strip().rstrip(".").strip()
+    said = _ANSWER_IS.match(line)
+    label, colon, rest = line.partition(":")
+    if said:
+        line = line[said.end() :]
+    elif colon and _LABEL.search(label.rstrip()[-3:]):
+        line = rest
+    return line.strip().rstrip(".").strip()
 
 
 def _as_words(expression: str) -> str | None:

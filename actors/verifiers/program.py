@@ -87,11 +87,13 @@ def _without_margin(line: str, margin: str) -> str:
         line = re.sub(r"^[ \t]*(?:>[ ]?)+", "", line, count=1)
         margin = margin.rpartition(">")[2][1:]
     width = len(margin.expandtabs(4))
-    kept = line
-    while width > 0 and kept[:1] in (" ", "\t"):
-        width -= 4 if kept[0] == "\t" else 1
-        kept = kept[1:]
-    return kept
+    taken = 0
+    for character in line:
+        if width <= 0 or character not in " \t":
+            break
+        width -= 4 if character == "\t" else 1
+        taken += 1
+    return line[taken:]
 
 
 def _block(opening: re.Match[str], lines: list[str], closed: bool) -> Block:

@@ -23,6 +23,8 @@ from actors.verifiers.base import (
 )
 
 _TUPLE, _ITEMS = "__tuple__", "__items__"
+_LONGEST = 20_000
+"""Characters of the longest answer that a task's scorer is given."""
 
 
 def import_reasoning_gym() -> Any:
@@ -92,6 +94,8 @@ def score(
     answer = _given(text, stored, extract)
     if answer is None:
         return Verdict.scored(0.0, f"no answer ({extract})")
+    if len(answer) > _LONGEST:
+        return Verdict.scored(0.0, f"an answer of {len(answer)} characters is none")
     grade = _grade(reference["task"], reference.get("params") or {}, answer, entry)
     if grade < 1.0 and not partial_credit:
         grade = 0.0

@@ -7,7 +7,7 @@ import math
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from actors.verifiers import format_rules, math_answer
@@ -76,14 +76,15 @@ def test_math_answer_refuses(stored: str, text: str) -> None:
     assert (verdict.kind, verdict.reward) == ("fail", 0.0)
 
 
-def test_mathematics_without_end_is_a_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_completion_that_cannot_be_evaluated_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(math_answer, "SECONDS", 1)
-    assert math_answer.score("$9^{9^{9^{9^{9}}}}$", {"answer": "10"}).kind == "timeout"
+    assert math_answer.score("$9^{9^{9^{9^{9}}}}$", {"answer": "10"}).kind == "fail"
 
 
+@settings(deadline=None)
 @given(st.text(max_size=60))
 def test_no_completion_makes_math_answer_raise(text: str) -> None:
-    assert math_answer.score(text, {"answer": r"\frac{1}{3}"}).kind in ("pass", "fail", "timeout")
+    assert math_answer.score(text, {"answer": r"\frac{1}{3}"}).kind in ("pass", "fail")
 
 
 @pytest.mark.parametrize("stored", ["", None, "no number ####", "$$"])
