@@ -71,9 +71,11 @@ def _pick_preset(options: argparse.Namespace) -> None:
 
 
 def _plan(options: argparse.Namespace) -> int:
+    from deploy.command.presets import load_with_origins
     from deploy.predict.plan import describe
 
-    print(describe(_load(options), options.lengths, options.costs))
+    loaded = load_with_origins(options.config, options.overrides)
+    print(describe(loaded, options.lengths, options.costs))
     return 0
 
 

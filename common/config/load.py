@@ -6,8 +6,10 @@ here, with the key at fault, before any process starts.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import is_dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, is_dataclass
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -15,8 +17,25 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from common.config.checks import check_config
+from common.config.keys import hints_of_keys
 from common.config.sections import Config
 from common.errors import UserError, nearest
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A configuration, and where its values came from."""
+
+    config: Config
+    origins: dict[str, str]
+    """By key, the layer that changed the value last: `recipe NAME`, `file PATH` or `command line`.
+    A key that nothing changed has its default and is not here."""
+
+
+@dataclass(frozen=True)
+class _Layer:
+    origin: str
+    content: DictConfig
 
 
 def load_config(
@@ -26,28 +45,67 @@ def load_config(
     *,
     resolved: bool = False,
 ) -> Config:
-    """Merge defaults, `files` in order, the recipe they name, and `overrides`; check the result.
+    """The checked configuration of `load_with_origins`."""
+    return load_with_origins(files, overrides, recipes_folder, resolved=resolved).config
 
-    `resolved` files were written by `dump_config`: their recipe is in them already, with what was
-    overridden, and is not merged again. A recipe among the overrides is.
+
+def load_with_origins(
+    files: Sequence[Path],
+    overrides: Sequence[str],
+    recipes_folder: Path | None = None,
+    *,
+    resolved: bool = False,
+) -> Loaded:
+    """Merge defaults, the recipe, `files` in order and `overrides`, and check the result.
+
+    Each layer wins over those before it. The recipe is the one that the last layer names, so one
+    named on the command line takes the place of a file's, below the keys of the file.
+
+    Args:
+        overrides: `key=value`, as on a command line.
+        recipes_folder: where a recipe is looked for by its name.
+        resolved: `files` were written by `dump_config`, so they hold their recipe already. It is
+            not merged again. Where `overrides` name another recipe, that one takes its place.
 
     Raises:
-        UserError: no such file or recipe, unknown key, wrong type, impossible combination.
+        UserError: no such file or recipe, unknown key, wrong type, impossible value or combination.
     """
-    layers: list[Any] = [_read_yaml(path) for path in files]
-    command_line = _parse_overrides(overrides)
-    recipe = _named_recipe([command_line] if resolved else [*layers, command_line])
-    if recipe is not None:
-        layers.append(_read_yaml(_recipe_path(recipe, recipes_folder)))
-    layers.append(command_line)
-    config = _merge(layers)
-    check_config(config)
-    return config
+    command_line = _Layer("command line", _parse_overrides(overrides))
+    own = [_Layer(f"file {path}", _read_yaml(path)) for path in files]
+    if not resolved:
+        below = _recipe_layer([*own, command_line], recipes_folder)
+    elif below := _recipe_layer([command_line], recipes_folder):
+        own = [_without_recipe(layer, recipes_folder) for layer in own]
+    loaded = _merge([*below, *own, command_line])
+    check_config(loaded.config)
+    return loaded
 
 
 def dump_config(config: Config) -> str:
     """The resolved configuration as YAML that `load_config(resolved=True)` reads back."""
     return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def dump_with_origins(loaded: Loaded) -> str:
+    """The same YAML for people: a comment behind a value says which layer it came from."""
+    plain: Any = OmegaConf.to_container(OmegaConf.structured(loaded.config))
+    return "\n".join(_marked_lines(plain, "", loaded.origins)) + "\n"
+
+
+def _marked_lines(
+    section: dict[str, Any], prefix: str, origins: Mapping[str, str]
+) -> Iterator[str]:
+    indent = "  " * prefix.count(".")
+    for name, value in section.items():
+        key = f"{prefix}{name}"
+        if key not in _KEYS:
+            yield f"{indent}{name}:"
+            yield from _marked_lines(value, f"{key}.", origins)
+            continue
+        lines = OmegaConf.to_yaml(OmegaConf.create({name: value})).splitlines()
+        if key in origins:  # a comment may not stand inside of text that goes over several lines
+            lines[-1 if isinstance(value, str) else 0] += f"  # {origins[key]}"
+        yield from (f"{indent}{line}" for line in lines)
 
 
 def _read_yaml(path: Path) -> DictConfig:
@@ -93,10 +151,25 @@ def _is_text(key: str) -> bool:
     return kind in (str, str | None)
 
 
-def _named_recipe(layers: Sequence[DictConfig]) -> str | None:
-    """The last layer that says something decides, `recipe=null` too."""
-    names = [layer["recipe"] for layer in layers if "recipe" in layer]
-    return str(names[-1]) if names and names[-1] is not None else None
+def _recipe_layer(layers: Sequence[_Layer], folder: Path | None) -> list[_Layer]:
+    """The recipe that the last layer to say so names; none for `recipe=null` or where none does."""
+    names = [layer.content["recipe"] for layer in layers if "recipe" in layer.content]
+    if not names or names[-1] is None:
+        return []
+    recipe = str(names[-1])
+    return [_Layer(f"recipe {recipe}", _read_yaml(_recipe_path(recipe, folder)))]
+
+
+def _without_recipe(layer: _Layer, folder: Path | None) -> _Layer:
+    """What a resolved file says beyond the defaults and its own recipe."""
+    below = OmegaConf.structured(Config)
+    for recipe in _recipe_layer([layer], folder):
+        below = OmegaConf.merge(below, recipe.content)
+    inherited, own = _values(below), OmegaConf.create()
+    for key, value in _values(OmegaConf.merge(below, layer.content)).items():
+        if value != inherited[key]:
+            OmegaConf.update(own, key, value, force_add=True)
+    return _Layer(layer.origin, own)
 
 
 def _recipe_path(recipe: str, folder: Path | None) -> Path:
@@ -113,12 +186,17 @@ def _recipe_path(recipe: str, folder: Path | None) -> Path:
     return path
 
 
-def _merge(layers: Sequence[DictConfig]) -> Config:
+def _merge(layers: Sequence[_Layer]) -> Loaded:
     schema = OmegaConf.structured(Config)
+    origins: dict[str, str] = {}
     try:
         for layer in layers:
-            _check_keys(layer, schema)
-        merged = OmegaConf.merge(schema, *layers)
+            _check_keys(layer.content, schema)
+        merged = schema
+        for layer in layers:
+            before, merged = _values(merged), OmegaConf.merge(merged, layer.content)
+            changed = (key for key, value in _values(merged).items() if value != before[key])
+            origins |= dict.fromkeys(changed, layer.origin)
         config = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None) or "?"
@@ -130,7 +208,16 @@ def _merge(layers: Sequence[DictConfig]) -> Config:
             f"{error}: a list is given whole, e.g. verifier.rules='[{{name: math_answer}}]'"
         ) from error
     assert isinstance(config, Config)
-    return config
+    return Loaded(config, origins)
+
+
+def _values(config: Any) -> dict[str, Any]:
+    """Every key with its value, plain; a list or a mapping of free names is one value."""
+    plain: Any = OmegaConf.to_container(config)
+    return {key: reduce(getitem, key.split("."), plain) for key in _KEYS}
+
+
+_KEYS = [key for key, _ in hints_of_keys()]
 
 
 def _check_keys(layer: DictConfig, schema: DictConfig, prefix: str = "") -> None:

@@ -1,6 +1,7 @@
 """The configuration: nested dataclasses are the schema, YAML and `key=value` only fill them.
 
-Order of precedence: defaults here, then the preset YAML, then the recipe YAML, then overrides.
+Order of precedence, the last wins: the defaults here, the recipe, the preset or another YAML file,
+the command line.
 An unknown key, a wrong type or an impossible combination raises `UserError` naming the key,
 before any process starts. Values that follow from others are properties, never keys.
 Loading lives in `common.config.load`; every component is handed its own section only.
@@ -288,7 +289,7 @@ class RayConfig:
 
 @dataclass
 class Config:
-    """One run. `recipe` names a file in deploy/configs/recipes, merged over the preset."""
+    """One run."""
 
     name: str | None = None
     runs_dir: str = "runs"
@@ -296,6 +297,7 @@ class Config:
     """A run directory to go on with. `auto`: that of `name` if it is there, else a new one, so that
     a job which a cluster submits again goes on by itself."""
     recipe: str | None = None
+    """A file in deploy/configs/recipes by name, or the path of one. Other YAML files win over it."""
     seed: Annotated[int, between(0, 2**31 - 1)] = 0
     steps: Count = 30
     model: ModelConfig = field(default_factory=ModelConfig)

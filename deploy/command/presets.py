@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from common.errors import UserError
 
 if TYPE_CHECKING:
+    from common.config.load import Loaded
     from common.config.sections import Config
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
@@ -77,7 +78,16 @@ def load(path: Path | None, overrides: Sequence[str]) -> Config:
     Raises:
         UserError: wrong input, with the key and the remedy.
     """
-    from common.config.load import load_config
+    return load_with_origins(path, overrides).config
+
+
+def load_with_origins(path: Path | None, overrides: Sequence[str]) -> Loaded:
+    """The configuration of `load`, and which layer each of its values came from.
+
+    Raises:
+        UserError: wrong input, with the key and the remedy.
+    """
+    from common.config import load
     from learner.algorithm.recipe import check_recipe
 
     resumed = [o.partition("=")[2] for o in overrides if o.startswith("resume=")]
@@ -90,8 +100,9 @@ def load(path: Path | None, overrides: Sequence[str]) -> Config:
                 f"resume={resumed[-1]}: there is no run in this folder; give one that holds a "
                 "config.yaml"
             )
-    config = load_config(
+    loaded = load.load_with_origins(
         [path or CONFIGS / f"{DEFAULT}.yaml"], overrides, RECIPES, resolved=resolved
     )
+    config = loaded.config
     check_recipe(config.algorithm, config.correction_kind, config.generator.max_completion_tokens)
-    return config
+    return loaded

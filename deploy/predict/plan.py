@@ -6,7 +6,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-from common.config.load import dump_config
+from common.config.load import Loaded, dump_with_origins
 from common.config.sections import Config
 from common.errors import UserError
 from deploy.placement.cores import available_cores
@@ -15,8 +15,10 @@ from deploy.placement.options import CorePlan, plan_here, with_compute_dtype
 from deploy.predict.cluster_plan import ClusterPlan, logged_lengths
 from deploy.predict.simulate import Costs
 
+_ORDER = "# defaults < recipe < file < command line; a comment says what a value was changed by"
 
-def describe(config: Config, lengths: Path | None = None, costs: Path | None = None) -> str:
+
+def describe(loaded: Loaded, lengths: Path | None = None, costs: Path | None = None) -> str:
     """Configuration, placement and batch arithmetic as text; on GPUs also what a step would take.
 
     Args:
@@ -26,7 +28,8 @@ def describe(config: Config, lengths: Path | None = None, costs: Path | None = N
     Raises:
         UserError: the configuration cannot run where it is meant to.
     """
-    head, tail = ["# Configuration"], ["", "# Batch arithmetic", *_batches(config)]
+    config = loaded.config
+    tail = ["", "# Batch arithmetic", *_batches(config)]
     if config.placement.generator_device is None:
         if lengths is not None or costs is not None:
             raise UserError(
@@ -36,14 +39,22 @@ def describe(config: Config, lengths: Path | None = None, costs: Path | None = N
         config = with_compute_dtype(config)
         cores = plan_here(config, preload_libraries())
         placed = _placement(config, cores, len(available_cores()))
-        return "\n".join([*head, dump_config(config), "# Placement", *placed, *tail])
+        return "\n".join([*_shown_config(loaded, config), "# Placement", *placed, *tail])
     config = replace(config, model=replace(config.model, dtype="bfloat16"))
     plan = ClusterPlan.of(config)
     lines = plan.lines(logged_lengths(lengths) if lengths else None, read_costs(costs))
-    text = "\n".join([*head, dump_config(config), *lines, *tail])
+    text = "\n".join([*_shown_config(loaded, config), *lines, *tail])
     if plan.problems:
         raise UserError(f"{text}\n\nthis plan does not fit: {'; '.join(plan.problems)}")
     return text
+
+
+def _shown_config(loaded: Loaded, planned: Config) -> list[str]:
+    """The configuration that is planned, as YAML; each value says where it came from."""
+    origins = dict(loaded.origins)
+    if planned.model.dtype != loaded.config.model.dtype:
+        origins["model.dtype"] = f"{loaded.config.model.dtype}, for the devices"
+    return ["# Configuration", _ORDER, dump_with_origins(Loaded(planned, origins))]
 
 
 def read_costs(path: Path | None) -> Costs | None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from common.config.load import dump_config, load_config
+from common.config.load import dump_config, load_config, load_with_origins
 from common.config.sections import Config
 from common.errors import UserError
 
@@ -127,18 +127,70 @@ def test_a_mandatory_key_is_asked_for() -> None:
         load_config([], [])
 
 
-def test_overrides_win_over_the_recipe_and_the_recipe_over_the_preset(tmp_path: Path) -> None:
-    preset = tmp_path / "preset.yaml"
-    preset.write_text("model: {path: x}\nalgorithm: {credit: {kind: broadcast, lambda_: 0.5}}\n")
-    config = load_config([preset], ["recipe=grpo_lambda_recent"], CONFIGS / "recipes")
+MINE = """
+model: {path: x}
+recipe: dapo
+algorithm: {objective: {clip_high: 0.5}, credit: {lambda_: 0.8}}
+"""
+
+
+@pytest.fixture
+def mine(tmp_path: Path) -> Path:
+    """A file of a user's own that names a recipe and says more."""
+    path = tmp_path / "mine.yaml"
+    path.write_text(MINE)
+    return path
+
+
+def test_a_file_wins_over_the_recipe_and_the_command_line_over_both(mine: Path) -> None:
+    config = load_config([mine], [], CONFIGS / "recipes")
+    assert config.algorithm.objective.clip_high == 0.5  # the file's; dapo says 0.28
+    assert config.algorithm.aggregation.kind == "token_mean"  # dapo's
+    above = load_config([mine], ["algorithm.objective.clip_high=0.3"], CONFIGS / "recipes")
+    assert above.algorithm.objective.clip_high == 0.3
+
+
+def test_a_recipe_on_the_command_line_takes_the_place_of_the_file_s(mine: Path) -> None:
+    config = load_config([mine], ["recipe=grpo_lambda_recent"], CONFIGS / "recipes")
+    assert config.recipe == "grpo_lambda_recent"
+    assert config.algorithm.aggregation.kind == "sequence_mean"  # nothing of dapo is left
+    assert not config.algorithm.rollout.dynamic_sampling
     assert config.algorithm.credit.kind == "lambda_trace"
-    assert config.algorithm.credit.lambda_ == 0.99
-    overridden = load_config(
-        [preset],
-        ["recipe=grpo_lambda_recent", "algorithm.credit.lambda_=0.7"],
-        CONFIGS / "recipes",
-    )
-    assert overridden.algorithm.credit.lambda_ == 0.7
+    assert config.algorithm.credit.lambda_ == 0.8  # the file's; the recipe says 0.99
+    assert config.algorithm.objective.clip_high == 0.5
+
+
+def test_a_recipe_named_on_a_resume_takes_the_place_of_the_run_s(
+    mine: Path, tmp_path: Path
+) -> None:
+    """As if the run had begun with it."""
+    folder = CONFIGS / "recipes"
+    resolved = tmp_path / "config.yaml"
+    resolved.write_text(dump_config(load_config([mine], ["steps=7"], folder)))
+    changed = load_config([resolved], ["recipe=raft"], folder, resolved=True)
+    assert changed == load_config([mine], ["recipe=raft", "steps=7"], folder)
+
+
+def test_every_value_says_where_it_came_from(mine: Path) -> None:
+    loaded = load_with_origins([mine], ["steps=7", "seed=0"], CONFIGS / "recipes")
+    expected = {
+        "model.path": f"file {mine}",
+        "recipe": f"file {mine}",
+        "algorithm.objective.clip_high": f"file {mine}",
+        "algorithm.aggregation.kind": "recipe dapo",
+        "steps": "command line",
+    }
+    assert {key: loaded.origins.get(key) for key in expected} == expected
+    assert "seed" not in loaded.origins  # said, but the default
+    defaults = load_config([], ["model.path=x"])
+    assert loaded.config.algorithm.rollout.dynamic_sampling
+    assert not defaults.algorithm.rollout.dynamic_sampling
+
+
+def test_what_is_set_back_to_the_default_is_marked_too(mine: Path) -> None:
+    keys = ["algorithm.rollout.dynamic_sampling=false"]
+    loaded = load_with_origins([mine], keys, CONFIGS / "recipes")
+    assert loaded.origins["algorithm.rollout.dynamic_sampling"] == "command line"
 
 
 def test_a_missing_or_malformed_file_is_named(tmp_path: Path) -> None:
