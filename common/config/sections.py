@@ -297,7 +297,7 @@ class Config:
     """A run directory to go on with. `auto`: that of `name` if it is there, else a new one, so that
     a job which a cluster submits again goes on by itself."""
     recipe: str | None = None
-    """A file in deploy/configs/recipes by name, or the path of one. Other YAML files win over it."""
+    """The recipe: a file of deploy/configs/recipes by its name, or any YAML file by its path."""
     seed: Annotated[int, between(0, 2**31 - 1)] = 0
     steps: Count = 30
     model: ModelConfig = field(default_factory=ModelConfig)
