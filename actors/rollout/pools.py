@@ -17,8 +17,8 @@ from typing import Generic, Literal, Protocol, TypeVar
 import pyarrow as pa
 from ray.exceptions import RayActorError
 
+from actors.environments.worker import VerifierWorker
 from actors.generation.generator import Generator
-from actors.verifiers.worker import VerifierWorker
 from common.supervision.calls import Call, Handle, Ref, ask, ask_pair, call, resolved, stream
 from common.supervision.replacement import Replacement, is_own_death
 from common.supervision.waits import Waits

@@ -15,9 +15,9 @@ from typing import Any
 
 import ray
 
+from actors.environments.worker import VerifierWorker
 from actors.generation.generator import Generator
 from actors.verifiers.registry import verifier_names
-from actors.verifiers.worker import VerifierWorker
 from common.config.sections import Config
 from common.errors import StartError, UserError
 from common.record.writer import TrajectoryLogWriter

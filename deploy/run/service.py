@@ -14,8 +14,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+from actors.environments.worker import VerifierWorker
 from actors.generation.generator import Generator
-from actors.verifiers.worker import VerifierWorker
 from common.config.sections import Config
 from common.errors import UserError
 from common.record.writer import TrajectoryLogWriter

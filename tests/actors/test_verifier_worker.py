@@ -5,13 +5,15 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import pyarrow as pa
 import pytest
 
-from actors.verifiers.worker import VerifierWorker, verifier_names
+from actors.environments.base import Step
+from actors.environments.worker import VerifierWorker
+from actors.verifiers.registry import verifier_names
 from common.config.sections import VerifierConfig, VerifierSpec
 from common.errors import RunError, UserError
 from common.record.schema import rollout_schema, trajectory_schema
@@ -158,3 +160,27 @@ def test_closing_ends_the_group_being_judged() -> None:
 
     with worker_for(HOSTILE, timeout_s=60.0) as worker:
         asyncio.run(judge_and_close(worker))
+
+
+class Endless:
+    """An environment that always wants another reply."""
+
+    def wait_ready(self) -> None:
+        """At once."""
+
+    def reset(self, tasks: Sequence[str]) -> list[str]:
+        return [""] * len(tasks)
+
+    def step(self, replies: Sequence[str]) -> list[Step]:
+        return [Step(done=False, observation="go on") for _ in replies]
+
+    def close(self) -> None:
+        """Nothing was started."""
+
+
+def test_an_episode_that_goes_on_is_refused_and_not_judged_half() -> None:
+    with worker_for(SHORT) as worker:
+        worker._environment.close()
+        worker._environment = Endless()
+        with pytest.raises(NotImplementedError, match="second turn"):
+            asyncio.run(worker.score_group(rollout_batch(["first"])))

@@ -34,6 +34,8 @@ mpl.use("Agg")
 import matplotlib.pyplot as plt
 
 from actors.data.prompts import Prompt
+from actors.environments.single_turn import last_step
+from actors.environments.worker import with_verdicts
 from actors.generation.engine import Completion
 from actors.generation.generator import rollout_batch
 from actors.rollout.episodes import Episodes, GroupSampling
@@ -42,7 +44,6 @@ from actors.rollout.guidance import Guidance
 from actors.rollout.loop import RolloutLoop
 from actors.rollout.pools import GeneratorPool, VerifierPool
 from actors.verifiers.base import Verdict
-from actors.verifiers.worker import with_verdicts
 from common.config.algorithm import GuidanceConfig
 from common.record.ledger import Ledger
 from common.record.writer import TrajectoryLogClient, TrajectoryLogWriter
@@ -90,7 +91,8 @@ class ScriptedVerifier:
 
     async def score_group(self, batch: pa.RecordBatch) -> tuple[pa.RecordBatch, int]:
         verdicts = [Verdict.scored(float(i % 2), "scripted") for i in range(batch.num_rows)]
-        return with_verdicts(batch, ["rule"], [1.0], verdicts), batch.num_rows
+        steps = [last_step([verdict], [1.0]) for verdict in verdicts]
+        return with_verdicts(batch, ["rule"], steps), batch.num_rows
 
 
 class Prompts:

@@ -16,13 +16,14 @@ import pyarrow.parquet as pq
 import pytest
 
 from actors.data.prompts import Prompt
+from actors.environments.single_turn import last_step
+from actors.environments.worker import with_verdicts
 from actors.generation.engine import Completion
 from actors.generation.generator import rollout_batch
 from actors.rollout.episodes import Episodes
 from actors.rollout.pools import GroupLostError
 from actors.verifiers import math_answer
 from actors.verifiers.base import Verdict
-from actors.verifiers.worker import with_verdicts
 from common.config.sections import VerifierSpec
 from common.errors import RunError, StallError, UserError
 from common.record.schema import trajectory_schema
@@ -275,7 +276,7 @@ class Verifiers:
         verdict = Verdict("error", None, "gave up")
         if text:
             verdict = math_answer.score(text, reference)
-        return with_verdicts(batch, ["math_answer"], [1.0], [verdict])
+        return with_verdicts(batch, ["math_answer"], [last_step([verdict], [1.0])])
 
 
 class Log:
