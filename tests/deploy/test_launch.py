@@ -22,8 +22,10 @@ from common.errors import StallError, UserError
 from common.record.ledger import Ledger
 from common.record.manifest import seal
 from deploy import launch
-from deploy.launch import Result, found, train
+from deploy.launch import Result, train
+from deploy.run import lifetime
 from deploy.run.directory import RunDirectory
+from deploy.run.lifetime import found
 
 
 def config(folder: Path, *overrides: str) -> Config:
@@ -102,7 +104,7 @@ class FakeService:
 @pytest.fixture
 def preset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A YAML file, for a `train` whose runs start no process."""
-    monkeypatch.setattr(launch, "Run", FakeRun)
+    monkeypatch.setattr(lifetime, "Run", FakeRun)
     monkeypatch.setattr(launch, "Service", FakeService)
     BEGAN.clear()
     ENDED.clear()

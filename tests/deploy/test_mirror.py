@@ -22,8 +22,8 @@ from common.record.ledger import Ledger
 from common.record.manifest import damage, seal
 from common.record.trajectory_log import TrajectoryLog, read_log
 from common.record.writer import receipt
-from deploy.launch import found
 from deploy.run.directory import RunDirectory
+from deploy.run.lifetime import found
 from deploy.run.mirror import Mirror
 
 
