@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from common.config.bounds import (
     Count,
@@ -18,28 +18,37 @@ from common.config.bounds import (
     at_most,
     or_infinite,
 )
+from common.config.rules import RuleNames
+
+Args = dict[str, Any]
+"""Arguments by name; the rules of our own take none."""
 
 
 @dataclass
 class BaselineConfig:
     """R -> advantage of a completion."""
 
-    kind: Literal["grpo", "dr_grpo", "rloo", "krpo", "raft", "reinforce_rej", "none"] = "grpo"
+    kind: Annotated[
+        str, RuleNames("grpo", "dr_grpo", "rloo", "krpo", "raft", "reinforce_rej", "none")
+    ] = "grpo"
+    """A name of the table in `learner.algorithm.advantages`, or your own as
+    `package.module:name`."""
+    args: Args = field(default_factory=dict)
+    """Keyword arguments of a rule of your own."""
     epsilon: Positive = 1e-6
     min_advantage: Annotated[float, at_most(0)] | None = None
     """Advantages are clamped from below (GRPO-lambda: -0.1)."""
-
-
-CreditKind = Literal["broadcast", "lambda_trace", "prefix_sets"]
 
 
 @dataclass
 class CreditConfig:
     """Advantage of a completion -> weight of every token."""
 
-    kind: str = "broadcast"
-    """A `CreditKind`, or a rule of one's own as `package.module:function`
-    (`learner.algorithm.credit`)."""
+    kind: Annotated[str, RuleNames("broadcast", "lambda_trace", "prefix_sets")] = "broadcast"
+    """A name of the table in `learner.algorithm.credit`, or your own as
+    `package.module:name`."""
+    args: Args = field(default_factory=dict)
+    """Keyword arguments of a rule of your own."""
     trace: Literal["recent", "both", "terminal"] = "recent"
     application: Literal["trace", "weight"] = "trace"
     """`trace`: inside the ratio, before the clip; `weight`: on the advantage."""
@@ -60,7 +69,11 @@ ClipWidth = Annotated[float, or_infinite(at_least(0))]
 class ObjectiveConfig:
     """Log-ratio and advantage -> surrogate of every token."""
 
-    kind: Literal["ppo", "gspo", "gmpo", "cispo", "gpg"] = "ppo"
+    kind: Annotated[str, RuleNames("ppo", "gspo", "gmpo", "cispo", "gpg")] = "ppo"
+    """A name of the table in `learner.algorithm.objectives`, or your own as
+    `package.module:name`."""
+    args: Args = field(default_factory=dict)
+    """Keyword arguments of a rule of your own."""
     clip_low: ClipWidth = 0.2
     clip_high: ClipWidth = 0.2
     epochs: Count = 1
@@ -75,8 +88,11 @@ class ObjectiveConfig:
 class CorrectionConfig:
     """Off-policy correction on the behaviour policy, multiplied into the surrogate."""
 
-    kind: Literal["auto", "none", "tis", "icepop"] = "auto"
-    """`auto`: `tis` when `max_staleness` > 0, else `none`."""
+    kind: Annotated[str, RuleNames("auto", "none", "tis", "icepop")] = "auto"
+    """A name of the table in `learner.algorithm.corrections`, or your own as `package.module:name`.
+    `auto` is `tis` when `max_staleness` > 0, else `none`."""
+    args: Args = field(default_factory=dict)
+    """Keyword arguments of a rule of your own."""
     level: Literal["token", "sequence"] = "token"
     cap: Limit = 2.0
     floor: NotNegative = 0.5
@@ -87,7 +103,13 @@ class CorrectionConfig:
 class AggregationConfig:
     """Token surrogates -> a scalar."""
 
-    kind: Literal["sequence_mean", "token_mean", "constant", "lambda_grpo"] = "sequence_mean"
+    kind: Annotated[str, RuleNames("sequence_mean", "token_mean", "constant", "lambda_grpo")] = (
+        "sequence_mean"
+    )
+    """A name of the table in `learner.algorithm.aggregation`, or your own as
+    `package.module:name`."""
+    args: Args = field(default_factory=dict)
+    """Keyword arguments of a rule of your own."""
     lambda_init: Finite = 0.0
     lambda_learning_rate: NotNegative = 0.1
     length_scale: Positive = 1.0 / 9.0
@@ -112,6 +134,11 @@ class GuidanceConfig:
 class RolloutConfig:
     """Which completions are sampled and kept."""
 
+    kind: Annotated[str, RuleNames("all")] = "all"
+    """Chooses among the completions that the keys below leave: `all` of them, or your own as
+    `package.module:name` (`learner.algorithm.selection`)."""
+    args: Args = field(default_factory=dict)
+    """Keyword arguments of a rule of your own."""
     mask_truncated: bool = False
     """Completions cut at the limit stay out of the loss (DAPO)."""
     overlong_penalty_tokens: Natural = 0

@@ -5,12 +5,10 @@ What bounds one number alone stands beside its field (`common.config.bounds`).
 
 from __future__ import annotations
 
-from typing import get_args
-
-from common.config.algorithm import CreditKind
 from common.config.bounds import check_bounds
+from common.config.rules import check_rule_names
 from common.config.sections import Config
-from common.errors import UserError, nearest
+from common.errors import UserError
 
 
 def check_config(config: Config) -> None:
@@ -23,12 +21,7 @@ def check_config(config: Config) -> None:
     _check_data(config)
     _check_rules(config)
     _check_guidance(config)
-    kind, kinds = config.algorithm.credit.kind, get_args(CreditKind)
-    if kind not in kinds and ":" not in kind:
-        raise UserError(
-            f"algorithm.credit.kind={kind} is not known{nearest(kind, kinds)}: use one of "
-            f"{', '.join(kinds)}, or a rule of your own as package.module:function"
-        )
+    check_rule_names(config.algorithm)
 
 
 def _check_lengths(config: Config) -> None:

@@ -241,5 +241,5 @@ def _check_keys(layer: DictConfig, schema: DictConfig, prefix: str = "") -> None
         _check_keys(inner, inner_schema, f"{full_key}.")
 
 
-_FREE_FORM = ("params", "resources", "labels")
+_FREE_FORM = ("params", "resources", "labels", "args")
 """Mappings whose keys are not ours."""

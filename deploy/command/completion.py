@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from common.config.algorithm import CreditKind
+from common.config.rules import rule_names
 from common.config.sections import Config
 from deploy.command.presets import CONFIGS, RECIPES, described
 
@@ -37,7 +37,6 @@ class _Words:
         self.presets = [str(entry.path) for entry in described(CONFIGS)]
         self.keys: dict[str, list[str]] = dict(keys_of(Config))
         self.keys["recipe"] = [entry.name for entry in described(RECIPES)]
-        self.keys["algorithm.credit.kind"] = list(get_args(CreditKind))
 
 
 def _options(parser: argparse.ArgumentParser) -> Iterator[str]:
@@ -46,12 +45,14 @@ def _options(parser: argparse.ArgumentParser) -> Iterator[str]:
 
 
 def keys_of(cls: type, prefix: str = "") -> Iterator[tuple[str, list[str]]]:
-    """Every key with the values that its type lists: of a Literal, or true and false."""
-    hints = get_type_hints(cls)
+    """Every key with the values that its type lists: of a Literal, true and false, or of rules."""
+    hints = get_type_hints(cls, include_extras=True)
     for field in fields(cls):
         hint: Any = hints[field.name]
         name = f"{prefix}{field.name}"
-        if is_dataclass(hint):
+        if names := rule_names(hint):
+            yield name, list(names)
+        elif is_dataclass(hint):
             assert isinstance(hint, type)
             yield from keys_of(hint, f"{name}.")
         elif get_origin(hint) is Literal:

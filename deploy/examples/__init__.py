@@ -1,1 +1,1 @@
-"""One's own verifier, data set and credit rule: a file each, its first lines say how to run it."""
+"""Rules and data of your own: a file each, whose first lines say how to run it."""

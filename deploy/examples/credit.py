@@ -1,10 +1,10 @@
-"""A credit rule of one's own: a token has credit in proportion to its entropy.
+"""A credit rule of your own: a token has credit in proportion to its entropy.
 
     .venv/bin/grpo-lambda train --config deploy/configs/tiny.yaml recipe=grpo \
         algorithm.credit.kind=deploy.examples.credit:by_entropy
 
 Where the policy was sure there was little to decide, and little credit is due. Copy it anywhere on
-PYTHONPATH and name it `package.module:function`; it is tried before anything starts.
+PYTHONPATH and name it `package.module:function`. It is tried before anything starts.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def by_entropy(inputs: CreditInputs, config: CreditConfig) -> Credit:
 
     N trained tokens; the log-ratio stays as it is, so the clip is GRPO's.
     """
-    assert inputs.entropy_N is not None  # a rule of one's own is given all there is
+    assert inputs.entropy_N is not None  # a rule of your own is given all there is
     entropy_N = inputs.entropy_N.double()
     mean_N = inputs.axis.spread(inputs.axis.mean(entropy_N))
     weight_N = torch.where(mean_N > 0, entropy_N / mean_N, 1.0).to(inputs.log_ratio_N.dtype)

@@ -9,15 +9,16 @@ Evidence: [P] paper or official code, [R] reviewer, [3P] third parties, [D] deri
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
 
 from common.config.algorithm import BaselineConfig
 from common.errors import VerifierError
+from learner.algorithm.axis import Axis, Rule, number_problem, tensor_problem
 
 
 def check_rewards(rewards: Tensor, verifier_name: str) -> None:
@@ -63,41 +64,54 @@ class GroupedRewards:
         return (ends[0] == ends[1])[self.group_V]
 
     @cached_property
+    def mean_V(self) -> Tensor:
+        return self.sum(self.rewards_V) / self.size_V
+
+    @cached_property
     def centred_V(self) -> Tensor:
         """R - mean, exactly 0 in uniform groups, where rounding would leave a remainder."""
-        mean_V = self.sum(self.rewards_V) / self.size_V
-        return (self.rewards_V - mean_V).masked_fill(self.uniform_V, 0.0)
+        return (self.rewards_V - self.mean_V).masked_fill(self.uniform_V, 0.0)
 
 
-def _grpo(grouped: GroupedRewards, epsilon: float) -> tuple[Tensor, Tensor]:
+@dataclass(frozen=True)
+class Advantages:
+    """What a baseline makes of the rewards."""
+
+    advantages_V: Tensor  # float64
+    kept_V: Tensor | None = None
+    """bool, or None for all: the others belong to no batch and count in no denominator."""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+
+def _grpo(grouped: GroupedRewards, config: BaselineConfig) -> Advantages:
     """(R - mean) / (std + epsilon), arXiv 2402.03300 [P].
 
     The paper writes std without saying which; the implementations in use take the sample standard
     deviation (divisor G - 1, `torch.std`), and so does this. Uniform groups give zeros.
     """
     variance_V = grouped.sum(grouped.centred_V**2) / (grouped.size_V - 1).clamp(min=1)
-    return grouped.centred_V / (variance_V.sqrt() + epsilon), _all(grouped)
+    return Advantages(grouped.centred_V / (variance_V.sqrt() + config.epsilon))
 
 
-def _dr_grpo(grouped: GroupedRewards, epsilon: float) -> tuple[Tensor, Tensor]:
+def _dr_grpo(grouped: GroupedRewards, config: BaselineConfig) -> Advantages:
     """R - mean, arXiv 2503.20783 [P]."""
-    return grouped.centred_V, _all(grouped)
+    return Advantages(grouped.centred_V)
 
 
-def _rloo(grouped: GroupedRewards, epsilon: float) -> tuple[Tensor, Tensor]:
+def _rloo(grouped: GroupedRewards, config: BaselineConfig) -> Advantages:
     """R minus the mean of the others, = (R - mean) G / (G - 1); zero in a group of one.
 
     arXiv 2402.14740 [P].
     """
     size_V = grouped.size_V
-    return grouped.centred_V * size_V / (size_V - 1).clamp(min=1), _all(grouped)
+    return Advantages(grouped.centred_V * size_V / (size_V - 1).clamp(min=1))
 
 
 KALMAN_PROCESS_NOISE = 1e-5
 KALMAN_MEASUREMENT_NOISE = 1e-2
 
 
-def _krpo(grouped: GroupedRewards, epsilon: float) -> tuple[Tensor, Tensor]:
+def _krpo(grouped: GroupedRewards, config: BaselineConfig) -> Advantages:
     """Scalar Kalman filter over the rewards of a group in order, arXiv 2505.07527 [P].
 
     x0 = 0, P0 = 1, Q = 1e-5, R = 1e-2; A_i = (R_i - x_i) / (sqrt(P_i) + 1e-8) with the state
@@ -114,61 +128,93 @@ def _krpo(grouped: GroupedRewards, epsilon: float) -> tuple[Tensor, Tensor]:
         variance *= 1.0 - gain
         states[group] = (mean, variance)
         advantages.append((reward - mean) / (variance**0.5 + 1e-8))
-    return grouped.rewards_V.new_tensor(advantages), _all(grouped)
+    return Advantages(grouped.rewards_V.new_tensor(advantages))
 
 
-def _raft(grouped: GroupedRewards, epsilon: float) -> tuple[Tensor, Tensor]:
+def _raft(grouped: GroupedRewards, config: BaselineConfig) -> Advantages:
     """A = R on completions of positive reward, the others dropped, arXiv 2504.11343 [P]."""
-    return grouped.rewards_V, grouped.rewards_V > 0
+    return Advantages(grouped.rewards_V, grouped.rewards_V > 0)
 
 
-def _reinforce_rej(grouped: GroupedRewards, epsilon: float) -> tuple[Tensor, Tensor]:
+def _reinforce_rej(grouped: GroupedRewards, config: BaselineConfig) -> Advantages:
     """A = R, prompts answered all right or all wrong dropped, arXiv 2504.11343 [P].
 
     With graded rewards "all right or all wrong" is read as: all rewards of the group equal [I].
     """
-    return grouped.rewards_V, ~grouped.uniform_V
+    return Advantages(grouped.rewards_V, ~grouped.uniform_V)
 
 
-def _none(grouped: GroupedRewards, epsilon: float) -> tuple[Tensor, Tensor]:
+def _none(grouped: GroupedRewards, config: BaselineConfig) -> Advantages:
     """A = R (REINFORCE)."""
-    return grouped.rewards_V, _all(grouped)
+    return Advantages(grouped.rewards_V)
 
 
-def _all(grouped: GroupedRewards) -> Tensor:
-    return torch.ones_like(grouped.group_V, dtype=torch.bool)
+def _made_up(rewards: list[float], groups: list[int]) -> GroupedRewards:
+    return GroupedRewards(torch.tensor(rewards, dtype=torch.float64), torch.tensor(groups).long())
 
 
-BASELINES: dict[str, Callable[[GroupedRewards, float], tuple[Tensor, Tensor]]] = {
-    "grpo": _grpo,
-    "dr_grpo": _dr_grpo,
-    "rloo": _rloo,
-    "krpo": _krpo,
-    "raft": _raft,
-    "reinforce_rej": _reinforce_rej,
-    "none": _none,
-}
+def _problem(grouped: GroupedRewards, found: Advantages) -> str | None:
+    wrong = tensor_problem("advantages_V", found.advantages_V, grouped.rewards_V)
+    if wrong is None and found.kept_V is not None:
+        wrong = tensor_problem("kept_V", found.kept_V, grouped.rewards_V, boolean=True)
+    return wrong or number_problem(found.metrics)
+
+
+BASELINES: Axis[GroupedRewards, BaselineConfig, Advantages] = Axis(
+    name="baseline",
+    inputs=GroupedRewards,
+    result=Advantages,
+    rules={
+        "grpo": _grpo,
+        "dr_grpo": _dr_grpo,
+        "rloo": _rloo,
+        "krpo": _krpo,
+        "raft": _raft,
+        "reinforce_rej": _reinforce_rej,
+        "none": _none,
+    },
+    cases={
+        "groups of rewards (0, 1, 1) and (0.5)": partial(_made_up, [0, 1, 1, 0.5], [0, 0, 0, 1]),
+        "a group of rewards (1, 1)": partial(_made_up, [1, 1], [0, 0]),
+        "no completion with a reward": partial(_made_up, [], []),
+    },
+    problem=_problem,
+    whole_batch=True,
+)
 
 
 def group_advantages(
-    rewards_B: Tensor, group_B: Tensor, config: BaselineConfig
-) -> tuple[Tensor, Tensor]:
-    """Advantages [B] float64, and [B] bool: the completion belongs to the batch at all.
+    rewards_B: Tensor,
+    group_B: Tensor,
+    config: BaselineConfig,
+    rule: Rule[GroupedRewards, Advantages],
+) -> tuple[Tensor, Tensor, Mapping[str, float]]:
+    """Advantages of a batch under `rule`, which is the one that `config` names.
 
-    `group_B` (long) holds the index of each completion's group, in any order. Where the second
-    result is False (no reward, or rejected by the baseline) the advantage is 0 and the completion
-    counts in no denominator. `config.min_advantage` clamps from below (GRPO-lambda: -0.1 [R]).
+    Args:
+        rewards_B: NaN where a completion has no reward.
+        group_B: long, the index of each completion's group, in any order.
+
+    Returns:
+        Advantages [B] float64; [B] bool, whether the completion belongs to the batch at all; and
+        the rule's metrics. Where the second is False (no reward, or rejected by the baseline) the
+        advantage is 0 and the completion counts in no denominator. `config.min_advantage` clamps
+        advantages from below (GRPO-lambda: -0.1 [R]).
     """
     valid_B = ~rewards_B.isnan()
     grouped = GroupedRewards(rewards_B[valid_B].double(), group_B[valid_B])
-    advantages_V, kept_V = BASELINES[config.kind](grouped, config.epsilon)
+    found = BASELINES.call(rule, config.kind, grouped)
+    advantages_V = found.advantages_V.double()
+    kept_V = torch.ones_like(grouped.group_V, dtype=torch.bool)
+    if found.kept_V is not None:
+        kept_V = found.kept_V
     if config.min_advantage is not None:
         advantages_V = advantages_V.clamp(min=config.min_advantage)
     advantages_B = torch.zeros_like(rewards_B, dtype=torch.float64)
     advantages_B[valid_B] = advantages_V.masked_fill(~kept_V, 0.0)
     kept_B = torch.zeros_like(valid_B)
     kept_B[valid_B] = kept_V
-    return advantages_B, kept_B
+    return advantages_B, kept_B, found.metrics
 
 
 def kl_penalised_rewards(rewards_B: Tensor, log_ratio_sums_B: Tensor, beta: float) -> Tensor:
@@ -178,44 +224,3 @@ def kl_penalised_rewards(rewards_B: Tensor, log_ratio_sums_B: Tensor, beta: floa
     completion's KL divergence, in nats.
     """
     return rewards_B - beta * log_ratio_sums_B
-
-
-def max_variance_subset(rewards_G: Tensor, keep: int) -> Tensor:
-    """PODS (arXiv 2504.13818 [P]): the `keep` of G completions of most reward variance, [G] bool.
-
-    The best subset is the i highest and the keep - i lowest rewards for some i, so scanning i
-    after one sort is exact. Advantages are normalised over the kept ones afterwards.
-    Raises `ValueError` unless 1 <= keep <= G.
-    """
-    size = rewards_G.numel()
-    if not 1 <= keep <= size:
-        raise ValueError(f"cannot keep {keep} of {size} completions")
-    order_G = rewards_G.argsort(stable=True)
-    # Centred first: the variance is a small difference of large sums otherwise.
-    centred_G = (rewards_G - rewards_G.mean()).double()[order_G]
-    highest = torch.arange(keep + 1)
-    moments = []
-    for values_G in (centred_G, centred_G**2):
-        prefix = torch.cat([values_G.new_zeros(1), values_G.cumsum(0)])
-        moments.append(prefix[keep - highest] + prefix[size] - prefix[size - highest])
-    variance = moments[1] / keep - (moments[0] / keep) ** 2
-    best = int(variance.argmax())
-    mask_G = torch.zeros_like(rewards_G, dtype=torch.bool)
-    mask_G[order_G[: keep - best]] = True
-    mask_G[order_G[size - best :]] = True
-    return mask_G
-
-
-def prune_by_advantage(advantages_G: Tensor, rate: float) -> Tensor:
-    """CPPO (arXiv 2503.22342 [P]): keep the floor(G (1 - rate)) largest |advantages|, [G] bool.
-
-    The advantages are those of the whole group; ties keep the earlier completion.
-    Raises `ValueError` unless 0 <= rate < 1.
-    """
-    if not 0 <= rate < 1:
-        raise ValueError(f"pruning rate {rate} is outside [0, 1)")
-    # Rounded, because G * (1 - rate) in floating point may fall just short of an integer.
-    keep = int(round(advantages_G.numel() * (1 - rate), 9))
-    mask_G = torch.zeros_like(advantages_G, dtype=torch.bool)
-    mask_G[advantages_G.abs().argsort(descending=True, stable=True)[:keep]] = True
-    return mask_G

@@ -15,13 +15,16 @@ trained tokens. Evidence tags: [P] paper, [R] reviewer, [3P] third parties, [D] 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
-from typing import Protocol
+from abc import abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from common.config.algorithm import AggregationConfig
+from learner.algorithm.axis import Axis, Rule, number_problem, tensor_problem
 
 PREFERENCE_FLOOR = 1e-3
 """h = 1 + r z is clamped from below; r = 1/9 reaches it only in groups of more than 81 [D]."""
@@ -32,46 +35,54 @@ EXPONENT_LIMIT = 50.0
 LAMBDA_METRIC = "lambda_grpo/lambda"
 
 
-class Aggregation(Protocol):
-    """Weights of a batch, and what the aggregation learns from it."""
+@dataclass(frozen=True)
+class KeptCompletions:
+    """The completions of the global batch that count, for a rule that weighs them; all [V]."""
 
-    def weights(self, lengths_V: Tensor, group_V: Tensor) -> Tensor: ...
-
-    def end_step(
-        self, lengths_V: Tensor, group_V: Tensor, surrogate_sums_V: Tensor
-    ) -> dict[str, float]: ...
-
-    def state_dict(self) -> dict[str, float]: ...
-
-    def load_state_dict(self, state: dict[str, float]) -> None: ...
+    lengths_V: Tensor  # long, trained tokens
+    group_V: Tensor  # long, the index of each completion's group
+    advantages_V: Tensor  # float64
+    max_completion_tokens: int
 
 
-class FixedAggregation:
-    """An aggregation that is a formula of the lengths and learns nothing."""
+@dataclass(frozen=True)
+class TokenWeights:
+    """The weight of every token of a completion."""
 
-    def __init__(self, formula: Callable[[Tensor], Tensor]) -> None:
-        self._formula = formula
-
-    def weights(self, lengths_V: Tensor, group_V: Tensor) -> Tensor:
-        return self._formula(lengths_V.double())
-
-    def end_step(
-        self, lengths_V: Tensor, group_V: Tensor, surrogate_sums_V: Tensor
-    ) -> dict[str, float]:
-        return {}
-
-    def state_dict(self) -> dict[str, float]:
-        return {}
-
-    def load_state_dict(self, state: dict[str, float]) -> None:
-        """That of another aggregation, which the run had before a resume, is left behind."""
+    weights_V: Tensor  # float64
+    metrics: Mapping[str, float] = field(default_factory=dict)
 
 
-def _sequence_mean(lengths_V: Tensor) -> Tensor:
-    return 1 / (lengths_V.numel() * lengths_V.clamp(min=1))
+class LearnedAggregation(Rule[KeptCompletions, TokenWeights]):
+    """An aggregation that learns from every optimiser step."""
+
+    @abstractmethod
+    def end_step(self, kept: KeptCompletions, surrogate_sums_V: Tensor) -> Mapping[str, float]:
+        """Learn from a step that was taken, and return metrics.
+
+        Args:
+            kept: what the weights of the step were made from.
+            surrogate_sums_V: float64, sum_t l_{i,t} over all ranks.
+        """
 
 
-def _token_mean(lengths_V: Tensor) -> Tensor:
+def _sequence_mean(kept: KeptCompletions, config: AggregationConfig) -> TokenWeights:
+    lengths_V = kept.lengths_V.double()
+    return TokenWeights(1 / (lengths_V.numel() * lengths_V.clamp(min=1)))
+
+
+def _token_mean(kept: KeptCompletions, config: AggregationConfig) -> TokenWeights:
+    return TokenWeights(_share_of_tokens(kept.lengths_V))
+
+
+def _constant(kept: KeptCompletions, config: AggregationConfig) -> TokenWeights:
+    size = max(kept.lengths_V.numel(), 1)
+    weight = 1 / (size * kept.max_completion_tokens)
+    return TokenWeights(torch.full_like(kept.lengths_V, weight, dtype=torch.float64))
+
+
+def _share_of_tokens(lengths_V: Tensor) -> Tensor:
+    lengths_V = lengths_V.double()
     return torch.ones_like(lengths_V) / lengths_V.sum().clamp(min=1)
 
 
@@ -121,7 +132,7 @@ def length_preference(
     return size_V * share_V, derivative_V
 
 
-class LambdaGrpo:
+class LambdaGrpo(LearnedAggregation):
     """Learnable length preference: one scalar lambda, trained by its own SGD [3P: 0.0, lr 0.1].
 
     lambda = 0 is `token_mean` exactly; lambda < 0 favours short answers, lambda > 0 long ones [D].
@@ -132,20 +143,18 @@ class LambdaGrpo:
         self._config = config
         self.lambda_ = config.lambda_init
 
-    def weights(self, lengths_V: Tensor, group_V: Tensor) -> Tensor:
-        preference_V, _ = self._preference(lengths_V, group_V)
-        return preference_V * _token_mean(lengths_V.double())
+    def __call__(self, kept: KeptCompletions) -> TokenWeights:
+        preference_V, _ = self._preference(kept)
+        return TokenWeights(preference_V * _share_of_tokens(kept.lengths_V))
 
-    def gradient(self, lengths_V: Tensor, group_V: Tensor, surrogate_sums_V: Tensor) -> float:
+    def gradient(self, kept: KeptCompletions, surrogate_sums_V: Tensor) -> float:
         """dL/dlambda = -(1 / sum|o|) sum_i df_i/dlambda sum_t l_{i,t} [D]."""
-        _, derivative_V = self._preference(lengths_V, group_V)
+        _, derivative_V = self._preference(kept)
         pull_V = derivative_V * surrogate_sums_V.double()
-        return -float((pull_V * _token_mean(lengths_V.double())).sum())
+        return -float((pull_V * _share_of_tokens(kept.lengths_V)).sum())
 
-    def end_step(
-        self, lengths_V: Tensor, group_V: Tensor, surrogate_sums_V: Tensor
-    ) -> dict[str, float]:
-        gradient = self.gradient(lengths_V, group_V, surrogate_sums_V)
+    def end_step(self, kept: KeptCompletions, surrogate_sums_V: Tensor) -> Mapping[str, float]:
+        gradient = self.gradient(kept, surrogate_sums_V)
         self.lambda_ -= self._config.lambda_learning_rate * gradient
         return {LAMBDA_METRIC: self.lambda_, "lambda_grpo/gradient": gradient}
 
@@ -153,24 +162,45 @@ class LambdaGrpo:
         return {"lambda": self.lambda_}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        """Without one, as from a run that had another aggregation, lambda begins anew."""
-        self.lambda_ = float(state.get("lambda", self._config.lambda_init))
+        self.lambda_ = float(state["lambda"])
 
-    def _preference(self, lengths_V: Tensor, group_V: Tensor) -> tuple[Tensor, Tensor]:
-        return length_preference(lengths_V, group_V, self.lambda_, self._config.length_scale)
+    def _preference(self, kept: KeptCompletions) -> tuple[Tensor, Tensor]:
+        scale = self._config.length_scale
+        return length_preference(kept.lengths_V, kept.group_V, self.lambda_, scale)
 
 
-def build_aggregation(config: AggregationConfig, max_completion_tokens: int) -> Aggregation:
-    """The aggregation that `config.kind` names."""
+def _made_up(lengths: list[int], groups: list[int]) -> KeptCompletions:
+    group_V = torch.tensor(groups, dtype=torch.long)
+    advantages_V = torch.linspace(-1, 1, len(lengths), dtype=torch.float64)
+    return KeptCompletions(torch.tensor(lengths, dtype=torch.long), group_V, advantages_V, 8)
 
-    def constant(lengths_V: Tensor) -> Tensor:
-        size = max(lengths_V.numel(), 1)
-        return torch.full_like(lengths_V, 1 / (size * max_completion_tokens))
 
-    kinds: dict[str, Callable[[], Aggregation]] = {
-        "sequence_mean": lambda: FixedAggregation(_sequence_mean),
-        "token_mean": lambda: FixedAggregation(_token_mean),
-        "constant": lambda: FixedAggregation(constant),
-        "lambda_grpo": lambda: LambdaGrpo(config),
-    }
-    return kinds[config.kind]()
+def _problem(kept: KeptCompletions, found: TokenWeights) -> str | None:
+    wrong = tensor_problem("weights_V", found.weights_V, kept.lengths_V)
+    return wrong or number_problem(found.metrics)
+
+
+def _learn(rule: Rule[KeptCompletions, TokenWeights], kept: KeptCompletions) -> Mapping[str, float]:
+    if not isinstance(rule, LearnedAggregation):
+        return {}
+    return rule.end_step(kept, kept.advantages_V)
+
+
+AGGREGATIONS: Axis[KeptCompletions, AggregationConfig, TokenWeights] = Axis(
+    name="aggregation",
+    inputs=KeptCompletions,
+    result=TokenWeights,
+    rules={
+        "sequence_mean": _sequence_mean,
+        "token_mean": _token_mean,
+        "constant": _constant,
+        "lambda_grpo": LambdaGrpo,
+    },
+    cases={
+        "completions of [2, 0, 3] tokens": partial(_made_up, [2, 0, 3], [0, 0, 1]),
+        "no completion at all": partial(_made_up, [], []),
+    },
+    problem=_problem,
+    whole_batch=True,
+    end_step=_learn,
+)

@@ -14,12 +14,14 @@ Legend: N trained tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from common.config.algorithm import CorrectionConfig
+from learner.algorithm.axis import Axis, tensor_problem, token_cases, token_metric_problem
 from learner.algorithm.objectives import bounded_exp
 from learner.algorithm.traces import PackedAxis
 
@@ -30,24 +32,58 @@ def behaviour_gap(old_logprobs_N: Tensor, behaviour_logprobs_N: Tensor) -> Tenso
     return gap_N.masked_fill(behaviour_logprobs_N.isnan(), 0.0)
 
 
-def _none(ratio_N: Tensor, config: CorrectionConfig) -> Tensor:
-    return torch.ones_like(ratio_N)
+@dataclass(frozen=True)
+class CorrectionInputs:
+    """What a correction sees of a micro-batch; all [N] and without a gradient."""
+
+    ratio_N: Tensor  # pi_old / mu at the level of the configuration
+    behaviour_gap_N: Tensor  # log pi_old - log mu of the token, 0 where it was not sampled
+    sampled_N: Tensor  # bool; what a rule returns for the others is not looked at
+    axis: PackedAxis
 
 
-def _tis(ratio_N: Tensor, config: CorrectionConfig) -> Tensor:
-    return ratio_N.clamp(max=config.cap)
+@dataclass(frozen=True)
+class Correction:
+    """What a correction makes of the tokens of a micro-batch."""
+
+    weight_N: Tensor  # on the token's surrogate
+    metrics: Mapping[str, Tensor] = field(default_factory=dict)
+    """A value a token under each name, [N]; the mean over the step's trained tokens is recorded."""
 
 
-def _icepop(ratio_N: Tensor, config: CorrectionConfig) -> Tensor:
-    inside_N = (ratio_N >= config.floor) & (ratio_N <= config.cap)
-    return ratio_N * inside_N
+def _none(inputs: CorrectionInputs, config: CorrectionConfig) -> Correction:
+    return Correction(torch.ones_like(inputs.ratio_N))
 
 
-CORRECTIONS: dict[str, Callable[[Tensor, CorrectionConfig], Tensor]] = {
-    "none": _none,
-    "tis": _tis,
-    "icepop": _icepop,
-}
+def _tis(inputs: CorrectionInputs, config: CorrectionConfig) -> Correction:
+    return Correction(inputs.ratio_N.clamp(max=config.cap))
+
+
+def _icepop(inputs: CorrectionInputs, config: CorrectionConfig) -> Correction:
+    ratio_N = inputs.ratio_N
+    return Correction(ratio_N * ((ratio_N >= config.floor) & (ratio_N <= config.cap)))
+
+
+def _made_up(lengths: list[int]) -> CorrectionInputs:
+    gap_N = torch.linspace(-0.2, 0.3, sum(lengths))
+    sampled_N = torch.ones(sum(lengths), dtype=torch.bool)
+    return CorrectionInputs(gap_N.exp(), gap_N, sampled_N, PackedAxis(torch.tensor(lengths)))
+
+
+def _problem(inputs: CorrectionInputs, correction: Correction) -> str | None:
+    wrong = tensor_problem("weight_N", correction.weight_N, inputs.ratio_N)
+    return wrong or token_metric_problem(correction.metrics, inputs.ratio_N)
+
+
+CORRECTIONS: Axis[CorrectionInputs, CorrectionConfig, Correction] = Axis(
+    name="correction",
+    inputs=CorrectionInputs,
+    result=Correction,
+    rules={"none": _none, "tis": _tis, "icepop": _icepop},
+    cases=token_cases(_made_up),
+    problem=_problem,
+    whole_batch=False,
+)
 
 
 def _token_level(gap_N: Tensor, axis: PackedAxis) -> Tensor:
@@ -64,10 +100,10 @@ LEVELS: dict[str, Callable[[Tensor, PackedAxis], Tensor]] = {
 }
 
 
-def correction_weights(
-    gap_N: Tensor, sampled_N: Tensor, axis: PackedAxis, kind: str, config: CorrectionConfig
-) -> Tensor:
-    """Weights [N] from `behaviour_gap`; 1 where `sampled_N` is False."""
+def correct(
+    gap_N: Tensor, sampled_N: Tensor, axis: PackedAxis, config: CorrectionConfig
+) -> Correction:
+    """Weights from `behaviour_gap`; 1 where `sampled_N` is False. `config.kind` is not `auto`."""
     ratio_N = bounded_exp(LEVELS[config.level](gap_N, axis))
-    weights_N = CORRECTIONS[kind](ratio_N, config)
-    return weights_N.masked_fill(~sampled_N, 1.0)
+    found = CORRECTIONS.rule(config)(CorrectionInputs(ratio_N, gap_N, sampled_N, axis))
+    return replace(found, weight_N=found.weight_N.masked_fill(~sampled_N, 1.0))

@@ -14,23 +14,24 @@ Legend: N trained tokens. Evidence tags: [P] paper, [R] reviewer, [3P] third par
 
 from __future__ import annotations
 
-import functools
-import importlib
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from common.config.algorithm import CreditConfig
-from common.errors import UserError
+from learner.algorithm.axis import Axis, tensor_problem, token_cases, token_metric_problem
 from learner.algorithm.traces import LambdaTrace, PackedAxis, above_entropy_quantile
 
 
 @dataclass(frozen=True)
 class CreditInputs:
-    """Per trained token; the optional ones where the configuration needs them, and for a rule of
-    one's own."""
+    """What a credit rule sees of a micro-batch.
+
+    The optional columns are there where the configuration needs them, and for a rule of a user's
+    own.
+    """
 
     log_ratio_N: Tensor  # x = log pi - log pi_old, carries the gradient
     behaviour_gap_N: Tensor  # log pi_old - log mu, 0 where the token was not sampled
@@ -41,10 +42,14 @@ class CreditInputs:
 
 @dataclass(frozen=True)
 class Credit:
+    """What a credit rule makes of the tokens of a micro-batch."""
+
     log_ratio_N: Tensor  # z, what the objective sees
     weight_N: Tensor  # on the token's surrogate
     kl_weight_N: Tensor  # on the token's KL term
     gradient_weight_N: Tensor  # c: gradient at the old policy is A sum_k c_k grad log pi(o_k)
+    metrics: Mapping[str, Tensor] = field(default_factory=dict)
+    """A value a token under each name, [N]; the mean over the step's trained tokens is recorded."""
 
 
 def _broadcast(inputs: CreditInputs, config: CreditConfig) -> Credit:
@@ -115,74 +120,33 @@ _APPLICATIONS: dict[str, Callable[[LambdaTrace, Tensor, Tensor, Tensor, Tensor],
     "weight": _on_advantage,
 }
 
-CreditRule = Callable[[CreditInputs, CreditConfig], Credit]
 
-CREDITS: dict[str, CreditRule] = {
-    "broadcast": _broadcast,
-    "lambda_trace": _lambda_trace,
-    "prefix_sets": _prefix_sets,
-}
-
-
-@functools.cache
-def credit_rule(kind: str) -> CreditRule:
-    """The rule called `kind`: one of `CREDITS`, or imported by its path.
-
-    Raises:
-        UserError: it cannot be imported from here. The learner's ranks look for it where the run
-            was started, and on PYTHONPATH.
-    """
-    if kind in CREDITS:
-        return CREDITS[kind]
-    module, _, name = kind.partition(":")
-    try:
-        rule: CreditRule = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, SyntaxError, ValueError) as error:
-        raise UserError(
-            f"algorithm.credit.kind={kind} cannot be imported: {error}. Use one of "
-            f"{', '.join(CREDITS)}, or package.module:function, importable from the directory the "
-            "run was started in or from PYTHONPATH"
-        ) from error
-    return rule
+def _made_up(lengths: list[int]) -> CreditInputs:
+    axis = PackedAxis(torch.tensor(lengths))
+    ones_N = torch.ones(sum(lengths))
+    x_N = torch.linspace(-0.2, 0.3, sum(lengths)).requires_grad_()
+    return CreditInputs(x_N, 0 * ones_N, axis, ones_N, ones_N)
 
 
-def check_credit(config: CreditConfig) -> None:
-    """Try a rule of one's own on a few tokens, and on none, as the learner will.
-
-    Raises:
-        UserError: it cannot be imported, raises, or does not return finite tensors of one value a
-            token with a gradient to the policy.
-    """
-    if config.kind in CREDITS:
-        return
-    rule = credit_rule(config.kind)
-    for lengths in ([3, 1], [0]):
-        size = sum(lengths)
-        ones_N, axis = torch.ones(size), PackedAxis(torch.tensor(lengths))
-        x_N = torch.linspace(-0.2, 0.3, size).requires_grad_()
-        wrong = _what_is_wrong(rule, CreditInputs(x_N, 0 * ones_N, axis, ones_N, ones_N), config)
-        if wrong is not None:
-            raise UserError(
-                f"algorithm.credit.kind={config.kind}, tried on completions of {lengths} tokens, "
-                f"{wrong}"
-            )
-
-
-def _what_is_wrong(rule: CreditRule, inputs: CreditInputs, config: CreditConfig) -> str | None:
-    """Of the rule's answer; None where nothing is."""
-    try:
-        credit = rule(inputs, config)
-    except Exception as error:  # a rule is a program of the user's; it may raise anything
-        return (
-            f"raised {type(error).__name__}: {error}. It is called as "
-            "function(CreditInputs, CreditConfig)"
-        )
-    if not isinstance(credit, Credit):
-        return f"returned a {type(credit).__name__}: return a learner.algorithm.credit.Credit"
-    for name, value_N in vars(credit).items():
-        right = isinstance(value_N, Tensor) and value_N.shape == inputs.log_ratio_N.shape
-        if not right or not value_N.isfinite().all():
-            return f"returned a {name} that is not one finite value a token, of shape [N]"
+def _problem(inputs: CreditInputs, credit: Credit) -> str | None:
+    for name in ("log_ratio_N", "weight_N", "kl_weight_N", "gradient_weight_N"):
+        if wrong := tensor_problem(name, getattr(credit, name), inputs.log_ratio_N):
+            return wrong
     if not credit.log_ratio_N.requires_grad:
         return "returned a log_ratio_N without the gradient of inputs.log_ratio_N: keep it"
-    return None
+    return token_metric_problem(credit.metrics, inputs.log_ratio_N)
+
+
+CREDITS: Axis[CreditInputs, CreditConfig, Credit] = Axis(
+    name="credit",
+    inputs=CreditInputs,
+    result=Credit,
+    rules={
+        "broadcast": _broadcast,
+        "lambda_trace": _lambda_trace,
+        "prefix_sets": _prefix_sets,
+    },
+    cases=token_cases(_made_up),
+    problem=_problem,
+    whole_batch=False,
+)

@@ -13,14 +13,15 @@ the same letter N means trained tokens only.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from common.config.algorithm import AlgorithmConfig
-from learner.algorithm.corrections import behaviour_gap, correction_weights
-from learner.algorithm.credit import Credit, CreditInputs, credit_rule
+from learner.algorithm.corrections import behaviour_gap, correct
+from learner.algorithm.credit import CREDITS, Credit, CreditInputs
 from learner.algorithm.objectives import OBJECTIVES, Surrogate, Terms, bounded_exp, k3
 from learner.algorithm.traces import PackedAxis
 
@@ -72,16 +73,17 @@ def policy_loss(
         entropy_N=tokens.entropy_N,
         prefix_counts_N=tokens.prefix_counts_N,
     )
-    credit = credit_rule(config.credit.kind)(inputs, config.credit)
+    credit = CREDITS.rule(config.credit)(inputs)
     terms = Terms(
         log_ratio_N=credit.log_ratio_N,
         logprobs_N=tokens.logprobs_N.detach(),
         advantages_B=batch.advantages_B.to(dtype),
         axis=axis,
+        behaviour_gap_N=gap_N,
     )
-    surrogate = OBJECTIVES[config.objective.kind](terms, config.objective)
-    correction_N = correction_weights(gap_N, sampled_N, axis, correction_kind, config.correction)
-    policy_B = axis.sum(credit.weight_N * correction_N * surrogate.values_N)
+    surrogate = OBJECTIVES.rule(config.objective)(terms)
+    correction = correct(gap_N, sampled_N, axis, replace(config.correction, kind=correction_kind))
+    policy_B = axis.sum(credit.weight_N * correction.weight_N * surrogate.values_N)
     kl_N = torch.zeros_like(gap_N)
     if tokens.reference_logprobs_N is not None:
         kl_N = k3(tokens.logprobs_N, tokens.reference_logprobs_N)
@@ -89,7 +91,8 @@ def policy_loss(
     kl_B = beta * axis.sum(credit.kl_weight_N * kl_N)
     weights_B = batch.token_weights_B.double()
     loss = -(weights_B * (policy_B - kl_B)).sum()
-    metrics = _token_metrics(tokens, credit, surrogate, gap_N, kl_N.detach())
+    own = {**credit.metrics, **surrogate.metrics, **correction.metrics}
+    metrics = _token_metrics(tokens, credit, surrogate, gap_N, kl_N.detach(), own)
     policy, kl = torch.stack([-(weights_B * policy_B).sum(), (weights_B * kl_B).sum()]).tolist()
     metrics |= {"loss/policy": (policy, 0.0), "loss/kl": (kl, 0.0)}
     credit_N = credit.gradient_weight_N.detach()
@@ -121,9 +124,18 @@ def _trained_tokens(batch: CompletionBatch) -> tuple[CompletionBatch, PackedAxis
 
 @torch.no_grad()
 def _token_metrics(
-    tokens: CompletionBatch, credit: Credit, surrogate: Surrogate, gap_N: Tensor, kl_N: Tensor
+    tokens: CompletionBatch,
+    credit: Credit,
+    surrogate: Surrogate,
+    gap_N: Tensor,
+    kl_N: Tensor,
+    own: Mapping[str, Tensor],
 ) -> Metrics:
-    """Means over trained tokens; `is_ratio` (pi_old / mu) and `logprob_gap` over sampled ones."""
+    """Means over trained tokens; `is_ratio` (pi_old / mu) and `logprob_gap` over sampled ones.
+
+    Args:
+        own: [N] each, from rules of the user's own.
+    """
     sampled_N = ~tokens.behaviour_logprobs_N.isnan()
     every_N = torch.ones_like(sampled_N)
     means = {
@@ -136,6 +148,7 @@ def _token_metrics(
         means["entropy/mean"] = (tokens.entropy_N, every_N)
     if tokens.reference_logprobs_N is not None:
         means["kl/mean"] = (kl_N, every_N)
+    means |= {name: (values_N, every_N) for name, values_N in own.items()}
     # One transfer from the device for all of them.
     pairs = [
         torch.stack([(values_N.double() * over_N).sum(), over_N.sum().double()])

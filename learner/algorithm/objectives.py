@@ -13,13 +13,15 @@ Legend: N trained tokens, B completions. Evidence tags: [P] paper, [D] derived.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from common.config.algorithm import ObjectiveConfig
+from learner.algorithm.axis import Axis, tensor_problem, token_cases, token_metric_problem
 from learner.algorithm.traces import PackedAxis
 
 LOG_RATIO_LIMIT = 20.0
@@ -27,20 +29,28 @@ LOG_RATIO_LIMIT = 20.0
 
 @dataclass(frozen=True)
 class Terms:
-    """What an objective is made from."""
+    """What an objective is made from: a micro-batch."""
 
     log_ratio_N: Tensor  # z, carries the gradient
     logprobs_N: Tensor  # log pi, detached
     advantages_B: Tensor
     axis: PackedAxis
+    behaviour_gap_N: Tensor  # log pi_old - log mu, 0 where the token was not sampled
+
+    @cached_property
+    def advantages_N(self) -> Tensor:
+        """The advantage of every token: that of its completion."""
+        return self.axis.spread(self.advantages_B)
 
 
 @dataclass(frozen=True)
 class Surrogate:
-    """Values to maximise, [N], and where the clip is active, [N] bool."""
+    """What an objective makes of the tokens of a micro-batch."""
 
-    values_N: Tensor
-    clipped_N: Tensor
+    values_N: Tensor  # to be maximised, carries the gradient
+    clipped_N: Tensor  # bool: the clip is active
+    metrics: Mapping[str, Tensor] = field(default_factory=dict)
+    """A value a token under each name, [N]; the mean over the step's trained tokens is recorded."""
 
 
 def bounded_exp(log_ratio: Tensor) -> Tensor:
@@ -67,7 +77,7 @@ def _clipped(log_ratio: Tensor, advantages: Tensor, config: ObjectiveConfig) -> 
 
 def _ppo(terms: Terms, config: ObjectiveConfig) -> Surrogate:
     """min(r A, clip(r, 1 - low, 1 + high) A); low = high is PPO's, high > low DAPO's clip [P]."""
-    return _clipped(terms.log_ratio_N, terms.axis.spread(terms.advantages_B), config)
+    return _clipped(terms.log_ratio_N, terms.advantages_N, config)
 
 
 def _gspo(terms: Terms, config: ObjectiveConfig) -> Surrogate:
@@ -86,7 +96,7 @@ def _gmpo(terms: Terms, config: ObjectiveConfig) -> Surrogate:
     `clip_low` and `clip_high` are exponents here: the bounds are e^-low and e^high (0.4 in the
     paper). As in PPO only the side that would raise the objective is clipped.
     """
-    advantages_N = terms.axis.spread(terms.advantages_B)
+    advantages_N = terms.advantages_N
     free_N = terms.log_ratio_N
     upper_N = free_N.clamp(max=config.clip_high)
     lower_N = free_N.clamp(min=-config.clip_low)
@@ -104,13 +114,13 @@ def _cispo(terms: Terms, config: ObjectiveConfig) -> Surrogate:
     """
     ratio_N = bounded_exp(terms.log_ratio_N.detach())
     bounded_N = ratio_N.clamp(1 - config.clip_low, 1 + config.clip_high)
-    scale_N = bounded_N * terms.axis.spread(terms.advantages_B)
+    scale_N = bounded_N * terms.advantages_N
     return Surrogate(scale_N * _log_policy(terms), bounded_N != ratio_N)
 
 
 def _gpg(terms: Terms, config: ObjectiveConfig) -> Surrogate:
     """A log pi, arXiv 2504.02546 [P]: no ratio, no clip. Its alpha is in `batch_scale`."""
-    values_N = terms.axis.spread(terms.advantages_B) * _log_policy(terms)
+    values_N = terms.advantages_N * _log_policy(terms)
     return Surrogate(values_N, torch.zeros_like(values_N, dtype=torch.bool))
 
 
@@ -119,13 +129,32 @@ def _log_policy(terms: Terms) -> Tensor:
     return terms.logprobs_N + terms.log_ratio_N - terms.log_ratio_N.detach()
 
 
-OBJECTIVES: dict[str, Callable[[Terms, ObjectiveConfig], Surrogate]] = {
-    "ppo": _ppo,
-    "gspo": _gspo,
-    "gmpo": _gmpo,
-    "cispo": _cispo,
-    "gpg": _gpg,
-}
+def _made_up(lengths: list[int]) -> Terms:
+    z_N = torch.linspace(-0.2, 0.3, sum(lengths)).requires_grad_()
+    advantages_B = torch.linspace(1.0, -1.0, len(lengths))
+    axis = PackedAxis(torch.tensor(lengths))
+    return Terms(z_N, z_N.detach() - 1, advantages_B, axis, torch.zeros(sum(lengths)))
+
+
+def _problem(terms: Terms, surrogate: Surrogate) -> str | None:
+    wrong = tensor_problem("values_N", surrogate.values_N, terms.log_ratio_N)
+    wrong = wrong or tensor_problem(
+        "clipped_N", surrogate.clipped_N, terms.log_ratio_N, boolean=True
+    )
+    if wrong is None and not surrogate.values_N.requires_grad:
+        wrong = "returned values_N without the gradient of terms.log_ratio_N: keep it"
+    return wrong or token_metric_problem(surrogate.metrics, terms.log_ratio_N)
+
+
+OBJECTIVES: Axis[Terms, ObjectiveConfig, Surrogate] = Axis(
+    name="objective",
+    inputs=Terms,
+    result=Surrogate,
+    rules={"ppo": _ppo, "gspo": _gspo, "gmpo": _gmpo, "cispo": _cispo, "gpg": _gpg},
+    cases=token_cases(_made_up),
+    problem=_problem,
+    whole_batch=False,
+)
 
 
 def _unscaled(advantages_V: Tensor) -> float:

@@ -11,7 +11,9 @@ Legend: B completions of the global batch, all groups.
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,13 +23,14 @@ from torch import Tensor
 from common.config.algorithm import AlgorithmConfig, CreditConfig
 from common.config.bounds import check_bounds
 from common.errors import UserError
-from learner.algorithm.advantages import check_rewards, group_advantages
-from learner.algorithm.aggregation import build_aggregation
+from learner.algorithm.advantages import BASELINES, check_rewards, group_advantages
+from learner.algorithm.aggregation import AGGREGATIONS, KeptCompletions, LearnedAggregation
+from learner.algorithm.axis import Rule
 from learner.algorithm.corrections import CORRECTIONS
-from learner.algorithm.credit import CREDITS, check_credit
+from learner.algorithm.credit import CREDITS
 from learner.algorithm.loss import CompletionBatch, LossOutput, policy_loss
-from learner.algorithm.objectives import batch_scale
-from learner.algorithm.selection import keep_after, keep_before, overlong_penalty
+from learner.algorithm.objectives import OBJECTIVES, batch_scale
+from learner.algorithm.selection import ROLLOUTS, Chosen, Sampled, by_keys, overlong_penalty
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,8 @@ class Prepared:
     """bool: the completion counts: it has a reward, and the recipe did not leave it out."""
     trained_B: Tensor
     """bool: the completion has a gradient. Leaving out the others changes nothing."""
+    metrics: dict[str, float]
+    """Those of rules of the user's own."""
 
 
 @dataclass(frozen=True)
@@ -47,8 +52,7 @@ class _Batch:
     """The last prepared batch, as `end_step` needs it."""
 
     kept_B: Tensor
-    lengths_V: Tensor
-    group_V: Tensor
+    kept: KeptCompletions
     scale: float
 
 
@@ -62,23 +66,23 @@ class Recipe:
         self._config = config
         self._max_completion_tokens = max_completion_tokens
         self._correction_kind = correction_kind
-        self._aggregation = build_aggregation(config.aggregation, max_completion_tokens)
+        self._rollout = ROLLOUTS.rule(config.rollout)
+        self._baseline = BASELINES.rule(config.baseline)
+        self._aggregation = AGGREGATIONS.rule(config.aggregation)
         self._batch: _Batch | None = None
 
     @property
     def needs_prefix_counts(self) -> bool:
-        return self._own_credit or self._config.credit.kind == "prefix_sets"
+        """The credit rule is given the sizes of prefix sets; a user's own is given all there is."""
+        kind = self._config.credit.kind
+        return kind == "prefix_sets" or CREDITS.is_own(kind)
 
     @property
     def needs_entropy(self) -> bool:
+        """The credit rule is given entropies; a user's own is given all there is."""
         credit = self._config.credit
         traced = credit.kind == "lambda_trace" and credit.entropy_quantile > 0
-        return self._own_credit or traced
-
-    @property
-    def _own_credit(self) -> bool:
-        """A rule of the user's, which is given all that there is."""
-        return self._config.credit.kind not in CREDITS
+        return traced or CREDITS.is_own(credit.kind)
 
     @property
     def needs_reference(self) -> bool:
@@ -127,32 +131,59 @@ class Recipe:
         follow the learnable lambda.
         """
         check_rewards(rewards_B.masked_fill(rewards_B.isnan(), 0.0), verifier_name)
-        rollout = self._config.rollout
         whole_B = lengths_B if whole_lengths_B is None else whole_lengths_B
         rewards_B = rewards_B + overlong_penalty(
-            whole_B, self._max_completion_tokens, rollout.overlong_penalty_tokens
+            whole_B, self._max_completion_tokens, self._config.rollout.overlong_penalty_tokens
         )
-        chosen_B = keep_before(rewards_B, group_B, rollout)
-        advantages_B, kept_B = group_advantages(
-            rewards_B.masked_fill(~chosen_B, math.nan), group_B, self._config.baseline
+        cut_B = torch.zeros(len(whole_B), dtype=torch.bool) if truncated_B is None else truncated_B
+        scored_B = ~rewards_B.isnan()
+        before = self._choose(Sampled(rewards_B, group_B, whole_B, cut_B, scored_B))
+        advantages_B, kept_B, metrics = group_advantages(
+            rewards_B.masked_fill(~before.kept_B, math.nan),
+            group_B,
+            self._config.baseline,
+            self._baseline,
         )
-        cut_B = torch.zeros_like(kept_B) if truncated_B is None else truncated_B
-        kept_B = keep_after(advantages_B, group_B, kept_B, cut_B, rollout)
+        after = self._choose(Sampled(rewards_B, group_B, whole_B, cut_B, kept_B, advantages_B))
+        kept_B = after.kept_B
         advantages_B = advantages_B.masked_fill(~kept_B, 0.0)
-        lengths_V, group_V = lengths_B[kept_B], group_B[kept_B]
-        scale = batch_scale(self._config.objective.kind, advantages_B[kept_B])
-        self._batch = _Batch(kept_B, lengths_V, group_V, scale)
-        token_weights_B = torch.zeros_like(advantages_B)
-        token_weights_B[kept_B] = scale * self._aggregation.weights(lengths_V, group_V)
+        token_weights_B, weight_metrics = self._weigh(advantages_B, kept_B, lengths_B, group_B)
         useful_B = torch.ones_like(kept_B) if self.kl_in_loss else advantages_B != 0
-        trained_B = kept_B & useful_B & (lengths_B > 0)
-        return Prepared(advantages_B, token_weights_B, kept_B, trained_B)
+        return Prepared(
+            advantages_B,
+            token_weights_B,
+            kept_B,
+            trained_B=kept_B & useful_B & (lengths_B > 0),
+            metrics={**before.metrics, **metrics, **after.metrics, **weight_metrics},
+        )
+
+    def _choose(self, sampled: Sampled) -> Chosen:
+        """What the keys of the rollout axis leave of the kept completions, and then its rule."""
+        config = self._config.rollout
+        sampled = replace(sampled, kept_B=by_keys(sampled, config))
+        chosen = ROLLOUTS.call(self._rollout, config.kind, sampled)
+        return replace(chosen, kept_B=chosen.kept_B & sampled.kept_B)
+
+    def _weigh(
+        self, advantages_B: Tensor, kept_B: Tensor, lengths_B: Tensor, group_B: Tensor
+    ) -> tuple[Tensor, Mapping[str, float]]:
+        """Token weights [B] float64, 0 where one does not count, and the rule's metrics."""
+        advantages_V = advantages_B[kept_B]
+        kept = KeptCompletions(
+            lengths_B[kept_B], group_B[kept_B], advantages_V, self._max_completion_tokens
+        )
+        scale = batch_scale(self._config.objective.kind, advantages_V)
+        self._batch = _Batch(kept_B, kept, scale)
+        found = AGGREGATIONS.call(self._aggregation, self._config.aggregation.kind, kept)
+        token_weights_B = torch.zeros_like(advantages_B)
+        token_weights_B[kept_B] = scale * found.weights_V.double()
+        return token_weights_B, found.metrics
 
     def loss(self, batch: CompletionBatch) -> LossOutput:
         """Loss of one microbatch; see `learner.algorithm.loss.policy_loss`."""
         return policy_loss(batch, self._config, self._correction_kind)
 
-    def end_step(self, surrogate_sums_B: Tensor) -> dict[str, float]:
+    def end_step(self, surrogate_sums_B: Tensor) -> Mapping[str, float]:
         """Let the aggregation learn from sum_t l_{i,t}, and return its metrics.
 
         `surrogate_sums_B` is aligned with the completions given to `prepare`, 0 for those not
@@ -160,15 +191,34 @@ class Recipe:
         """
         if self._batch is None:
             raise RuntimeError("end_step before prepare")
+        if not isinstance(self._aggregation, LearnedAggregation):
+            return {}
         batch = self._batch
         sums_V = batch.scale * surrogate_sums_B[batch.kept_B]
-        return self._aggregation.end_step(batch.lengths_V, batch.group_V, sums_V)
+        return self._aggregation.end_step(batch.kept, sums_V)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"aggregation": self._aggregation.state_dict()}
+        """What the rules remember, as JSON, with the `kind` of each."""
+        return {
+            name: {"kind": kind, "state": rule.state_dict()}
+            for name, (kind, rule) in self._rules().items()
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._aggregation.load_state_dict(state["aggregation"])
+        """Go on from `state`. A rule of another `kind` than before a resume begins anew."""
+        for name, (kind, rule) in self._rules().items():
+            saved = state.get(name, {})
+            if saved.get("kind") == kind:
+                rule.load_state_dict(saved["state"])
+
+    def _rules(self) -> dict[str, tuple[str, Rule[Any, Any]]]:
+        """Kind and rule of each axis that may remember something."""
+        config = self._config
+        return {
+            "rollout": (config.rollout.kind, self._rollout),
+            "baseline": (config.baseline.kind, self._baseline),
+            "aggregation": (config.aggregation.kind, self._aggregation),
+        }
 
 
 def check_recipe(config: AlgorithmConfig, correction_kind: str, max_completion_tokens: int) -> None:
@@ -195,6 +245,23 @@ def check_recipe(config: AlgorithmConfig, correction_kind: str, max_completion_t
             "algorithm.credit.cut=true needs algorithm.credit.application=weight under a "
             "correction: see learner/algorithm/traces.py"
         )
-    check_credit(credit)
-    if correction_kind not in CORRECTIONS:
-        raise ValueError(f"correction {correction_kind!r} is not one of {sorted(CORRECTIONS)}")
+    _try_rules(config, correction_kind)
+
+
+def _try_rules(config: AlgorithmConfig, correction_kind: str) -> None:
+    """Try the user's own rules, all with metrics of different names."""
+    correction = replace(config.correction, kind=correction_kind)
+    names = {
+        ROLLOUTS.key: ROLLOUTS.check(config.rollout),
+        BASELINES.key: BASELINES.check(config.baseline),
+        CREDITS.key: CREDITS.check(config.credit),
+        OBJECTIVES.key: OBJECTIVES.check(config.objective),
+        CORRECTIONS.key: CORRECTIONS.check(correction),
+        AGGREGATIONS.key: AGGREGATIONS.check(config.aggregation),
+    }
+    for (key, mine), (other, theirs) in itertools.combinations(names.items(), 2):
+        if both := mine & theirs:
+            raise UserError(
+                f"the rules of {key} and {other} both record {', '.join(sorted(both))}: give the "
+                "metric of one another name"
+            )

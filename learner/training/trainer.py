@@ -183,7 +183,7 @@ class Trainer:
         if sheet is not None:
             sheet.begin(batch, prepared)
         plan = self._plan(batch, prepared.trained_B.numpy())
-        metrics |= describe(batch, prepared)
+        metrics |= describe(batch, prepared) | prepared.metrics
         metrics["packing/efficiency"] = plan.efficiency
         return _Work(batch, prepared, self._mine(batch, plan)), metrics
 

@@ -17,14 +17,15 @@ from maths_oracles import algorithm, normal, random, random_batch
 from actors.data.quarantine import Quarantine
 from actors.data.sources import load_rows
 from actors.sandbox.sandbox import RuleSpec, Sandbox, Task
-from common.config.algorithm import CreditConfig
+from common.config.algorithm import BaselineConfig, CreditConfig
 from common.config.load import load_config
 from common.config.sections import Config
-from common.errors import UserError
 from deploy.command.presets import RECIPES
+from deploy.examples.advantage import by_rank
 from deploy.examples.credit import by_entropy
 from deploy.examples.verifier import right_and_short
-from learner.algorithm.credit import Credit, CreditInputs, check_credit, credit_rule
+from learner.algorithm.advantages import GroupedRewards
+from learner.algorithm.credit import CreditInputs
 from learner.algorithm.loss import policy_loss
 from learner.algorithm.recipe import Recipe, check_recipe
 from learner.algorithm.traces import PackedAxis
@@ -83,6 +84,27 @@ def test_the_data_set_is_read_as_its_command_says(
         assert json.loads(row.reference)["answer"] == str(a * b)
 
 
+def test_the_estimator_goes_by_rank() -> None:
+    """By hand: 9 beats three, 1 beats one and loses to two; size does not matter, order does."""
+    rewards_V = torch.tensor([9.0, 1.0, 5.0, 0.0, 2.0, 2.0, 7.0], dtype=torch.float64)
+    grouped = GroupedRewards(rewards_V, torch.tensor([0, 0, 0, 0, 1, 1, 2]))
+    found = by_rank(grouped, BaselineConfig())
+    assert found.advantages_V.tolist() == pytest.approx([1, -1 / 3, 1 / 3, -1, 0, 0, 0])
+    assert found.metrics == {"advantage/tied": 3 / 7}
+    larger = GroupedRewards(rewards_V**3, grouped.group_V)
+    assert torch.equal(by_rank(larger, BaselineConfig()).advantages_V, found.advantages_V)
+
+
+def test_an_estimator_of_ones_own_reaches_the_weights_and_the_record() -> None:
+    config = algorithm(baseline={"kind": "deploy.examples.advantage:by_rank"})
+    rewards_B = torch.tensor([3.0, float("nan"), 0.0, 1.0], dtype=torch.float64)
+    group_B, lengths_B = torch.zeros(4).long(), torch.tensor([2, 3, 4, 5])
+    prepared = Recipe(config, "none", 16).prepare(rewards_B, group_B, lengths_B, "v")
+    assert prepared.advantages_B.tolist() == [1.0, 0.0, -1.0, 0.0]
+    assert prepared.trained_B.tolist() == [True, False, True, False]
+    assert prepared.metrics == {"advantage/tied": 1 / 3}
+
+
 def test_the_credit_rule_shares_by_entropy() -> None:
     """By hand: entropies 1, 3, 0 have mean 4/3; a completion without entropy is as under GRPO."""
     axis = PackedAxis(torch.tensor([3, 0, 2]))
@@ -117,71 +139,3 @@ def test_a_rule_of_ones_own_is_a_recipe_like_any_other() -> None:
     found = recipe.loss(batch).loss
     torch.testing.assert_close(found, expected)
     assert not torch.allclose(found, policy_loss(batch, algorithm(), "none").loss)
-
-
-def ones(inputs: CreditInputs, config: CreditConfig) -> Credit:
-    one_N = torch.ones_like(inputs.log_ratio_N)
-    return Credit(inputs.log_ratio_N, one_N, one_N, one_N)
-
-
-def no_credit(inputs: CreditInputs, config: CreditConfig) -> object:
-    return inputs.log_ratio_N
-
-
-def of_one_argument(inputs: CreditInputs) -> Credit:
-    raise AssertionError
-
-
-def a_scalar(inputs: CreditInputs, config: CreditConfig) -> Credit:
-    one = torch.ones(())
-    return Credit(inputs.log_ratio_N, one, one, one)
-
-
-def not_finite(inputs: CreditInputs, config: CreditConfig) -> Credit:
-    bad_N = torch.full_like(inputs.log_ratio_N, float("nan"))
-    return Credit(inputs.log_ratio_N, bad_N, bad_N, bad_N)
-
-
-def without_gradient(inputs: CreditInputs, config: CreditConfig) -> Credit:
-    x_N = inputs.log_ratio_N.detach()
-    return Credit(x_N, x_N, x_N, x_N)
-
-
-def not_for_nothing(inputs: CreditInputs, config: CreditConfig) -> Credit:
-    assert inputs.entropy_N is not None
-    weight_N = inputs.entropy_N / inputs.entropy_N.max()  # of no tokens there is none
-    return Credit(inputs.log_ratio_N, weight_N, weight_N, weight_N)
-
-
-@pytest.mark.parametrize(
-    ("function", "message"),
-    [
-        ("no_such_function", "cannot be imported.*importable from the directory"),
-        ("no_credit", "returned a Tensor: return a learner.algorithm.credit.Credit"),
-        ("of_one_argument", "raised TypeError.*called as function.CreditInputs, CreditConfig"),
-        ("a_scalar", "a weight_N that is not one finite value a token"),
-        ("not_finite", "a weight_N that is not one finite value a token"),
-        ("without_gradient", "without the gradient of inputs.log_ratio_N"),
-        ("not_for_nothing", r"completions of \[0\] tokens, raised"),
-    ],
-)
-def test_a_rule_that_cannot_work_is_refused_before_anything_starts(
-    function: str, message: str
-) -> None:
-    config = algorithm(credit={"kind": f"test_examples:{function}"})
-    with pytest.raises(
-        UserError, match=f"algorithm.credit.kind=test_examples:{function}.*{message}"
-    ):
-        check_recipe(config, "none", 16)
-
-
-def test_rules_are_found_by_name_or_path_and_nothing_else() -> None:
-    check_credit(CreditConfig(kind="test_examples:ones"))
-    assert credit_rule("test_examples:ones").__name__ == "ones"
-    for wrong in ("no_such_module:rule", ":rule", "test_examples:"):
-        with pytest.raises(UserError, match="cannot be imported"):
-            check_credit(CreditConfig(kind=wrong))
-    with pytest.raises(
-        UserError, match=r"kind=lamda_trace is not known .did you mean lambda_trace"
-    ):
-        load_config([], ["model.path=x", "algorithm.credit.kind=lamda_trace"])

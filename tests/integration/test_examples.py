@@ -33,6 +33,10 @@ def steps_of(folder: Path, name: str) -> list[dict[str, float]]:
         ),
         ("credit", ("recipe=grpo", "algorithm.credit.kind=deploy.examples.credit:by_entropy")),
         (
+            "advantage",
+            ("recipe=grpo", "algorithm.baseline.kind=deploy.examples.advantage:by_rank"),
+        ),
+        (
             "data",
             (
                 "data.source=file",
@@ -55,6 +59,8 @@ def test_an_example_trains(name: str, overrides: tuple[str, ...], tmp_path: Path
     steps = steps_of(tmp_path, name)
     assert [record["step"] for record in steps] == [1, 2, 3]
     assert all(math.isfinite(record["grad_norm"]) for record in steps)
+    if name == "advantage":
+        assert all(0 <= record["advantage/tied"] <= 1 for record in steps)
     if name == "credit":
         assert all("entropy/mean" in record for record in steps)
         # Entropy over the completion's mean entropy is 1 on average over its tokens.

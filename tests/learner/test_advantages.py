@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -17,8 +15,6 @@ from learner.algorithm.advantages import (
     check_rewards,
     group_advantages,
     kl_penalised_rewards,
-    max_variance_subset,
-    prune_by_advantage,
 )
 
 NAN = float("nan")
@@ -27,8 +23,14 @@ NAN = float("nan")
 def advantages(rewards: list[float], kind: str = "grpo", group=None, **options):
     group_B = torch.tensor(group or [0] * len(rewards), dtype=torch.long)
     config = BaselineConfig(kind=kind, **options)
-    found_B, kept_B = group_advantages(torch.tensor(rewards, dtype=torch.float64), group_B, config)
+    found_B, kept_B = estimate(torch.tensor(rewards, dtype=torch.float64), group_B, config)
     return found_B.tolist(), kept_B.tolist()
+
+
+def estimate(
+    rewards_B: torch.Tensor, group_B: torch.Tensor, config: BaselineConfig
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return group_advantages(rewards_B, group_B, config, BASELINES.rule(config))[:2]
 
 
 def test_table_by_hand() -> None:
@@ -81,7 +83,7 @@ def test_min_advantage_clamps_from_below() -> None:
     assert found == [0, -0.1, -0.1, 2]
 
 
-@given(seeds, st.integers(1, 6), st.sampled_from(sorted(BASELINES)))
+@given(seeds, st.integers(1, 6), st.sampled_from(sorted(BASELINES.rules)))
 @settings(max_examples=40, deadline=None)
 def test_groups_are_independent_and_missing_rewards_do_not_count(
     seed: int, groups: int, kind: str
@@ -92,13 +94,13 @@ def test_groups_are_independent_and_missing_rewards_do_not_count(
     rewards_B = torch.randint(0, 3, (20,), generator=generator).double()
     rewards_B[torch.rand(20, generator=generator) < 0.2] = NAN
     config = BaselineConfig(kind=kind, min_advantage=-0.5)
-    found_B, kept_B = group_advantages(rewards_B, group_B, config)
+    found_B, kept_B = estimate(rewards_B, group_B, config)
     assert found_B.isfinite().all()
     assert not kept_B[rewards_B.isnan()].any()
     assert (found_B[~kept_B] == 0).all()
     for group in range(groups):
         members = (group_B == group) & ~rewards_B.isnan()
-        alone_B, _ = group_advantages(rewards_B[members], group_B[members] * 0, config)
+        alone_B, _ = estimate(rewards_B[members], group_B[members] * 0, config)
         torch.testing.assert_close(found_B[members], alone_B)
 
 
@@ -113,7 +115,7 @@ def test_grpo_ignores_shift_and_scale(seed: int, scale: float, shift: float) -> 
 
 
 def test_no_completion_at_all() -> None:
-    for kind in BASELINES:
+    for kind in BASELINES.rules:
         assert advantages([], kind) == ([], [])
         assert advantages([NAN, NAN], kind) == ([0, 0], [False, False])
 
@@ -128,34 +130,3 @@ def test_check_rewards_names_the_verifier(bad: float) -> None:
 def test_kl_penalty() -> None:
     rewards_B = torch.tensor([1.0, 0.0])
     assert kl_penalised_rewards(rewards_B, torch.tensor([2.0, -4.0]), 0.25).tolist() == [0.5, 1.0]
-
-
-@given(seeds, st.integers(1, 8), st.integers(1, 8))
-@settings(max_examples=40, deadline=None)
-def test_pods_is_the_best_subset(seed: int, size: int, keep: int) -> None:
-    """Against every subset of that size."""
-    keep = min(keep, size)
-    rewards_G = torch.randint(0, 4, (size,), generator=random(seed)).double()
-    mask_G = max_variance_subset(rewards_G, keep)
-    best = max(
-        float(rewards_G[list(subset)].var(correction=0))
-        for subset in itertools.combinations(range(size), keep)
-    )
-    assert int(mask_G.sum()) == keep
-    assert float(rewards_G[mask_G].var(correction=0)) == pytest.approx(best, abs=1e-12)
-
-
-def test_pods_needs_a_possible_number() -> None:
-    for keep in (0, 4):
-        with pytest.raises(ValueError, match="3 completions"):
-            max_variance_subset(torch.zeros(3), keep)
-
-
-def test_cppo_keeps_the_largest() -> None:
-    advantages_G = torch.tensor([0.1, -2.0, 1.0, -1.0, 0.0])
-    assert prune_by_advantage(advantages_G, 0.5).tolist() == [False, True, True, False, False]
-    assert prune_by_advantage(advantages_G, 0.4).tolist() == [False, True, True, True, False]
-    assert prune_by_advantage(advantages_G, 0.0).all()
-    assert int(prune_by_advantage(torch.zeros(10), 0.9).sum()) == 1
-    with pytest.raises(ValueError, match="pruning rate"):
-        prune_by_advantage(advantages_G, 1.0)

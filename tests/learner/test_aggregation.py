@@ -12,7 +12,12 @@ from hypothesis import strategies as st
 from maths_oracles import normal, random, seeds
 
 from common.config.algorithm import AggregationConfig
-from learner.algorithm.aggregation import LambdaGrpo, build_aggregation, length_preference
+from learner.algorithm.aggregation import (
+    AGGREGATIONS,
+    KeptCompletions,
+    LambdaGrpo,
+    length_preference,
+)
 
 LENGTHS = torch.tensor([2, 4, 6, 8, 8, 8])
 GROUPS = torch.tensor([0, 0, 0, 1, 1, 1])
@@ -20,7 +25,11 @@ GROUPS = torch.tensor([0, 0, 0, 1, 1, 1])
 
 def weights(kind: str, lengths=LENGTHS, groups=GROUPS, **options) -> torch.Tensor:
     config = AggregationConfig(kind=kind, **options)
-    return build_aggregation(config, 10).weights(lengths, groups)
+    return AGGREGATIONS.rule(config)(kept(lengths, groups)).weights_V
+
+
+def kept(lengths: torch.Tensor, groups: torch.Tensor) -> KeptCompletions:
+    return KeptCompletions(lengths, groups, torch.ones(len(lengths)), 10)
 
 
 def test_reductions_as_stated() -> None:
@@ -100,8 +109,9 @@ def test_derivative_is_autograd(seed: int, lambda_: float) -> None:
     loss.backward()
     learned = LambdaGrpo(AggregationConfig(kind="lambda_grpo", lambda_init=lambda_))
     groups = torch.zeros(8, dtype=torch.long)
-    torch.testing.assert_close((learned.weights(lengths, groups) * sums).sum(), -loss.detach())
-    assert learned.gradient(lengths, groups, sums) == pytest.approx(float(leaf.grad), abs=1e-12)
+    batch = kept(lengths, groups)
+    torch.testing.assert_close((learned(batch).weights_V * sums).sum(), -loss.detach())
+    assert learned.gradient(batch, sums) == pytest.approx(float(leaf.grad), abs=1e-12)
 
 
 def test_up_to_81_completions_need_no_clamp() -> None:
@@ -126,22 +136,8 @@ def test_a_runaway_lambda_stays_finite() -> None:
 def test_lambda_is_state() -> None:
     learned = LambdaGrpo(AggregationConfig(kind="lambda_grpo", lambda_learning_rate=1.0))
     sums = torch.tensor([1.0, 0.0, -1.0, 0.0, 0.0, 0.0])  # short answers good: lambda falls
-    metrics = learned.end_step(LENGTHS, GROUPS, sums)
+    metrics = learned.end_step(kept(LENGTHS, GROUPS), sums)
     assert metrics["lambda_grpo/lambda"] == learned.lambda_ < 0
     restored = LambdaGrpo(AggregationConfig(kind="lambda_grpo"))
     restored.load_state_dict(learned.state_dict())
     assert restored.lambda_ == learned.lambda_
-
-
-def test_after_a_change_of_aggregation_at_a_resume_lambda_begins_anew() -> None:
-    learned = LambdaGrpo(AggregationConfig(kind="lambda_grpo", lambda_init=0.25))
-    learned.load_state_dict(build_aggregation(AggregationConfig(), 10).state_dict())
-    assert learned.lambda_ == 0.25
-
-
-def test_fixed_aggregations_have_no_state() -> None:
-    fixed = build_aggregation(AggregationConfig(), 10)
-    assert fixed.end_step(LENGTHS, GROUPS, LENGTHS.double()) == {}
-    fixed.load_state_dict(fixed.state_dict())
-    fixed.load_state_dict({"lambda": 1.0})  # the run had lambda-GRPO before a resume
-    assert fixed.state_dict() == {}

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from maths_oracles import normal, random, seeds
 
 from common.config.algorithm import CorrectionConfig
-from learner.algorithm.corrections import CORRECTIONS, behaviour_gap, correction_weights
+from learner.algorithm.corrections import CORRECTIONS, behaviour_gap, correct
 from learner.algorithm.traces import PackedAxis
 
 RATIOS = torch.tensor([4.0, 1.0, 0.25, 0.8, 1.5], dtype=torch.float64)
@@ -19,7 +19,7 @@ AXIS = PackedAxis(torch.tensor([3, 0, 2]))
 def weights(kind: str, sampled=None, **options) -> list[float]:
     sampled_N = torch.ones(5, dtype=torch.bool) if sampled is None else torch.tensor(sampled)
     gap_N = RATIOS.log().masked_fill(~sampled_N, 0.0)
-    return correction_weights(gap_N, sampled_N, AXIS, kind, CorrectionConfig(**options)).tolist()
+    return correct(gap_N, sampled_N, AXIS, CorrectionConfig(kind, **options)).weight_N.tolist()
 
 
 def test_token_level_by_hand() -> None:
@@ -48,15 +48,15 @@ def test_gap_of_unsampled_tokens_is_zero_and_detached() -> None:
     assert not gap_N.requires_grad
 
 
-@given(seeds, st.sampled_from(sorted(CORRECTIONS)), st.sampled_from(["token", "sequence"]))
+@given(seeds, st.sampled_from(sorted(CORRECTIONS.rules)), st.sampled_from(["token", "sequence"]))
 @settings(max_examples=30, deadline=None)
 def test_on_policy_is_one_and_off_policy_is_bounded(seed: int, kind: str, level: str) -> None:
-    config = CorrectionConfig(level=level, cap=2.0, floor=0.5)
+    config = CorrectionConfig(kind, level=level, cap=2.0, floor=0.5)
     sampled_N = torch.ones(5, dtype=torch.bool)
-    on_policy = correction_weights(torch.zeros(5), sampled_N, AXIS, kind, config)
+    on_policy = correct(torch.zeros(5), sampled_N, AXIS, config).weight_N
     assert on_policy.tolist() == [1] * 5
     wild_N = normal(5, random(seed), 100.0)
-    off_policy = correction_weights(wild_N, sampled_N, AXIS, kind, config)
+    off_policy = correct(wild_N, sampled_N, AXIS, config).weight_N
     assert (off_policy >= 0).all()
     assert (off_policy <= 2).all()
 
@@ -68,7 +68,7 @@ def test_tis_is_unbiased_below_its_cap(seed: int) -> None:
     generator = random(seed)
     old_V, mu_V = (normal(5, generator, 0.2).log_softmax(0) for _ in range(2))
     every_V = torch.ones(5, dtype=torch.bool)
-    config = CorrectionConfig(cap=10.0)
-    weight_V = correction_weights(old_V - mu_V, every_V, AXIS, "tis", config)
+    config = CorrectionConfig("tis", cap=10.0)
+    weight_V = correct(old_V - mu_V, every_V, AXIS, config).weight_N
     f_V = normal(5, generator)
     torch.testing.assert_close((mu_V.exp() * weight_V * f_V).sum(), (old_V.exp() * f_V).sum())

@@ -20,7 +20,7 @@ COUNTS = torch.tensor([4.0, 2, 1, 1, 4, 4, 2, 1])
 
 def credit(**options) -> Credit:
     config = CreditConfig(**options)
-    return CREDITS[config.kind](CreditInputs(X, GAP, AXIS, X.abs(), COUNTS), config)
+    return CREDITS.rule(config)(CreditInputs(X, GAP, AXIS, X.abs(), COUNTS))
 
 
 def test_broadcast_is_the_identity() -> None:
@@ -79,6 +79,6 @@ def test_selective_traces_give_no_credit_to_certain_tokens() -> None:
 def test_missing_inputs_are_named() -> None:
     nothing = CreditInputs(X, GAP, AXIS, None, None)
     with pytest.raises(ValueError, match="entropy_N"):
-        CREDITS["lambda_trace"](nothing, CreditConfig(entropy_quantile=0.5))
+        CREDITS.rule(CreditConfig("lambda_trace", entropy_quantile=0.5))(nothing)
     with pytest.raises(ValueError, match="prefix_counts_N"):
-        CREDITS["prefix_sets"](nothing, CreditConfig())
+        CREDITS.rule(CreditConfig("prefix_sets"))(nothing)

@@ -32,8 +32,9 @@ def surrogate(
     """One completion of four tokens, and the gradient of its sum in the log-ratios."""
     log_ratio_N = ratios.log().requires_grad_()
     advantages_B = torch.tensor([advantage], dtype=torch.float64)
-    terms = Terms(log_ratio_N, LOGPROBS, advantages_B, PackedAxis(torch.tensor([4])))
-    found = OBJECTIVES[kind](terms, ObjectiveConfig(kind=kind, **clip))
+    axis = PackedAxis(torch.tensor([4]))
+    terms = Terms(log_ratio_N, LOGPROBS, advantages_B, axis, torch.zeros_like(LOGPROBS))
+    found = OBJECTIVES.rule(ObjectiveConfig(kind=kind, **clip))(terms)
     return found, torch.autograd.grad(found.values_N.sum(), log_ratio_N)[0]
 
 
@@ -94,7 +95,7 @@ def test_gpg_is_reinforce() -> None:
     assert not found.clipped_N.any()
 
 
-@pytest.mark.parametrize("kind", sorted(OBJECTIVES))
+@pytest.mark.parametrize("kind", sorted(OBJECTIVES.rules))
 @pytest.mark.parametrize("advantage", [-1.5, 0.0, 2.0])
 def test_on_policy_all_are_the_policy_gradient(kind: str, advantage: float) -> None:
     _, grad_N = surrogate(kind, advantage, torch.ones_like(RATIOS))
