@@ -1,0 +1,104 @@
+"""Sections `learner` and `weights` of the configuration: who trains, and how weights go back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from common.config.bounds import (
+    Count,
+    Limit,
+    Natural,
+    NotNegative,
+    Positive,
+    Seconds,
+    ShareBelowOne,
+)
+
+
+@dataclass
+class LearnerConfig:
+    """The processes that train (FSDP2), and the optimiser."""
+
+    ranks: Count = 1
+    """Processes that train together, each on a device of its own."""
+    shard_ranks: Count | None = None
+    """Ranks that hold one copy of the weights and the optimiser between them; null is all. With as
+    many as a node has devices, layers are gathered inside nodes only (hybrid sharding)."""
+    resources: dict[str, NotNegative] = field(default_factory=dict)
+    """Custom Ray resources that each rank asks for."""
+    labels: dict[str, str] = field(default_factory=dict)
+    """Labels of the nodes on which ranks may stand."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Devices of the learner. `auto` takes CUDA where there is any."""
+    learning_rate: Positive = 1e-5
+    """Learning rate after the warm-up."""
+    warmup_steps: Natural = 5
+    """Steps in which the learning rate rises to its full value."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Learning rate after the warm-up: `constant`, or falling to 0 at the last step."""
+    weight_decay: NotNegative = 0.0
+    """Weight decay of AdamW."""
+    betas: tuple[ShareBelowOne, ShareBelowOne] = (0.9, 0.95)
+    """Decay rates of AdamW's two moments."""
+    max_grad_norm: Limit = 1.0
+    """Norm to which a larger gradient is scaled down. `.inf` clips nothing."""
+    max_skipped_steps: Natural = 3
+    """Steps in a row that may be left out because their gradient is not finite. One more ends the
+    run."""
+    logprob_gap_warn: Limit = 0.2
+    """Mean gap between learner's and sampler's log-probability of a token, in nats, that warns.
+    bfloat16 alone makes some 0.02, eight versions of staleness 0.05."""
+    logprob_gap_stop: Limit = 1.0
+    """Mean gap between learner's and sampler's log-probability of a token, in nats, that ends the
+    run."""
+    logits_mib: Positive = 320.0
+    """MiB of float32 logits that exist at a time in the fused log-probability head."""
+    activation_checkpointing: bool = False
+    """Whether activations are computed again in the backward pass instead of kept. It saves memory
+    and costs a second forward pass."""
+    compile: bool = False
+    """Whether torch compiles the layers of the model."""
+    credit_probe_every: Natural = 10
+    """Steps between measurements of the gradient norm under GRPO's credit on the same batch. Each
+    costs a forward and a backward pass, and is made only where tokens differ in credit. 0 is
+    off."""
+    credit_log_every: Natural = 1
+    """Steps between credit logs, which hold what every token was credited with. One takes 12 bytes
+    a token. 0 writes none."""
+    packing: Literal["shared_prefix", "sequence"] = "shared_prefix"
+    """How completions share a micro-batch. `shared_prefix` computes a prompt once for all of its
+    completions there, `sequence` once for each."""
+    attention: Literal["grids", "varlen"] = "grids"
+    """How attention is computed. `grids` pads sequences to similar lengths, on any device. `varlen`
+    is torch's variable-length flash-attention, without padding. It needs CUDA and bfloat16, and is
+    compared with the grids at every start."""
+    threads: Count | None = None
+    """CPU threads of each rank. Null lets the core plan decide, and is 4 on a cluster."""
+    start_timeout_s: Seconds = 600.0
+    """Seconds for the ranks to start."""
+    step_timeout_s: Seconds = 1800.0
+    """Seconds for a learner step."""
+
+
+@dataclass
+class WeightsConfig:
+    """How new weights reach the generators, and how that is proved."""
+
+    transport: Literal["object_store", "nccl", "ipc"] = "object_store"
+    """How weights travel. `object_store` sends them through Ray, on any device; `nccl` from device
+    to device. With `ipc` a generator and a learner rank share every device and take turns."""
+    bucket_mib: Count = 64
+    """MiB of weights that are sent at a time."""
+    canary_sequences: Count = 4
+    """Prompts that learner and generators both score after every update, as its proof: the
+    canary."""
+    canary_tokens: Count = 24
+    """Last tokens of a canary sequence, those that are scored."""
+    canary_tolerance: Positive | None = None
+    """Largest mean gap in nats a token of a canary sequence between learner and generator. Null is
+    0.2 in bfloat16, whose logits have steps of up to 1/8, and 0.001 in float32."""
+    resends: Natural = 2
+    """Times that weights which arrive damaged are sent again as a whole, before a restart."""
+    publish_timeout_s: Seconds = 300.0
+    """Seconds for a version to reach the generators and be proved."""
