@@ -9,9 +9,9 @@ from common.config.bounds import (
     Count,
     Finite,
     Limit,
-    Natural,
     NotNegative,
     Positive,
+    PositiveShare,
     Share,
     ShareBelowOne,
     at_least,
@@ -21,113 +21,129 @@ from common.config.bounds import (
 from common.config.rules import RuleNames
 
 Args = dict[str, Any]
-"""Arguments by name; the rules of our own take none."""
+"""Arguments by name."""
 
 
 @dataclass
 class BaselineConfig:
-    """R -> advantage of a completion."""
+    """How the rewards of a group become the advantages of its completions."""
 
     kind: Annotated[
         str, RuleNames("grpo", "dr_grpo", "rloo", "krpo", "raft", "reinforce_rej", "none")
     ] = "grpo"
-    """A name of the table in `learner.algorithm.advantages`, or your own as
-    `package.module:name`."""
+    """Rule that turns the rewards of a group into advantages (`learner.algorithm.advantages`)."""
     args: Args = field(default_factory=dict)
     """Keyword arguments of a rule of your own."""
     epsilon: Positive = 1e-6
+    """Number added to the standard deviation that `grpo` divides by."""
     min_advantage: Annotated[float, at_most(0)] | None = None
-    """Advantages are clamped from below (GRPO-lambda: -0.1)."""
+    """Value to which lower advantages are raised; null raises none. GRPO-lambda has -0.1."""
 
 
 @dataclass
 class CreditConfig:
-    """Advantage of a completion -> weight of every token."""
+    """How the advantage of a completion becomes the credit of its tokens."""
 
     kind: Annotated[str, RuleNames("broadcast", "lambda_trace", "prefix_sets")] = "broadcast"
-    """A name of the table in `learner.algorithm.credit`, or your own as
-    `package.module:name`."""
+    """Rule that divides credit among the tokens of a completion (`learner.algorithm.credit`)."""
     args: Args = field(default_factory=dict)
     """Keyword arguments of a rule of your own."""
     trace: Literal["recent", "both", "terminal"] = "recent"
+    """Shape of `lambda_trace`: credit fades with the distance between tokens (`recent`), also with
+    the distance from the start (`both`), or only from the last token back (`terminal`)."""
     application: Literal["trace", "weight"] = "trace"
-    """`trace`: inside the ratio, before the clip; `weight`: on the advantage."""
+    """Where `lambda_trace` acts: inside the ratio, before the clip (`trace`), or as a factor of the
+    advantage (`weight`)."""
     gamma: Share = 1.0
+    """Discount of a token, by which `lambda_trace` multiplies `lambda_`."""
     lambda_: Share = 0.99
+    """Decay of a trace from one token to the next. 0 is GRPO."""
     normalize: Literal["none", "mean"] = "none"
+    """Whether the loss of a completion is divided by its mean trace weight (`mean`). Without that
+    long completions weigh more."""
     cut: bool = False
-    """Cut the trace where the policy has moved off the behaviour policy (ours)."""
+    """Whether a trace is cut where the policy has moved off the one that sampled (ours)."""
     entropy_quantile: ShareBelowOne = 0.0
-    """Selective traces: tokens below this entropy quantile carry no trace. 0 is off."""
+    """Quantile of a completion's entropies below which tokens carry no trace. 0 lets all carry it.
+    This makes traces selective."""
 
 
 ClipWidth = Annotated[float, or_infinite(at_least(0))]
-"""`.inf` clips nothing on that side."""
+"""A distance of the ratio from 1; `.inf` clips nothing on that side."""
 
 
 @dataclass
 class ObjectiveConfig:
-    """Log-ratio and advantage -> surrogate of every token."""
+    """How ratio and advantage become what is maximised at every token."""
 
     kind: Annotated[str, RuleNames("ppo", "gspo", "gmpo", "cispo", "gpg")] = "ppo"
-    """A name of the table in `learner.algorithm.objectives`, or your own as
-    `package.module:name`."""
+    """Objective of a token (`learner.algorithm.objectives`)."""
     args: Args = field(default_factory=dict)
     """Keyword arguments of a rule of your own."""
     clip_low: ClipWidth = 0.2
+    """Distance below 1 at which the ratio is clipped; under `gmpo` that of its logarithm from 0.
+    `.inf` does not clip."""
     clip_high: ClipWidth = 0.2
+    """Distance above 1 at which the ratio is clipped; under `gmpo` that of its logarithm from 0.
+    `.inf` does not clip."""
     epochs: Count = 1
-    """Optimiser steps over the same batch; pi_old is the policy before the first."""
+    """Optimiser steps over the same batch. The ratio is to the policy before the first."""
     kl: NotNegative = 0.0
-    """beta of the k3 estimator to the frozen reference policy."""
+    """Weight (beta) of the KL divergence to the frozen reference policy. 0 is off."""
     kl_in: Literal["loss", "reward"] = "loss"
-    """`reward`: beta times the one-sample estimate of a completion's KL is taken off its reward."""
+    """Where the KL divergence counts. `loss` adds its k3 estimate for every token. `reward` takes
+    the one-sample estimate for a completion off its reward."""
 
 
 @dataclass
 class CorrectionConfig:
-    """Off-policy correction on the behaviour policy, multiplied into the surrogate."""
+    """How tokens are weighed that another policy sampled than the one that is updated."""
 
     kind: Annotated[str, RuleNames("auto", "none", "tis", "icepop")] = "auto"
-    """A name of the table in `learner.algorithm.corrections`, or your own as `package.module:name`.
-    `auto` is `tis` when `max_staleness` > 0, else `none`."""
+    """Off-policy correction (`learner.algorithm.corrections`). `auto` is `tis` where
+    `generator.max_staleness` is above 0, else `none`."""
     args: Args = field(default_factory=dict)
     """Keyword arguments of a rule of your own."""
     level: Literal["token", "sequence"] = "token"
+    """Whether the ratio to the sampler is that of a token or the product over a completion."""
     cap: Limit = 2.0
+    """Largest ratio to the sampler. `tis` cuts it there, `icepop` leaves out what lies above."""
     floor: NotNegative = 0.5
-    """IcePop: tokens whose ratio lies outside [floor, cap] are zeroed."""
+    """Smallest ratio to the sampler under `icepop`, which leaves out what lies below."""
 
 
 @dataclass
 class AggregationConfig:
-    """Token surrogates -> a scalar."""
+    """How the losses of tokens are added up."""
 
     kind: Annotated[str, RuleNames("sequence_mean", "token_mean", "constant", "lambda_grpo")] = (
         "sequence_mean"
     )
-    """A name of the table in `learner.algorithm.aggregation`, or your own as
-    `package.module:name`."""
+    """Weight of a completion's tokens in the loss (`learner.algorithm.aggregation`)."""
     args: Args = field(default_factory=dict)
     """Keyword arguments of a rule of your own."""
     lambda_init: Finite = 0.0
+    """Preference for long (above 0) or short answers from which `lambda_grpo` begins."""
     lambda_learning_rate: NotNegative = 0.1
+    """Learning rate of the preference for lengths under `lambda_grpo`."""
     length_scale: Positive = 1.0 / 9.0
+    """Scale (r) of standardised lengths under `lambda_grpo`."""
 
 
 @dataclass
 class GuidanceConfig:
-    """G2RPO-A: the first tokens of `data.solution_column` lead some completions."""
+    """First tokens of `data.solution_column` that lead some completions (G2RPO-A)."""
 
     ratio: Share = 0.0
     """Share of a group that is guided. 0 is off."""
     schedule: Literal["cycle", "sliding", "fixed", "linear_decay"] = "cycle"
+    """How the length of the guidance follows the rewards (`actors.rollout.guidance`)."""
     max_tokens: Count = 3072
-    """l_0 and l_max."""
+    """Longest guidance in tokens, and its length at the start."""
     window: Count = 2
-    """T: steps of reward history an update looks back on."""
+    """Steps of rewards (T) that an update of the length looks back on."""
     mask: bool = True
-    """Guidance tokens stay out of the loss: the policy did not sample them."""
+    """Whether guidance stays out of the loss, since the policy did not sample it."""
 
 
 @dataclass
@@ -135,29 +151,34 @@ class RolloutConfig:
     """Which completions are sampled and kept."""
 
     kind: Annotated[str, RuleNames("all")] = "all"
-    """Chooses among the completions that the keys below leave: `all` of them, or your own as
-    `package.module:name` (`learner.algorithm.selection`)."""
+    """Rule that chooses among the completions that the keys below leave
+    (`learner.algorithm.selection`)."""
     args: Args = field(default_factory=dict)
     """Keyword arguments of a rule of your own."""
     mask_truncated: bool = False
-    """Completions cut at the limit stay out of the loss (DAPO)."""
-    overlong_penalty_tokens: Natural = 0
-    """DAPO's soft punishment: reward falls by up to 1 over the last N tokens. 0 is off."""
+    """Whether completions that were cut at the limit stay out of the loss (DAPO)."""
+    overlong_penalty_share: Share = 0.0
+    """Share of `generator.max_completion_tokens`, at its end, in which the reward falls by up to 1
+    (DAPO's soft punishment). 0 is off."""
     dynamic_sampling: bool = False
-    """Groups whose rewards are all equal are filtered and replaced by new prompts (DAPO)."""
-    keep_max_variance: Natural = 0
-    """PODS: train on this many completions of a group, those of most reward variance. 0 is off."""
+    """Whether new prompts take the place of groups whose rewards are all equal (DAPO)."""
+    max_variance_share: PositiveShare = 1.0
+    """Share of a group to train on, the completions whose rewards vary most (PODS). 1 takes all."""
     prune_rate: ShareBelowOne = 0.0
-    """CPPO: the share of a group left out, those of least |advantage|. 0 is off."""
+    """Share of a group to leave out, the completions of smallest |advantage| (CPPO). 0 is off."""
     refill: bool = False
-    """CPPO: the places that pruning frees are filled with more prompts, so that as many
-    completions are trained on as without it; `batch.prompts_per_step` counts them before."""
+    """Whether more prompts take the places that pruning frees (CPPO). As many completions are then
+    trained on as without pruning; `batch.prompts_per_step` counts the prompts before."""
     guidance: GuidanceConfig = field(default_factory=GuidanceConfig)
 
 
 @dataclass
 class AlgorithmConfig:
-    """Six axes. A paper is a choice on each: see deploy/configs/recipes."""
+    """Six axes. A paper is a choice on each: see deploy/configs/recipes.
+
+    Each `kind` is a name, or a rule of your own as `package.module:name`. A rule of a table takes
+    no `args`; the module that is named beside `kind` says what a rule is given and returns.
+    """
 
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     baseline: BaselineConfig = field(default_factory=BaselineConfig)

@@ -62,11 +62,16 @@ def _check_groups(config: Config) -> None:
             "algorithm.rollout.refill=true fills the places that pruning frees: set "
             "algorithm.rollout.prune_rate above 0"
         )
-    if int(batch.group_size * (1 - rollout.prune_rate)) < 1 or rollout.keep_max_variance == 1:
+    if int(round(batch.group_size * (1 - rollout.prune_rate), 9)) < 1:
         raise UserError(
-            f"algorithm.rollout.prune_rate={rollout.prune_rate} and keep_max_variance="
-            f"{rollout.keep_max_variance} leave nothing to learn of a group of "
-            f"{batch.group_size}: keep at least one by the first, two by the second (0 keeps all)"
+            f"algorithm.rollout.prune_rate={rollout.prune_rate} leaves nothing to learn of a group "
+            f"of batch.group_size={batch.group_size}: lower it, or raise the latter"
+        )
+    share = rollout.max_variance_share
+    if share < 1 and round(batch.group_size * share) < 2:
+        raise UserError(
+            f"algorithm.rollout.max_variance_share={share} leaves nothing to compare of a group of "
+            f"batch.group_size={batch.group_size}: raise it, so that two are left"
         )
     if batch.group_size == 1 and config.algorithm.baseline.kind in ("grpo", "dr_grpo", "rloo"):
         raise UserError(

@@ -36,7 +36,8 @@ class LearnerConfig:
     warmup_steps: Natural = 5
     """Steps in which the learning rate rises to its full value."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """Learning rate after the warm-up: `constant`, or falling to 0 at the last step."""
+    """How the learning rate goes on after the warm-up. `constant` keeps it; `linear` and `cosine`
+    lower it to 0 at the last step."""
     weight_decay: NotNegative = 0.0
     """Weight decay of AdamW."""
     betas: tuple[ShareBelowOne, ShareBelowOne] = (0.9, 0.95)

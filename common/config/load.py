@@ -87,7 +87,7 @@ def dump_config(config: Config) -> str:
 
 
 def dump_with_origins(loaded: Loaded) -> str:
-    """The same YAML for people: a comment behind a value says which layer it came from."""
+    """YAML of the configuration, with a comment behind a value on which layer it came from."""
     plain: Any = OmegaConf.to_container(OmegaConf.structured(loaded.config))
     return "\n".join(_marked_lines(plain, "", loaded.origins)) + "\n"
 

@@ -15,7 +15,7 @@ class EvalConfig:
     every: Natural = 10
     """Steps between evaluations. 0 evaluates only before and after."""
     prompts: Natural = 200
-    """Held-out questions."""
+    """Held-out questions of each evaluation."""
     max_completion_tokens: Count | None = None
     """Longest answer of an evaluation in tokens. Null is `generator.max_completion_tokens`."""
     timeout_s: Seconds = 900.0
@@ -64,9 +64,9 @@ class RestartConfig:
     """What happens when a process of the run dies or hangs."""
 
     limit: Natural = 3
-    """Failures after which the run goes on by itself from its last checkpoint. Those within
-    `window_s` count, and those in a row without a step between them. One more ends the run with
-    their causes."""
+    """Failures from which the run goes on by itself, each time from its last checkpoint. Those
+    within `window_s` count, and those in a row without a step between them. One more ends the run
+    with their causes."""
     window_s: NotNegative = 1800.0
     """Seconds for which a failure counts."""
     backoff_s: NotNegative = 2.0

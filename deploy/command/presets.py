@@ -104,5 +104,5 @@ def load_with_origins(path: Path | None, overrides: Sequence[str]) -> Loaded:
         [path or CONFIGS / f"{DEFAULT}.yaml"], overrides, RECIPES, resolved=resolved
     )
     config = loaded.config
-    check_recipe(config.algorithm, config.correction_kind, config.generator.max_completion_tokens)
+    check_recipe(config.algorithm, config.correction_kind)
     return loaded

@@ -138,7 +138,7 @@ def other_rule(run: Path, overrides: Sequence[str], recipes: Path) -> tuple[str,
         file.write(dump_config(config))
         file.flush()
         config = load_config([Path(file.name)], overrides, recipes, resolved=True)
-    check_recipe(config.algorithm, config.correction_kind, config.generator.max_completion_tokens)
+    check_recipe(config.algorithm, config.correction_kind)
     parts = [Path(name).stem for name in named] + [
         o.removeprefix("algorithm.") for o in overrides if not o.startswith("recipe=")
     ]

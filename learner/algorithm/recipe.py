@@ -62,7 +62,7 @@ class Recipe:
     def __init__(
         self, config: AlgorithmConfig, correction_kind: str, max_completion_tokens: int
     ) -> None:
-        check_recipe(config, correction_kind, max_completion_tokens)
+        check_recipe(config, correction_kind)
         self._config = config
         self._max_completion_tokens = max_completion_tokens
         self._correction_kind = correction_kind
@@ -133,7 +133,7 @@ class Recipe:
         check_rewards(rewards_B.masked_fill(rewards_B.isnan(), 0.0), verifier_name)
         whole_B = lengths_B if whole_lengths_B is None else whole_lengths_B
         rewards_B = rewards_B + overlong_penalty(
-            whole_B, self._max_completion_tokens, self._config.rollout.overlong_penalty_tokens
+            whole_B, self._max_completion_tokens, self._config.rollout.overlong_penalty_share
         )
         cut_B = torch.zeros(len(whole_B), dtype=torch.bool) if truncated_B is None else truncated_B
         scored_B = ~rewards_B.isnan()
@@ -221,23 +221,14 @@ class Recipe:
         }
 
 
-def check_recipe(config: AlgorithmConfig, correction_kind: str, max_completion_tokens: int) -> None:
+def check_recipe(config: AlgorithmConfig, correction_kind: str) -> None:
     """Raise `UserError` for a value out of its bound, or values that contradict each other."""
     check_bounds(config, "algorithm.")
-    credit, correction, window = (
-        config.credit,
-        config.correction,
-        config.rollout.overlong_penalty_tokens,
-    )
+    credit, correction = config.credit, config.correction
     if correction.floor > correction.cap:
         raise UserError(
             f"algorithm.correction.floor={correction.floor} must be at most "
             f"algorithm.correction.cap={correction.cap}"
-        )
-    if window > max_completion_tokens:
-        raise UserError(
-            f"algorithm.rollout.overlong_penalty_tokens={window} must be at most "
-            f"generator.max_completion_tokens={max_completion_tokens}"
         )
     traced = credit.kind == "lambda_trace" and credit.application == "trace"
     if traced and credit.cut and correction_kind != "none":

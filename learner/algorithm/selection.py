@@ -55,19 +55,21 @@ class Chosen:
     metrics: Mapping[str, float] = field(default_factory=dict)
 
 
-def overlong_penalty(lengths_B: Tensor, limit: int, window: int) -> Tensor:
-    """0 up to limit - window tokens, then linear down to -1 at the limit; float64 [B].
+def overlong_penalty(lengths_B: Tensor, limit: int, share: float) -> Tensor:
+    """0 up to a window before the limit, then linear down to -1 at the limit; float64 [B].
 
-    DAPO, arXiv 2503.14476, section 3.4 [P]. `window` 0 gives zeros. `lengths_B` are whole
-    completions in tokens.
+    The window is `share` of the limit, as a whole number of tokens; 0 gives zeros.
+    DAPO, arXiv 2503.14476, section 3.4 [P], with a window of 4096 of 20480 tokens. `lengths_B` are
+    whole completions in tokens.
     """
-    if window == 0:
+    if share == 0:
         return torch.zeros(lengths_B.shape, dtype=torch.float64)
+    window = max(1, round(limit * share))
     return ((limit - window - lengths_B.double()) / window).clamp(-1.0, 0.0)
 
 
 def by_keys(sampled: Sampled, config: RolloutConfig) -> Tensor:
-    """What `keep_max_variance`, `prune_rate` and `mask_truncated` leave of the kept, [B] bool."""
+    """What `max_variance_share`, `prune_rate` and `mask_truncated` leave of the kept, [B] bool."""
     if sampled.advantages_B is None:
         return _of_most_variance(sampled, config)
     return _of_largest_advantage(sampled, sampled.advantages_B, config)
@@ -75,11 +77,12 @@ def by_keys(sampled: Sampled, config: RolloutConfig) -> Tensor:
 
 def _of_most_variance(sampled: Sampled, config: RolloutConfig) -> Tensor:
     """PODS, per group."""
-    if config.keep_max_variance == 0:
+    if config.max_variance_share == 1:
         return sampled.kept_B
     chosen_B = torch.zeros_like(sampled.kept_B)
     for members in sampled.members():
-        keep = min(config.keep_max_variance, len(members))
+        size = int((sampled.group_B == sampled.group_B[members[0]]).sum())
+        keep = min(max(1, round(config.max_variance_share * size)), len(members))
         chosen_B[members] = max_variance_subset(sampled.rewards_B[members], keep)
     return chosen_B
 

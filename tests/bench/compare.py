@@ -88,7 +88,7 @@ def rows_of(table: str, runs: Path) -> list[Row]:
 
 def _baselines() -> list[Row]:
     # Nearly all right answers take 13 to 17 of 24 tokens: far from the punishment.
-    window = ("algorithm.rollout.overlong_penalty_tokens=2",)
+    window = (f"algorithm.rollout.overlong_penalty_share={2 / 24}",)
     return [
         Row("GRPO", "grpo"),
         Row("Dr. GRPO", "dr_grpo"),

@@ -22,7 +22,7 @@ from deploy.placement.options import with_compute_dtype
 HERE = Path(__file__).parent
 # What both sides do: the same rule for rewards, and TRL's own method.
 EQUAL = (
-    *("recipe=grpo", "algorithm.rollout.overlong_penalty_tokens=0"),
+    *("recipe=grpo", "algorithm.rollout.overlong_penalty_share=0"),
     "verifier.rules=[{name: math_answer, args: {extract: last_number}}]",
 )
 

@@ -48,7 +48,7 @@ def shown_config(path: Path) -> Config:
 def test_it_is_short_and_its_command_is_a_configuration(path: Path) -> None:
     assert len(path.read_text().splitlines()) < 40
     config = shown_config(path)
-    check_recipe(config.algorithm, config.correction_kind, config.generator.max_completion_tokens)
+    check_recipe(config.algorithm, config.correction_kind)
 
 
 @pytest.mark.parametrize(

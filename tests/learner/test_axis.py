@@ -120,7 +120,7 @@ def test_a_choice_of_ones_own_is_among_what_the_keys_leave() -> None:
     found = prepared(rollout=mine, baseline={"kind": "none"})
     assert found.kept_B.tolist() == [False, True, False, True, True, False]
     assert found.metrics == {"mine/before": 4.0, "mine/after": 4.0}
-    both = prepared(rollout={**mine, "keep_max_variance": 2}, baseline={"kind": "none"})
+    both = prepared(rollout={**mine, "max_variance_share": 2 / 3}, baseline={"kind": "none"})
     assert both.kept_B.tolist() == [False, True, False, True, True, False]
     assert both.advantages_B.tolist() == [0.0, 0.0, 0.0, 0.0, 1.0, 0.0]
     after = prepared(rollout={**mine, "prune_rate": 0.5}, baseline={"kind": "none"})
@@ -276,7 +276,7 @@ def test_what_is_no_rule_is_refused_on_every_axis(name: str, rule: str, message:
 def refused(name: str, kind: str, message: str, **keys: Any) -> None:
     config = algorithm(**{name: {"kind": kind, **keys}})
     with pytest.raises(UserError, match=message):
-        check_recipe(config, kind if name == "correction" else "none", 16)
+        check_recipe(config, kind if name == "correction" else "none")
 
 
 def test_a_rule_that_is_nowhere_is_refused() -> None:
@@ -381,7 +381,7 @@ def test_two_rules_cannot_record_the_same_metric() -> None:
         baseline={"kind": HERE + "centred"}, aggregation={"kind": HERE + "same_name"}
     )
     with pytest.raises(UserError, match=r"baseline\.kind.*aggregation\.kind both.*mine/groups"):
-        check_recipe(config, "none", 16)
+        check_recipe(config, "none")
 
 
 def not_of_large_rewards(grouped: GroupedRewards, config: BaselineConfig) -> Advantages:

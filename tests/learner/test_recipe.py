@@ -356,7 +356,7 @@ def test_the_rollout_axis_reaches_advantages_and_denominators() -> None:
         cut = None if truncated is None else torch.tensor(truncated)
         return recipe(chosen).prepare(rewards, group, lengths, "v", lengths, cut)
 
-    pods = prepared(keep_max_variance=2)
+    pods = prepared(max_variance_share=0.5)
     assert sorted(pods.advantages_B.tolist()) == [-0.5, 0.0, 0.0, 0.5]
     assert pods.token_weights_B[pods.trained_B].tolist() == [
         1 / (2 * n) for n in lengths[pods.trained_B].tolist()

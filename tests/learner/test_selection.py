@@ -32,13 +32,33 @@ def sampled(rewards: torch.Tensor, advantages=None, truncated=None) -> Sampled:
 def test_the_soft_punishment_by_hand() -> None:
     lengths = torch.tensor([0, 10, 12, 14, 16, 20])
     expected = torch.tensor([0.0, 0.0, 0.0, -0.5, -1.0, -1.0], dtype=torch.float64)
-    assert torch.equal(overlong_penalty(lengths, limit=16, window=4), expected)
-    assert not overlong_penalty(lengths, limit=16, window=0).any()
+    assert torch.equal(overlong_penalty(lengths, limit=16, share=0.25), expected)
+    assert not overlong_penalty(lengths, limit=16, share=0.0).any()
+
+
+@pytest.mark.parametrize(
+    ("limit", "share", "window"),
+    [
+        (20480, 0.2, 4096),
+        (24, 0.2, 5),
+        (48, 0.5, 24),
+        (24, 2 / 24, 2),
+        (24, 1.0, 24),
+        (24, 0.01, 1),
+    ],
+)
+def test_the_punished_window_is_a_whole_number_of_tokens(
+    limit: int, share: float, window: int
+) -> None:
+    """DAPO's own, what the presets have of it, the edges; -1/window at its first token."""
+    before, first, last = limit - window, limit - window + 1, limit
+    found = overlong_penalty(torch.tensor([before, first, last]), limit, share).tolist()
+    assert found == [0.0, -1 / window, -1.0]
 
 
 def test_pods_keeps_the_extremes_of_each_group_and_never_the_unscored() -> None:
     rewards = torch.tensor([0.0, 0.5, 0.5, 1.0, NAN, 0.2, 0.9, 0.3], dtype=torch.float64)
-    kept = by_keys(sampled(rewards), RolloutConfig(keep_max_variance=2))
+    kept = by_keys(sampled(rewards), RolloutConfig(max_variance_share=0.5))
     assert kept.tolist() == [True, False, False, True, False, True, True, False]
     everyone = by_keys(sampled(rewards), RolloutConfig())
     assert everyone.tolist() == [True] * 4 + [False] + [True] * 3
