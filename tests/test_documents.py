@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import shlex
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ from typing import get_type_hints
 import pytest
 from docstrings import complaint, docstrings
 from metric_table import PAGE, with_table
-from test_layering import PACKAGES, ROOT, sources
+from test_layering import PACKAGES, ROOT, sources, tree
 
 from common.config.sections import Config
 from common.record.metric_names import METRICS, SUMMARY
@@ -105,6 +106,27 @@ def test_every_file_that_is_named_is_there(path: Path) -> None:
         places = (path.parent / name, ROOT / name)
         below = list(path.parent.rglob(name)) if "/" not in name else []
         assert any(place.exists() for place in places) or below, f"{path}: {name}"
+
+
+@documents
+def test_every_method_that_is_named_is_there(path: Path) -> None:
+    """`Class.method` of ours, as in CONTRIBUTING's way of a group."""
+    methods = {
+        f"{node.name}.{child.name}"
+        for package in PACKAGES
+        for source in sources(package)
+        for node in ast.walk(tree(source))
+        if isinstance(node, ast.ClassDef)
+        for child in node.body
+        if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef)
+    }
+    named = {
+        name
+        for span in code(path.read_text())
+        for name in re.findall(r"\b[A-Z]\w*[a-z]\w*\.[a-z_]\w*\b(?!/)", span)
+    }
+    made_up = {"Class.method", "LLM.generate"}
+    assert named - made_up <= methods
 
 
 def test_the_picture_names_files_that_are_there() -> None:
