@@ -29,6 +29,11 @@ def rule_names(hint: Any) -> tuple[str, ...]:
     return next((each.names for each in found), ())
 
 
+def names_own_rule(config: AlgorithmConfig) -> bool:
+    """Whether an axis takes a rule of the user's own, by its import path."""
+    return any(":" in getattr(config, axis.name).kind for axis in fields(config))
+
+
 def check_rule_names(config: AlgorithmConfig) -> None:
     """Raise `UserError` for a `kind` that is neither a known name nor an import path."""
     for axis in fields(config):

@@ -13,7 +13,7 @@ import math
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -183,7 +183,11 @@ class Contained:
 
 
 class Metrics:
-    """Fans a step's record out; a context that closes the sinks with the run's summary."""
+    """Fans a step's record out; a context that closes the sinks with the run's summary.
+
+    Args:
+        known: the names that a record may hold; None takes any.
+    """
 
     def __init__(
         self,
@@ -191,14 +195,25 @@ class Metrics:
         sinks: Sequence[Contained],
         last_step: int | None = None,
         timeout_s: float = 30.0,
+        known: Collection[str] | None = None,
     ) -> None:
         self._path = path
+        self._known = known
         self._record = JsonlSink(path, last_step)
         self._sinks = sinks
         self._timeout_s = timeout_s
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Raises `RunError` when metrics.jsonl cannot be written, and for nothing else."""
+        """Hand the record of `step` to all sinks.
+
+        Raises:
+            RunError: metrics.jsonl cannot be written.
+            ValueError: a name is not known. That is a mistake in the code, not in a run.
+        """
+        if self._known is not None and (unknown := sorted(set(metrics) - set(self._known))):
+            raise ValueError(
+                f"metrics {', '.join(unknown)} are not in common/record/metric_names.py: add them"
+            )
         values = {**metrics, DROPPED: float(sum(sink.dropped for sink in self._sinks))}
         self._record.write(step, values)
         for sink in self._sinks:

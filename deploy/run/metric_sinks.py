@@ -23,8 +23,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from common.config.rules import names_own_rule
 from common.config.sections import Config, MetricsConfig
 from common.errors import UserError
+from common.record.metric_names import METRICS
 from common.record.metrics import Contained, Metrics, MetricSink, Scalar, flatten
 
 _PARAMS_A_CALL, _LONGEST_PARAM = 100, 6000
@@ -97,7 +99,9 @@ def open_metrics(
     if config.ray.address != "local":  # nobody scrapes a cluster of our own
         wanted["prometheus"] = lambda: _ray_sink(folder.name)
     sinks = [Contained(name, make, keys.timeout_s, warn) for name, make in wanted.items()]
-    return Metrics(folder / "metrics.jsonl", sinks, last_step, keys.timeout_s)
+    # A rule of the user's own records metrics under names of its own.
+    known = None if names_own_rule(config.algorithm) else METRICS
+    return Metrics(folder / "metrics.jsonl", sinks, last_step, keys.timeout_s, known)
 
 
 def _ray_sink(run: str) -> MetricSink:

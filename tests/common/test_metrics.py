@@ -255,3 +255,12 @@ def test_configurations_become_flat_keys() -> None:
     flat = flatten(nested)
     assert flat == {"a.b.c": 1, "a.d": None, "e": "{}", "f": '[{"name": "x"}]', "g": "text"}
     assert json.loads(str(flat["f"])) == nested["f"]
+
+
+def test_a_metric_that_nobody_knows_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    with Metrics(path, [], known={"reward/mean"}) as metrics:
+        metrics.write(1, {"reward/mean": 0.5})
+        with pytest.raises(ValueError, match="metrics reward/men, time/x are not in"):
+            metrics.write(2, {"reward/mean": 0.5, "time/x": 1.0, "reward/men": 0.5})
+    assert [record["step"] for record in read_metrics(path)] == [1]

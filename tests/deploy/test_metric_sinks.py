@@ -145,7 +145,7 @@ def record(steps: range, asked: Config, folder: Path, last_step: int | None = No
     said: list[str] = []
     with open_metrics(asked, folder, last_step, said.append) as metrics:
         for step in steps:
-            metrics.write(step, {"reward/mean": step / 10, "odd": float("nan")})
+            metrics.write(step, {"reward/mean": step / 10, "grad_norm": float("nan")})
     return said
 
 
@@ -267,7 +267,19 @@ def test_tensorboard_has_scalars_once_hyperparameters_and_the_summary(tmp_path: 
     record(range(6, 12), config("tensorboard", "steps=50"), tmp_path, last_step=5)
     found = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [event.step for event in found.Scalars("reward/mean")] == list(range(12))
-    assert "odd" not in found.Tags()["scalars"]
+    assert "grad_norm" not in found.Tags()["scalars"]
     assert found.Scalars("summary/reward")[-1].value == pytest.approx(1.1)
     shown = found.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
     assert b"batch.group_size" in shown
+
+
+def test_only_a_rule_of_the_users_own_may_record_a_metric_of_its_own(tmp_path: Path) -> None:
+    own = {"advantage/tied": 0.2}
+    asked = config("", "algorithm.baseline.kind=deploy.examples.advantage:by_rank")
+    with open_metrics(asked, tmp_path, None, print) as metrics:
+        metrics.write(1, own)
+    with (
+        pytest.raises(ValueError, match="advantage/tied"),
+        open_metrics(config(""), tmp_path, None, print) as metrics,
+    ):
+        metrics.write(2, own)

@@ -23,7 +23,7 @@ def record(steps: range, sink: str, folder: Path, last_step: int | None = None) 
     said: list[str] = []
     with open_metrics(config, folder, last_step, said.append) as metrics:
         for step in steps:
-            metrics.write(step, {"reward/mean": step / 100, "odd": float("inf")})
+            metrics.write(step, {"reward/mean": step / 100, "grad_norm": float("inf")})
     assert said == []
 
 
@@ -78,7 +78,7 @@ def test_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     items = [item for file in files for item in history(file)]
     found = [(int(i["_step"]), float(i["reward/mean"])) for i in items if "reward/mean" in i]
     assert found == list(EXPECTED.items())
-    assert all("odd" not in item for item in items)
+    assert all("grad_norm" not in item for item in items)
 
 
 def history(path: Path) -> Iterator[dict[str, Any]]:
