@@ -187,14 +187,14 @@ class TrajectoryLogClient:
         return group.receipt
 
     async def recover(self, group_ids: list[int]) -> list[GroupReceipt]:
-        """As `TrajectoryLogWriter.recover`."""
+        """Receipts of groups that are in the log already: see `TrajectoryLogWriter.recover`."""
         asked = call(TrajectoryLogWriter.recover, group_ids)
         return await self._call(asked, owner="resume", deadline_s=_RECOVER_S)
 
     async def write_evaluation(
         self, step: int, refs: list[Ref[pa.RecordBatch]], deadline_s: float
     ) -> dict[str, float]:
-        """As `TrajectoryLogWriter.write_evaluation`."""
+        """Keep the completions of an evaluation: see `TrajectoryLogWriter.write_evaluation`."""
         asked = call(TrajectoryLogWriter.write_evaluation, step, refs)
         async with self._calling:
             return await self._call(asked, owner="evaluation", deadline_s=deadline_s)

@@ -44,7 +44,7 @@ class Service:
 
     @property
     def factory(self) -> ActorFactory:
-        """Of the actors that are open."""
+        """What makes more actors like those that are open."""
         assert self._factory is not None
         return self._factory
 

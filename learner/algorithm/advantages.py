@@ -79,7 +79,7 @@ class Advantages:
 
     advantages_V: Tensor  # float64
     kept_V: Tensor | None = None
-    """bool, or None for all: the others belong to no batch and count in no denominator."""
+    """Which completions count, bool; None for all. The others count in no denominator."""
     metrics: Mapping[str, float] = field(default_factory=dict)
 
 

@@ -27,10 +27,10 @@ from common.config.algorithm import AggregationConfig
 from learner.algorithm.axis import Axis, Rule, number_problem, tensor_problem
 
 PREFERENCE_FLOOR = 1e-3
-"""h = 1 + r z is clamped from below; r = 1/9 reaches it only in groups of more than 81 [D]."""
+"""Least value of h = 1 + r z. With r = 1/9 only groups of more than 81 reach it [D]."""
 
 EXPONENT_LIMIT = 50.0
-"""On lambda * ln h, so that a lambda that runs away cannot overflow."""
+"""Bound of lambda * ln h, so that a lambda that runs away cannot overflow."""
 
 LAMBDA_METRIC = "lambda_grpo/lambda"
 
@@ -97,7 +97,7 @@ def _group_softmax(scores_V: Tensor, group_V: Tensor, groups: int) -> Tensor:
 def length_preference(
     lengths_V: Tensor, group_V: Tensor, lambda_: float, length_scale: float
 ) -> tuple[Tensor, Tensor]:
-    """f(o_i) of lambda-GRPO and its derivative df_i/dlambda, each [V] float64.
+    """Preference f(o_i) of lambda-GRPO and its derivative df_i/dlambda, each [V] float64.
 
     z_i = (|o_i| - mu) / sigma with the population sigma of the group; h_i = 1 + r z_i [R];
     g_i = h_i^lambda; f_i = G softmax_i(g), the softmax over g itself [3P]. Hence sum_i f_i = G,
@@ -148,7 +148,7 @@ class LambdaGrpo(LearnedAggregation):
         return TokenWeights(preference_V * _share_of_tokens(kept.lengths_V))
 
     def gradient(self, kept: KeptCompletions, surrogate_sums_V: Tensor) -> float:
-        """dL/dlambda = -(1 / sum|o|) sum_i df_i/dlambda sum_t l_{i,t} [D]."""
+        """Gradient dL/dlambda = -(1 / sum|o|) sum_i df_i/dlambda sum_t l_{i,t} [D]."""
         _, derivative_V = self._preference(kept)
         pull_V = derivative_V * surrogate_sums_V.double()
         return -float((pull_V * _share_of_tokens(kept.lengths_V)).sum())

@@ -27,7 +27,7 @@ from learner.algorithm.traces import PackedAxis
 
 
 def behaviour_gap(old_logprobs_N: Tensor, behaviour_logprobs_N: Tensor) -> Tensor:
-    """log pi_old - log mu, [N], detached; 0 where the token was not sampled."""
+    """The gap log pi_old - log mu, [N], detached; 0 where the token was not sampled."""
     gap_N = (old_logprobs_N - behaviour_logprobs_N).detach()
     return gap_N.masked_fill(behaviour_logprobs_N.isnan(), 0.0)
 

@@ -54,13 +54,13 @@ class Surrogate:
 
 
 def bounded_exp(log_ratio: Tensor) -> Tensor:
-    """exp up to LOG_RATIO_LIMIT, and its tangent there beyond."""
+    """The exponential up to LOG_RATIO_LIMIT, and its tangent beyond."""
     beyond = (log_ratio - LOG_RATIO_LIMIT).clamp(min=0.0)
     return log_ratio.clamp(max=LOG_RATIO_LIMIT).exp() + math.exp(LOG_RATIO_LIMIT) * beyond
 
 
 def k3(logprobs_N: Tensor, reference_N: Tensor) -> Tensor:
-    """exp(d) - d - 1 with d = log pi_ref - log pi: the k3 estimate of KL(pi || ref), nats a token.
+    """The k3 estimate of KL(pi || ref), nats a token: exp(d) - d - 1 with d = log pi_ref - log pi.
 
     Its gradient pulls towards the reference at every distance. arXiv 2402.03300, eq. 4 [P].
     """

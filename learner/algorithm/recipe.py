@@ -40,11 +40,11 @@ class Prepared:
     advantages_B: Tensor  # float64, 0 where the completion does not count
     token_weights_B: Tensor  # float64, 0 where the completion does not count
     kept_B: Tensor
-    """bool: the completion counts: it has a reward, and the recipe did not leave it out."""
+    """Which completions count, bool: they have a reward, and the recipe did not leave them out."""
     trained_B: Tensor
-    """bool: the completion has a gradient. Leaving out the others changes nothing."""
+    """Which completions have a gradient, bool. Leaving out the others changes nothing."""
     metrics: dict[str, float]
-    """Those of rules of the user's own."""
+    """Metrics of rules of the user's own."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class Recipe:
 
     @property
     def kl(self) -> float:
-        """beta of the KL term."""
+        """The factor beta of the KL term."""
         return self._config.objective.kl
 
     @property

@@ -36,7 +36,7 @@ class Sampled:
     truncated_B: Tensor  # bool, cut at the limit
     kept_B: Tensor  # bool, not left out before
     advantages_B: Tensor | None = None
-    """float64; None while they are still to be computed."""
+    """Advantages, float64; None while they are still to be computed."""
 
     def members(self) -> list[Tensor]:
         """Indices of the kept completions of each group; groups without any are left out."""
