@@ -70,6 +70,16 @@ def test_dependencies_run_from_common_to_deploy(package: str) -> None:
     assert not wrong
 
 
+def test_the_walls_do_not_know_what_stands_behind_them() -> None:
+    wrong = [
+        f"{path.relative_to(ROOT)} imports {name}"
+        for path in sources("actors/sandbox")
+        for name in imported(path)
+        if name.startswith("actors.") and not name.startswith("actors.sandbox")
+    ]
+    assert not wrong
+
+
 @pytest.mark.parametrize("name", MATHS)
 def test_the_maths_needs_neither_ray_nor_vllm_nor_transformers(name: str) -> None:
     waiting, seen = [ROOT / "learner" / "algorithm" / f"{name}.py"], set[Path]()

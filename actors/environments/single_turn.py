@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from actors.environments.base import Step
 from actors.sandbox.sandbox import RuleSpec, Sandbox, Task
 from actors.verifiers.base import Verdict, fits_float32
-from actors.verifiers.registry import verifier_names
+from actors.verifiers.registry import JUDGE, verifier_names
 from common.config.sections import VerifierConfig
 from common.errors import UserError
 
@@ -29,7 +29,14 @@ class SingleTurn:
             for name, rule in zip(verifier_names(config), config.rules, strict=True)
         ]
         self._weights = [rule.weight for rule in config.rules]
-        self._sandbox = Sandbox(specs, config.timeout_s, network=config.network)
+        self._sandbox = Sandbox(
+            JUDGE,
+            specs,
+            config.timeout_s,
+            network=config.network,
+            trusted=config.sandbox == "trusted",
+            readable=config.readable,
+        )
         self._tasks: list[str] = []
 
     def wait_ready(self) -> None:

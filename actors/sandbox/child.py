@@ -1,39 +1,41 @@
 """The child process of `actors.sandbox.sandbox`, and the framing both sides share.
 
-Run as `python -P -m actors.sandbox.child LIFELINE`, LIFELINE the descriptor of a pipe whose other
-end the parent holds open. The protocol is described in `actors.sandbox.sandbox`.
+Run as `python -P -m actors.sandbox.child ACCESS DESK`, DESK the descriptor of a socket by which it
+asks for a runner of programs (`actors.sandbox.programs`). The protocol is described in
+`actors.sandbox.sandbox`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import importlib
 import json
 import math
 import os
 import resource
-import shutil
 import signal
 import struct
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import IO, Any
 
+from actors.sandbox import blame, programs
 from actors.sandbox.confinement import close_network, limit_files
-from actors.verifiers.base import Verdict
-from actors.verifiers.registry import Rule, resolve
+from actors.sandbox.inside import Access, enter
+from actors.sandbox.process import end
+from actors.sandbox.verdict import Verdict
 from common.errors import UserError
 from common.record.schema import ERROR
 from common.supervision.processes import descendants
 
 LENGTH = struct.Struct(">I")
+BEGUN, BLAMED = "begun", "the completion is to blame"
 _PR_SET_CHILD_SUBREAPER = 36
 
-
-def end(pid: int, send: Callable[[int, int], None] = os.kill) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        send(pid, signal.SIGKILL)
+Rule = Callable[[str, Any], Verdict]
+"""One rule, on a completion's text and its reference."""
 
 
 def frame(message: Any) -> bytes:
@@ -42,17 +44,13 @@ def frame(message: Any) -> bytes:
 
 
 def main() -> None:
-    """The child: read the rules, then groups of tasks, until the parent closes the pipe."""
-    folder = os.getcwd()
-    guardian = _fork_guardian(int(sys.argv[1]), folder)
-    try:
-        _serve(*_take_pipes(), guardian)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)  # a parent that was killed does not
-        end(guardian)
+    """Read the rules, then groups of tasks, until the parent closes the pipe."""
+    enter(Access.from_json(sys.argv[1]))
+    programs.use_desk(int(sys.argv[2]))
+    _serve(*_take_pipes())
 
 
-def _serve(requests: IO[bytes], answers: IO[bytes], guardian: int) -> None:
+def _serve(requests: IO[bytes], answers: IO[bytes]) -> None:
     hello = _read_message(requests)
     if hello is None:
         return
@@ -61,47 +59,44 @@ def _serve(requests: IO[bytes], answers: IO[bytes], guardian: int) -> None:
     try:
         if not hello["network"]:
             close_network()
-        rules = [resolve(**spec) for spec in hello["rules"]]
+        rules = _prepare(hello["judge"], hello["rules"])
     except UserError as error:
         answers.write(frame({"failure": str(error)}))
         return
     answers.write(frame({"failure": ""}))
-    me = os.getpid()
+    me, spared = os.getpid(), set(descendants(os.getpid()))  # the guardian, where it is below us
     while (tasks := _read_message(requests)) is not None:
-        answers.write(frame("begun"))
+        answers.write(frame(BEGUN))
         for task in tasks:
             _allow_cpu(hello["timeout_s"])
+            blame.next_task(lambda: _tell(answers, BLAMED))
             verdict = _judge(rules[task["rule"]], task)
             if os.getpid() != me:
                 os._exit(0)  # a rule forked and let the copy return: only one of us may answer
             signal.setitimer(signal.ITIMER_REAL, 0)
-            _end_stragglers(guardian)
+            _end_stragglers(spared)
             answers.write(frame(asdict(verdict)))
+
+
+def _tell(answers: IO[bytes], message: str) -> None:
+    answers.write(frame(message))
+
+
+def _prepare(judge: str, specs: Sequence[dict[str, Any]]) -> Sequence[Rule]:
+    """The rules that `judge`, a `module:function` of ours, makes of their descriptions."""
+    module, _, function = judge.partition(":")
+    prepare: Callable[[Sequence[dict[str, Any]]], Sequence[Rule]] = getattr(
+        importlib.import_module(module), function
+    )
+    return prepare(specs)
 
 
 def _judge(rule: Rule, task: dict[str, Any]) -> Verdict:
     try:
         reference = json.loads(task["reference"])
     except ValueError as error:
-        return Verdict(ERROR, None, f"{rule.name}: the reference is not JSON: {error}")
-    return rule.judge(task["text"], reference)
-
-
-def _fork_guardian(lifeline: int, folder: str) -> int:
-    """Start the process that ends this group, and removes its `folder`, when the
-    parent's end of `lifeline` closes: a parent that was killed cannot."""
-    guardian = os.fork()
-    if guardian == 0:
-        os.close(0)
-        os.close(1)
-        os.read(lifeline, 1)
-        group = os.getpgrp()
-        os.setsid()
-        os.killpg(group, signal.SIGKILL)
-        shutil.rmtree(folder, ignore_errors=True)  # gone if the parent had time for it
-        os._exit(0)
-    os.close(lifeline)
-    return guardian
+        return Verdict(ERROR, None, f"the reference is not JSON: {error}")
+    return rule(task["text"], reference)
 
 
 def _take_pipes() -> tuple[IO[bytes], IO[bytes]]:
@@ -141,9 +136,9 @@ def _allow_cpu(timeout_s: float) -> None:
     resource.setrlimit(resource.RLIMIT_CPU, (soft, hard))
 
 
-def _end_stragglers(guardian: int) -> None:
+def _end_stragglers(spared: set[int]) -> None:
     """Kill what the last task left running, wherever it moved: orphans are adopted by us."""
-    while stragglers := [pid for pid in descendants(os.getpid()) if pid != guardian]:
+    while stragglers := [pid for pid in descendants(os.getpid()) if pid not in spared]:
         for pid in stragglers:
             end(pid)
         for pid in stragglers:

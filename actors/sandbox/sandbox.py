@@ -1,53 +1,51 @@
 """Verdicts in a child process that can be killed.
 
-`Sandbox` keeps one child alive (`actors.sandbox.child`) and hands it the tasks of a group. One
-message is four bytes of length and a JSON value. The child says when it begins and answers task
-by task, so the parent always knows which task it is on, or that it is on none:
+`Sandbox` keeps one child alive behind walls (`actors.sandbox.child`, `actors.sandbox.process`) and
+hands it the tasks of a group. One message is four bytes of length and a JSON value. The child says
+when it begins and answers task by task, so the parent always knows which task it is on, or that it
+is on none:
 
     parent: rules -> child: ready | failure
     parent: tasks -> child: begun, verdict, verdict, ...     each within `timeout_s`, or SIGKILL
 
-Who ends whom. The child leads a session of its own, and the parent kills that whole group, and on
-Linux what has left it. A *guardian*, forked by the child before anything else, blocks on a
-pipe the parent holds open: when the parent is gone, however it went, the guardian kills the
-group. (PR_SET_PDEATHSIG would do it for the child alone, and would fire when the *thread* that
-started the child ends.) Rules run on the child's main thread, where SIGALRM works, with the
-environment of `_environment` and no more, in an empty folder; their standard output is discarded.
-What else they may not do stands in `actors.sandbox.confinement`.
+Before a verdict the child may say that from here on the completion is to blame: what ends the child
+then is a wrong answer, and before it an error of the task (`actors.sandbox.blame`).
+
+A rule that runs programs asks for a runner of them at the *desk*, a socket beside the pipes; the
+parent starts it behind walls of its own (`actors.sandbox.programs`). Rules run on the child's main
+thread, where SIGALRM works, with the environment of `walls.environment` and no more, in an empty
+folder; their standard output is discarded.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import select
-import signal
-import subprocess
-import sys
-import tempfile
+import socket
 import threading
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import IO, Any
 
-from actors.sandbox.child import LENGTH, end, frame
-from actors.verifiers.base import Verdict
+from actors.sandbox.child import BLAMED, LENGTH, frame
+from actors.sandbox.process import WalledProcess
+from actors.sandbox.programs import MEMORY_LIMIT_BYTES, Runner, check_walls
+from actors.sandbox.verdict import Verdict
+from actors.sandbox.walls import Walls, find_walls, rule_paths
 from common.errors import RunError, UserError, VerifierError
 from common.record.schema import ERROR, TIMEOUT
-from common.supervision.processes import descendants
 
-MEMORY_LIMIT_BYTES = 4 * 2**30
 MAX_PROCESSES = 32
 """Of a rule, at one time. The kernel's own limit counts a whole user's, and not root's."""
 START_TIMEOUT_S = 120.0
-_EXIT_TIMEOUT_S = 10.0
 _HAND_OVER_TIMEOUT_S = 30.0
 _HAND_OVERS = 3
 _POLL_MS = 50
 _MAX_MESSAGE_BYTES = 2**20
-_INHERITED = ("PATH", "HOME", "TMPDIR", "LANG", "LC_ALL", "LD_LIBRARY_PATH")
+_MAX_MODULE_BYTES = 1000
 
 
 @dataclass(frozen=True)
@@ -78,34 +76,66 @@ class Sandbox:
     The constructor starts the child and returns; the first `wait_ready` waits for its imports.
     """
 
+    _process: WalledProcess
+    _desk: socket.socket
+    _completion_to_blame: bool
     _ready: bool
     _ready_deadline: float
 
     def __init__(
         self,
+        judge: str,
         rules: Sequence[RuleSpec],
         timeout_s: float,
         memory_bytes: int = MEMORY_LIMIT_BYTES,
         start_timeout_s: float = START_TIMEOUT_S,
         network: bool = False,
+        walls: Walls | None = None,
+        trusted: bool = False,
+        readable: Sequence[str] = (),
     ) -> None:
+        """Start the child.
+
+        Args:
+            judge: `module:function` that makes rules of their descriptions, in the child.
+            walls: None: the best that hold here.
+            trusted: programs run also where they could reach their judge.
+            readable: paths that rules may read beside Python and what can be imported.
+        """
         self._rules = tuple(rules)
         self._hello = {
+            "judge": judge,
             "rules": [asdict(rule) for rule in rules],
             "timeout_s": timeout_s,
             "memory_bytes": memory_bytes,
             "network": network,
         }
         self._timeout_s = timeout_s
+        self._memory_bytes, self._network = memory_bytes, network
         self._start_timeout_s = start_timeout_s
+        self._walls = find_walls() if walls is None else walls
+        self._trusted = trusted
+        self._readable = rule_paths(readable)
         self._lock = threading.Lock()
         self._closed = False
+        self._runner: Runner | None = None
         self._start()
 
     @property
     def pid(self) -> int:
         """The child's process id, which is also its group's."""
         return self._process.pid
+
+    @property
+    def folders(self) -> list[str]:
+        """The folders of the processes behind the walls."""
+        runner = [] if self._runner is None else [self._runner.folder]
+        return [self._process.folder, *runner]
+
+    @property
+    def runner_pid(self) -> int | None:
+        """The process that runs programs, once a rule has asked for it."""
+        return None if self._runner is None else self._runner.pid
 
     def wait_ready(self) -> None:
         """Return when the child can judge.
@@ -145,11 +175,11 @@ class Sandbox:
                 self._collect(verdicts, len(tasks))
             except TimeoutError:
                 reason = f"no verdict within {self._timeout_s:g} s"
-                verdicts.append(Verdict(TIMEOUT, None, self._blame(tasks[len(verdicts)], reason)))
+                verdicts.append(self._blamed(TIMEOUT, tasks[len(verdicts)], reason))
                 self._restart()
             except _ChildDiedError as death:
                 reason = f"ended its process: {death}"
-                verdicts.append(Verdict(ERROR, None, self._blame(tasks[len(verdicts)], reason)))
+                verdicts.append(self._blamed(ERROR, tasks[len(verdicts)], reason))
                 self._restart()
         return verdicts
 
@@ -160,8 +190,12 @@ class Sandbox:
                 self._closed = True
                 self._kill()
 
-    def _blame(self, task: Task, reason: str) -> str:
-        return f"{self._rules[task.rule].name}: {reason}"
+    def _blamed(self, kind: str, task: Task, reason: str) -> Verdict:
+        """A verdict of `kind`; a wrong answer where the rule had blamed the completion."""
+        reason = f"{self._rules[task.rule].name}: {reason}"
+        if self._completion_to_blame:
+            return Verdict.scored(0.0, reason)
+        return Verdict(kind, None, reason)
 
     def _hand_over(self, tasks: Sequence[Task]) -> None:
         """Return when the child has begun `tasks`. One that is found dead, or dies before it has
@@ -183,7 +217,10 @@ class Sandbox:
 
     def _collect(self, verdicts: list[Verdict], total: int) -> None:
         while len(verdicts) < total:
-            answer = self._receive(time.monotonic() + self._timeout_s)
+            self._completion_to_blame = False
+            deadline = time.monotonic() + self._timeout_s
+            while (answer := self._receive(deadline)) == BLAMED:
+                self._completion_to_blame = True
             try:
                 verdicts.append(Verdict(**answer))
             except (TypeError, ValueError) as error:
@@ -193,25 +230,23 @@ class Sandbox:
         with self._lock:
             if self._closed:
                 raise RunError("the verifier sandbox is closed")
-            guardian_end, parent_end = os.pipe()
-            self._folder = tempfile.TemporaryDirectory(prefix="grpo-lambda-verifier-")
-            self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "actors.sandbox.child", str(guardian_end)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                pass_fds=(guardian_end,),
-                start_new_session=True,
-                env=_environment(),
-                cwd=self._folder.name,
-                bufsize=0,
-            )
-            os.close(guardian_end)
-            # A file object, so that the pipe closes with the sandbox when nobody calls close().
-            self._lifeline: IO[bytes] = os.fdopen(parent_end, "wb", buffering=0)
+            self._desk, childs_end = socket.socketpair()
+            with childs_end:
+                self._process = WalledProcess(
+                    self._walls,
+                    "actors.sandbox.child",
+                    str(childs_end.fileno()),
+                    readable=self._readable,
+                    inherited=("HOME",),
+                    kept=[childs_end.fileno()],
+                    piped=True,
+                    network=self._network,
+                )
             assert self._process.stdin is not None
             assert self._process.stdout is not None
             self._requests, self._answers = self._process.stdin, self._process.stdout
             os.set_blocking(self._requests.fileno(), False)
+            self._completion_to_blame = False
             self._ready = False
             self._ready_deadline = time.monotonic() + self._start_timeout_s
 
@@ -222,34 +257,60 @@ class Sandbox:
         self._start()
 
     def _kill(self) -> None:
-        # The id of a child that has been waited for may already be another process's.
-        escaped = descendants(self._process.pid) if self._process.poll() is None else []
-        end(self._process.pid, os.killpg)
-        for pid in escaped:
-            end(pid)
-        self._process.wait(timeout=_EXIT_TIMEOUT_S)
-        for pipe in (self._requests, self._answers, self._lifeline):
-            pipe.close()
-        self._folder.cleanup()
+        self._process.kill()
+        self._desk.close()
+        if self._runner is not None:
+            self._runner.close()
+            self._runner = None
+
+    def _at_desk(self) -> bool:
+        """The child asks for a runner of programs: a new one, whatever became of the last.
+
+        False once nobody can ask any more.
+        """
+        with contextlib.suppress(OSError):
+            asked = self._desk.recv(_MAX_MODULE_BYTES)
+            if not asked:
+                return False
+            module = asked.decode("ascii", "replace")
+            if not all(part.isidentifier() for part in module.split(".")):
+                return True  # a rule that writes to every descriptor
+            with self._lock:
+                if self._runner is not None:
+                    self._runner.close()
+                    self._runner = None
+                try:
+                    if not self._trusted:
+                        check_walls(self._walls)
+                except UserError as error:
+                    self._desk.sendall(str(error).encode())
+                    return True
+                if not self._closed:
+                    self._runner = Runner(self._walls, module, self._memory_bytes)
+                    socket.send_fds(self._desk, [b"+"], [self._runner.judges_end.fileno()])
+                    return True
+        return False
 
     def _death(self) -> _ChildDiedError:
-        try:
-            code = self._process.wait(timeout=_POLL_MS / 1000)
-        except subprocess.TimeoutExpired:
-            return _ChildDiedError("it closed its pipe")
-        if code >= 0:
-            return _ChildDiedError(f"exit status {code}")
-        return _ChildDiedError(f"signal {signal.Signals(-code).name}")
+        return _ChildDiedError(self._process.death(_POLL_MS / 1000))
 
     def _await(self, pipe: IO[bytes], event: int, deadline: float) -> None:
         """Return when `pipe` is ready. Death is looked for too: a process that a rule left behind
         may hold the other end of the pipe open. So are too many processes."""
         poll = select.poll()
         poll.register(pipe, event)
-        while not poll.poll(_POLL_MS):
-            if self._process.poll() is not None:
+        desk = self._desk.fileno()
+        if desk >= 0:
+            poll.register(desk, select.POLLIN)
+        while True:
+            found = [descriptor for descriptor, _ in poll.poll(_POLL_MS)]
+            if desk in found and not self._at_desk():
+                poll.unregister(desk)
+            if any(descriptor != desk for descriptor in found):
+                return
+            if self._process.ended():
                 raise self._death()
-            if len(descendants(self._process.pid, MAX_PROCESSES + 2)) > MAX_PROCESSES + 1:
+            if self._process.started(MAX_PROCESSES + 1) > MAX_PROCESSES:
                 raise _ChildDiedError(f"it was ended, with more than {MAX_PROCESSES} processes")
             if time.monotonic() > deadline:
                 raise TimeoutError
@@ -284,16 +345,3 @@ class Sandbox:
                 raise self._death()
             data += chunk
         return data
-
-
-def _environment() -> dict[str, str]:
-    """No credentials, one thread, and the parent's import path (the shipped working directory)."""
-    kept = {name: os.environ[name] for name in _INHERITED if name in os.environ}
-    paths = [str(Path(entry).resolve()) if entry else os.getcwd() for entry in sys.path]
-    return kept | {
-        "PYTHONPATH": os.pathsep.join(paths),
-        "PYTHONWARNINGS": "ignore",
-        "PYTHONHASHSEED": "0",
-        "OMP_NUM_THREADS": "1",
-        "OPENBLAS_NUM_THREADS": "1",
-    }

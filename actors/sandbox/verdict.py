@@ -20,6 +20,8 @@ class Verdict:
     kind: str
     reward: float | None
     reason: str = ""
+    suspicious: str = ""
+    """Walls that the completion's program touched, by kind, joined by commas; mostly empty."""
 
     def __post_init__(self) -> None:
         if self.kind not in (PASS, FAIL, ERROR, TIMEOUT):
@@ -31,5 +33,5 @@ class Verdict:
             raise ValueError(f"verdict {self.kind} carries the reward {self.reward!r}")
 
     @classmethod
-    def scored(cls, reward: float, reason: str = "") -> Verdict:
-        return cls(PASS if reward > 0 else FAIL, float(reward), reason)
+    def scored(cls, reward: float, reason: str = "", suspicious: str = "") -> Verdict:
+        return cls(PASS if reward > 0 else FAIL, float(reward), reason, suspicious)

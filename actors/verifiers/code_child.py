@@ -1,67 +1,102 @@
-"""The process that runs one program a model wrote, for `actors.verifiers.code_tests`.
+"""What runs in the process of one program a model wrote: the entry points for `code_tests`.
 
-Run as `python -P -m actors.verifiers.code_child JOB PROGRAM REPORT`, descriptors of files: the job
-is a JSON object, and the report says `ready` once this process is confined, then what the kind of
-job wants to know. No expected output of `stdin` and `call` ever comes here.
+The process is confined before any of them begins (`actors.sandbox.runner`). Nothing that tells a
+right result from a wrong one ever comes here: the program gets its input, and gives its output.
 
-    stdin     the program is the main module; it reads standard input and prints
-    call      the program defines a function, which is called for each list of arguments;
-              reported is the JSON list of results
-    script    the program has its tests at its end; reported is the job's token, by which the end
-              of the tests is told from any other end with exit status 0
+    run_stdin     the program is the main module; it reads standard input and prints
+    run_call      the program defines a function, which is called for each list of arguments; the
+                  JSON list of results is written to the last descriptor
+    run_script    the program stays at the service of a test script in another process, which asks
+                  for its names, calls its functions, and is given plain values
 """
 
 from __future__ import annotations
 
 import json
+import linecache
 import os
-import resource
-import runpy
 import sys
+import types
+from collections.abc import Sequence
 from typing import Any, SupportsFloat
 
-from actors.sandbox.confinement import compute_only, lower_limit
+from actors.verifiers.values import Handles, read_message, write_message
 
-MAX_OUTPUT_BYTES = 16 * 2**20
-MAX_STACK_BYTES = 112 * 2**20
-"""Linux keeps 128 MiB free below a stack."""
-READY = b"ready\n"
+_NAME = "program.py"
 
 
-def main() -> None:
-    """Read the job, give everything up, run."""
-    job_file, program, report = map(int, sys.argv[1:])
-    with os.fdopen(job_file, "rb") as file:
-        file.seek(0)
-        job = json.load(file)
-    sys.argv = ["program.py"]
-    lower_limit(resource.RLIMIT_FSIZE, MAX_OUTPUT_BYTES)
-    lower_limit(resource.RLIMIT_CORE, 0)
-    _deepen_stack()
-    compute_only()
-    os.write(report, READY)
-    _KINDS[job["kind"]](job, f"/proc/self/fd/{program}", report)
+def run_stdin(handed: Sequence[int]) -> None:
+    """Descriptors: the program's text."""
+    (source,) = handed
+    _execute(source, "__main__")
 
 
-def _deepen_stack() -> None:
-    """Let recursion through C (a cached function that calls itself) go as deep as the recursion
-    limit of the suites' graders, 50,000; Linux reads the limit whenever the stack grows."""
-    hard = resource.getrlimit(resource.RLIMIT_STACK)[1]
-    wanted = MAX_STACK_BYTES if hard == resource.RLIM_INFINITY else min(MAX_STACK_BYTES, hard)
-    resource.setrlimit(resource.RLIMIT_STACK, (wanted, hard))
-
-
-def _stdin(job: dict[str, Any], program: str, report: int) -> None:
-    os.close(report)
-    runpy.run_path(program, run_name="__main__")
-
-
-def _call(job: dict[str, Any], program: str, report: int) -> None:
-    space = runpy.run_path(program, run_name="program")
+def run_call(handed: Sequence[int]) -> None:
+    """Descriptors: the program's text, the job (`function`, `arguments`), the report."""
+    source, job_file, report = handed
+    job = json.loads(_content(job_file))
+    space = _execute(source, "program")
     name = job["function"]
     function = getattr(space["Solution"](), name) if "Solution" in space else space[name]
     results = [function(*arguments) for arguments in job["arguments"]]
-    os.write(report, json.dumps(results, default=_plain).encode())
+    left = memoryview(json.dumps(results, default=_plain).encode())
+    while left:
+        left = left[os.write(report, left) :]
+
+
+def run_script(handed: Sequence[int]) -> None:
+    """Descriptors: the program's text, questions to it, answers from it."""
+    source, questions, answers = handed
+    space = _execute(source, "program")
+    handles = Handles()
+    while (question := read_message(questions)) is not None:
+        write_message(answers, _answer(question, space, handles))
+
+
+def _answer(question: dict[str, Any], space: dict[str, Any], handles: Handles) -> dict[str, Any]:
+    """What the program does when asked: a value and its arguments as they are afterwards, or the
+    name and text of what it raised."""
+    try:
+        subject = handles.find(question["of"])
+        positional = handles.decode(question["positional"])
+        named = handles.decode(question["named"])
+        match question["ask"]:
+            case "name":
+                value = _named(space, positional[0])
+            case "attribute":
+                value = getattr(subject, positional[0])
+            case "assign":
+                setattr(subject, *positional)
+                value = None
+            case _:
+                value = subject(*positional, **named)
+        return {"value": handles.encode(value), "positional": handles.encode(positional)}
+    except Exception as error:
+        return {"raised": [cls.__name__ for cls in type(error).__mro__], "text": str(error)[:500]}
+
+
+def _named(space: dict[str, Any], name: str) -> Any:
+    if name not in space:
+        raise NameError(f"the program has no {name}")
+    return space[name]
+
+
+def _execute(source: int, name: str) -> dict[str, Any]:
+    """Run the program as the module `name`; returns its names."""
+    text = _content(source)
+    module = types.ModuleType(name)
+    module.__file__ = _NAME
+    sys.modules[name] = module
+    lines = text.decode("utf-8", "replace").splitlines(keepends=True)
+    linecache.cache[_NAME] = (len(text), None, lines, _NAME)
+    exec(compile(text, _NAME, "exec", dont_inherit=True), module.__dict__)
+    return module.__dict__
+
+
+def _content(descriptor: int) -> bytes:
+    with os.fdopen(descriptor, "rb") as file:
+        file.seek(0)
+        return file.read()
 
 
 def _plain(value: Any) -> Any:
@@ -71,14 +106,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, SupportsFloat):
         return float(value)
     raise TypeError(f"a {type(value).__name__} is no result")
-
-
-def _script(job: dict[str, Any], program: str, report: int) -> None:
-    runpy.run_path(program, run_name="program")
-    os.write(report, job["token"].encode())
-
-
-_KINDS = {"stdin": _stdin, "call": _call, "script": _script}
-
-if __name__ == "__main__":
-    main()

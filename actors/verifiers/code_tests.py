@@ -1,55 +1,52 @@
 """Programs that a model wrote, against the tests of their problem.
 
 The program is a fenced block of the completion (`actors.verifiers.program`). It runs in a process
-of its own (`actors.verifiers.code_child`), below the sandbox of all rules and confined further: no
-other process, no signal, no socket, no file changed, 16 MiB of output, and a limit of time after
-which it is killed. What a program does wrong, by itself or against these limits, fails it; `error`
-is kept for tests that cannot be read and machines that cannot confine.
+of its own behind walls (`actors.sandbox.programs`): no other process, no signal, no socket, no file
+changed, 16 MiB of output, and a limit of time after which it is killed.
 
-It is no wall against a program that means harm: files of the user can be read (and not sent
-anywhere), and a program under test by `script` shares a process with its tests, so one that
-searches its interpreter, or returns objects that equal everything, may pass.
+No expected result is in a process that a program can reach. Outputs (`stdin`) and results (`call`)
+come back and are compared here; a `script` runs in a process of the judge's and takes plain values
+from the program (`actors.verifiers.script`). What a program does wrong, by itself, to its judge or
+against its limits, fails it; `error` is kept for tests that cannot be read, and machines that have
+no walls.
 """
 
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
+import os
 import re
-import secrets
-import subprocess
-import sys
-import tempfile
+import signal
 import time
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import IO, Any
+from typing import Any
 
+from actors.sandbox.blame import blame_completion
+from actors.sandbox.programs import Ended, RunnerLostError, programs
 from actors.verifiers.base import Verdict, after_thinking
-from actors.verifiers.code_child import MAX_OUTPUT_BYTES, READY
 from actors.verifiers.outputs import same_output, same_value
 from actors.verifiers.program import find_program
-from common.errors import UserError
+from actors.verifiers.script import PASSED, check_script, run_script
+from common.errors import UserError, VerifierError
 
+_PROGRAMS = "actors.verifiers.code_child"
+_MAX_OUTPUT_BYTES = 16 * 2**20
 _BLANK = r"(?:[ \t]*(?:#[^\n]*)?\n)*"
 _FUTURE = re.compile(rf"{_BLANK}(?:from __future__ import [^\n]*\n{_BLANK})+")
 
 
-@dataclass(frozen=True)
-class _Run:
-    """How a program ended: `status` None is the limit of time."""
+@dataclass
+class _Judged:
+    """What is known of a program so far."""
 
-    status: int | None
-    output: bytes
-    report: bytes
-
-    @property
-    def failure(self) -> str:
-        """What went wrong before any output is looked at; empty when nothing did."""
-        if self.status is None:
-            return "time limit"
-        return f"exit status {self.status}" if self.status else ""
+    failure: str = ""
+    """Why it is wrong; empty while it is right."""
+    touched: str = ""
+    """Walls that it touched, see `Ended.kinds`."""
 
 
 def check_args(seconds: float = 10.0, total_seconds: float = 60.0) -> None:
@@ -75,7 +72,7 @@ def score(
 
     Raises:
         ValueError: the prompt has no tests that can be read.
-        RuntimeError: programs cannot be confined on this machine.
+        VerifierError: programs cannot be confined on this machine.
     """
     tests = reference.get("tests")
     if not isinstance(tests, dict) or tests.get("kind") not in _JUDGES:
@@ -83,9 +80,15 @@ def score(
     program = find_program(after_thinking(text), complete=False)
     if program is None:
         return Verdict.scored(0.0, "no fenced block of Python")
+    judge = _JUDGES[tests["kind"]]
     program = behind_setup(tests.get("setup", ""), program)
-    failure = _JUDGES[tests["kind"]](program, tests, seconds, total_seconds)
-    return Verdict.scored(float(not failure), failure)
+    judged = judge(program, tests, seconds, total_seconds)
+    return Verdict.scored(float(not judged.failure), judged.failure, judged.touched)
+
+
+def warm_up() -> None:
+    """Have a process for programs before the first one is due."""
+    programs(_PROGRAMS).start()
 
 
 def behind_setup(setup: str, program: str) -> str:
@@ -112,87 +115,133 @@ def unpack(packed: str) -> list[tuple[str, str]]:
     return pairs
 
 
-def _judge_stdin(program: str, tests: dict[str, Any], seconds: float, total: float) -> str:
-    ends = time.monotonic() + total
+def _judge_stdin(program: str, tests: dict[str, Any], seconds: float, total: float) -> _Judged:
     cases = unpack(tests["cases"])
+    blame_completion()
+    judged, ends = _Judged(), time.monotonic() + total
     for number, (given, expected) in enumerate(cases, 1):
         left_s = min(seconds, ends - time.monotonic())
         if left_s <= 0:
-            return f"time limit of all cases at case {number} of {len(cases)}"
-        ran = _run({"kind": "stdin"}, program, given, left_s)
-        wrong = ran.failure or ("" if same_output(ran.output, expected) else "wrong output")
-        if wrong:
-            return f"{wrong} at case {number} of {len(cases)}"
-    return ""
+            judged.failure = f"time limit of all cases at case {number} of {len(cases)}"
+            return judged
+        with _files(3) as (source, stdin, stdout):
+            _write(source, program)
+            _write(stdin, given)
+            _run(judged, "run_stdin", [stdin, stdout, source], left_s)
+            if not judged.failure and not same_output(_content(stdout), expected):
+                judged.failure = "wrong output"
+        if judged.failure:
+            judged.failure += f" at case {number} of {len(cases)}"
+            return judged
+    return judged
 
 
-def _judge_call(program: str, tests: dict[str, Any], seconds: float, total: float) -> str:
-    cases = unpack(tests["cases"])
+def _judge_call(program: str, tests: dict[str, Any], seconds: float, total: float) -> _Judged:
+    cases = [(given, json.loads(expected)) for given, expected in unpack(tests["cases"])]
     arguments = [[json.loads(line) for line in given.split("\n") if line] for given, _ in cases]
-    job = {"kind": "call", "function": tests["function"], "arguments": arguments}
-    ran = _run(job, program, "", total)
-    if ran.failure:
-        return ran.failure
+    blame_completion()
+    judged = _Judged()
+    with _files(5) as (source, stdin, stdout, job, report):
+        _write(source, program)
+        _write(job, json.dumps({"function": tests["function"], "arguments": arguments}))
+        _run(judged, "run_call", [stdin, stdout, source, job, report], total)
+        if not judged.failure:
+            judged.failure = _wrong_result(_content(report), [expected for _, expected in cases])
+    return judged
+
+
+def _wrong_result(report: bytes, wanted: list[Any]) -> str:
     try:
-        results = json.loads(ran.report)
-    except ValueError:
+        results = json.loads(report)
+    except (ValueError, RecursionError):
+        results = None
+    if not isinstance(results, list) or len(results) != len(wanted):
         return "it ended before its function had returned"
-    if not isinstance(results, list) or len(results) != len(cases):
-        return "it ended before its function had returned"
-    for number, (result, (_, expected)) in enumerate(zip(results, cases, strict=True), 1):
-        if not same_value(result, json.loads(expected)):
-            return f"wrong result at case {number} of {len(cases)}"
+    for number, (result, expected) in enumerate(zip(results, wanted, strict=True), 1):
+        if not same_value(result, expected):
+            return f"wrong result at case {number} of {len(wanted)}"
     return ""
 
 
-def _judge_script(program: str, tests: dict[str, Any], seconds: float, total: float) -> str:
-    token = secrets.token_hex(16)
-    tested = f"{program}\n\n{tests['script']}\n"
-    ran = _run({"kind": "script", "token": token}, tested, "", seconds)
-    if ran.failure:
-        return ran.failure
-    return "" if ran.report == token.encode() else "it ended before its tests had"
+def _judge_script(program: str, tests: dict[str, Any], seconds: float, total: float) -> _Judged:
+    setup, script = str(tests.get("setup", "")), str(tests["script"])
+    check_script(setup, script)
+    blame_completion()
+    judged, ends = _Judged(), time.monotonic() + seconds
+    with _files(4) as (source, stdin, stdout, report):
+        _write(source, program)
+        (asked, ask), (answered, answer) = os.pipe(), os.pipe()
+        judge = run_script(setup, script, ask, answered, report, [asked, answer])
+        try:
+            os.close(ask)
+            os.close(answered)
+            _run(judged, "run_script", [stdin, stdout, source, asked, answer], seconds)
+        finally:
+            os.close(asked)
+            os.close(answer)
+            told = _wait(judge, ends) and _content(report).decode()
+        if not told:
+            judged.failure = "time limit"
+        elif not judged.failure:
+            judged.failure = "" if told == PASSED else told
+    return judged
 
 
 _JUDGES = {"stdin": _judge_stdin, "call": _judge_call, "script": _judge_script}
 
 
-def _run(job: dict[str, Any], program: str, given: str, seconds: float) -> _Run:
-    """One process. Everything goes through files, so that nobody waits for a full pipe."""
-    with (
-        tempfile.TemporaryFile() as job_file,
-        tempfile.TemporaryFile() as source,
-        tempfile.TemporaryFile() as stdin,
-        tempfile.TemporaryFile() as stdout,
-        tempfile.TemporaryFile() as report,
-    ):
-        job_file.write(json.dumps(job).encode())
-        source.write(program.encode("utf-8", "replace"))
-        stdin.write(given.encode("utf-8", "replace"))
-        for file in (job_file, source):
-            file.flush()
-        stdin.seek(0)
-        handed_over = [file.fileno() for file in (job_file, source, report)]
-        process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "actors.verifiers.code_child", *map(str, handed_over)],
-            stdin=stdin,
-            stdout=stdout,
-            stderr=subprocess.DEVNULL,
-            pass_fds=handed_over,
-        )
-        try:
-            status: int | None = process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            status = None
-        finally:
-            process.kill()  # it can have started no other
-            process.wait()
-        told = _content(report)
-        if not told.startswith(READY) and status is not None:
-            raise RuntimeError("a program could not be confined: this needs Linux with seccomp")
-        return _Run(status, _content(stdout), told[len(READY) :])
+def _run(judged: _Judged, entry: str, handed: Sequence[int], seconds: float) -> None:
+    """Run a program and note how it ended.
+
+    Raises: `VerifierError` where it could not be confined.
+    """
+    try:
+        ended = programs(_PROGRAMS).run(entry, handed, seconds)
+    except RunnerLostError:
+        judged.failure, judged.touched = "it ended the process that ran it", "judge"
+        return
+    if ended.failure and ended.status != -signal.SIGKILL:
+        raise VerifierError(f"a program could not be confined: {ended.failure}")
+    judged.failure = _how_it_ended(ended)
+    judged.touched = ",".join(sorted({*judged.touched.split(","), *ended.kinds.split(",")} - {""}))
 
 
-def _content(file: IO[bytes]) -> bytes:
-    file.seek(0)
-    return file.read(MAX_OUTPUT_BYTES)
+def _how_it_ended(ended: Ended) -> str:
+    if ended.status is None:
+        return ended.reason
+    return f"exit status {ended.status}" if ended.status else ""
+
+
+def _wait(pid: int, ends: float) -> bool:
+    """Whether a process of ours ends in time; it is gone afterwards in any case."""
+    while not (done := os.waitpid(pid, os.WNOHANG)[0]) and time.monotonic() < ends:
+        time.sleep(0.002)
+    if not done:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+    return bool(done)
+
+
+@contextlib.contextmanager
+def _files(count: int) -> Iterator[list[int]]:
+    """Files in memory that no folder names: everything goes through them, so that nobody waits for
+    a full pipe."""
+    opened = [os.memfd_create("program") for _ in range(count)]
+    try:
+        yield opened
+    finally:
+        for descriptor in opened:
+            os.close(descriptor)
+
+
+def _write(descriptor: int, text: str) -> None:
+    left = memoryview(text.encode("utf-8", "replace"))
+    while left:
+        left = left[os.write(descriptor, left) :]
+    os.lseek(descriptor, 0, os.SEEK_SET)
+
+
+def _content(descriptor: int) -> bytes:
+    os.lseek(descriptor, 0, os.SEEK_SET)
+    with os.fdopen(descriptor, "rb", closefd=False) as file:
+        return file.read(_MAX_OUTPUT_BYTES)

@@ -10,12 +10,13 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from actors.sandbox.blame import completion_is_to_blame
 from actors.verifiers.base import Verdict, as_verdict
-from common.errors import UserError
+from common.errors import RunError, UserError
 from common.record.schema import ERROR
 
 if TYPE_CHECKING:
@@ -47,11 +48,27 @@ class Rule:
     args: dict[str, Any]
 
     def judge(self, text: str, reference: dict[str, Any]) -> Verdict:
-        """The verdict on one completion; whatever the callable raises is an `error`."""
+        """The verdict on one completion.
+
+        Whatever the callable raises is an `error`; a wrong answer once it has blamed the completion
+        (`actors.sandbox.blame`).
+        """
         try:
             return as_verdict(self.score(text, reference, **self.args), self.name)
         except BaseException as error:  # SystemExit too: a rule may not end the child
-            return Verdict(ERROR, None, f"{self.name}: {type(error).__name__}: {error}"[:500])
+            reason = f"{self.name}: {type(error).__name__}: {error}"[:500]
+            if completion_is_to_blame() and not isinstance(error, RunError | UserError):
+                return Verdict.scored(0.0, reason)
+            return Verdict(ERROR, None, reason)
+
+
+JUDGE = f"{__name__}:prepare"
+"""What the child of `actors.sandbox.sandbox.Sandbox` is told to make rules with."""
+
+
+def prepare(specs: Sequence[dict[str, Any]]) -> list[Callable[[str, dict[str, Any]], Verdict]]:
+    """Rules, ready to judge, of `RuleSpec`s as dictionaries. Raises: as `resolve`."""
+    return [resolve(**spec).judge for spec in specs]
 
 
 def resolve(name: str, target: str, args: dict[str, Any]) -> Rule:

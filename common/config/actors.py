@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from omegaconf import MISSING
 
@@ -100,6 +100,11 @@ class VerifierConfig:
     """Seconds of wall clock for the verdict on one completion."""
     network: bool = False
     """Whether rules may open network connections, as a judge behind HTTP has to."""
+    sandbox: Literal["required", "trusted"] = "required"
+    """`required` refuses programs of a model on a host where they could reach their judge. `trusted`
+    runs them all the same. `plan` says which walls hold."""
+    readable: list[str] = field(default_factory=list)
+    """Files and folders that rules may read, beside Python and what can be imported."""
     rules: list[VerifierSpec] = field(default_factory=lambda: [VerifierSpec(name="reasoning_gym")])
     """Rules that judge each completion, at least one. The reward is the weighted sum of their
     scores. What is called accuracy is the first one's score."""

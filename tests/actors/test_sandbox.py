@@ -13,9 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from actors.sandbox.child import descendants
 from actors.sandbox.sandbox import RuleSpec, Sandbox, Task
+from actors.sandbox.walls import find_walls
+from actors.verifiers.registry import JUDGE
 from common.errors import RunError, UserError, VerifierError
+from common.supervision.processes import descendants
 
 TIMEOUT_S = 0.5
 HOSTILE = RuleSpec("hostile", "hostile_verifiers:hostile", {})
@@ -23,7 +25,7 @@ HOSTILE = RuleSpec("hostile", "hostile_verifiers:hostile", {})
 
 @pytest.fixture(scope="module")
 def sandbox() -> Iterator[Sandbox]:
-    sandbox = Sandbox([HOSTILE], TIMEOUT_S)
+    sandbox = Sandbox(JUDGE, [HOSTILE], TIMEOUT_S)
     yield sandbox
     sandbox.close()
 
@@ -95,7 +97,7 @@ def test_a_bad_rule_costs_one_verdict(sandbox: Sandbox, text: str, kind: str, re
 
 
 def test_the_network_is_open_to_those_who_ask_for_it() -> None:
-    sandbox = Sandbox([HOSTILE], TIMEOUT_S, network=True)
+    sandbox = Sandbox(JUDGE, [HOSTILE], TIMEOUT_S, network=True)
     try:
         assert kinds(sandbox, "connect AF_INET", "child_connects") == ["pass", "pass"]
     finally:
@@ -114,7 +116,7 @@ def test_the_limit_is_the_limit(sandbox: Sandbox) -> None:
 
 
 def test_an_alarm_left_behind_does_not_hit_the_next_completion() -> None:
-    sandbox = Sandbox([HOSTILE], timeout_s=5.0)
+    sandbox = Sandbox(JUDGE, [HOSTILE], timeout_s=5.0)
     try:
         assert kinds(sandbox, "alarm", "sleep 1.2") == ["pass", "pass"]
     finally:
@@ -122,12 +124,10 @@ def test_an_alarm_left_behind_does_not_hit_the_next_completion() -> None:
 
 
 @pytest.mark.parametrize(("action", "kind"), [("leave", "pass"), ("leave_and_loop", "timeout")])
-def test_processes_left_behind_are_ended(
-    sandbox: Sandbox, tmp_path: Path, action: str, kind: str
-) -> None:
-    note = tmp_path / "pid"
-    assert kinds(sandbox, f"{action} {note}") == [kind]
-    assert wait_until_gone([int(note.read_text())]) == []
+def test_processes_left_behind_are_ended(sandbox: Sandbox, action: str, kind: str) -> None:
+    assert kinds(sandbox, f"{action} 321.5") == [kind]
+    listed = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True)
+    assert "321.5" not in listed.stdout
 
 
 def test_a_child_that_died_between_groups_blames_nobody(sandbox: Sandbox) -> None:
@@ -141,7 +141,7 @@ def test_a_child_that_died_between_groups_blames_nobody(sandbox: Sandbox) -> Non
 def test_no_secret_is_inherited(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "secret")
     monkeypatch.setenv("MY_API_KEY", "secret")
-    sandbox = Sandbox([HOSTILE], TIMEOUT_S)
+    sandbox = Sandbox(JUDGE, [HOSTILE], TIMEOUT_S)
     try:
         names = ("HF_TOKEN", "MY_API_KEY", "PATH")
         texts = [f"environment {name}" for name in names]
@@ -156,7 +156,7 @@ def test_the_child_imports_from_the_parents_path(
     (tmp_path / "shipped_rule.py").write_text("def score(text, reference):\n    return 1.0\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", ["", *sys.path])
-    sandbox = Sandbox([RuleSpec("mine", "shipped_rule:score", {})], TIMEOUT_S)
+    sandbox = Sandbox(JUDGE, [RuleSpec("mine", "shipped_rule:score", {})], TIMEOUT_S)
     try:
         assert kinds(sandbox, "x") == ["pass"]
     finally:
@@ -178,7 +178,7 @@ def test_a_reference_that_is_not_json_is_an_error(sandbox: Sandbox) -> None:
 
 
 def test_a_rule_that_cannot_be_used_is_a_user_error() -> None:
-    sandbox = Sandbox([RuleSpec("x", "no_such_module:score", {})], TIMEOUT_S)
+    sandbox = Sandbox(JUDGE, [RuleSpec("x", "no_such_module:score", {})], TIMEOUT_S)
     with pytest.raises(UserError, match="no_such_module"):
         sandbox.wait_ready()
     assert wait_until_gone([sandbox.pid]) == []
@@ -190,7 +190,7 @@ def test_a_module_that_takes_too_long_to_import_ends_the_wait(
 ) -> None:
     (tmp_path / "slow_rule.py").write_text("import time\ntime.sleep(60)\n")
     monkeypatch.syspath_prepend(str(tmp_path))
-    sandbox = Sandbox([RuleSpec("x", "slow_rule:score", {})], TIMEOUT_S, start_timeout_s=1.0)
+    sandbox = Sandbox(JUDGE, [RuleSpec("x", "slow_rule:score", {})], TIMEOUT_S, start_timeout_s=1.0)
     with pytest.raises(VerifierError, match="not ready within 1 s"):
         sandbox.wait_ready()
     pids = [sandbox.pid, *descendants(sandbox.pid)]
@@ -199,10 +199,10 @@ def test_a_module_that_takes_too_long_to_import_ends_the_wait(
 
 
 def test_close_ends_everything_and_interrupts_a_group() -> None:
-    sandbox = Sandbox([HOSTILE], timeout_s=60.0)
+    sandbox = Sandbox(JUDGE, [HOSTILE], timeout_s=60.0)
     sandbox.wait_ready()
     pids = [sandbox.pid, *descendants(sandbox.pid)]
-    assert len(pids) == 2  # the child and its guardian
+    assert len(pids) == 2 + find_walls().processes_between  # the child and its guardian
     closer = threading.Timer(0.3, sandbox.close)
     closer.start()
     with pytest.raises(RunError, match="closed"):
@@ -215,13 +215,15 @@ def test_close_ends_everything_and_interrupts_a_group() -> None:
 PARENT = """
 import sys, threading, time
 from actors.sandbox.sandbox import RuleSpec, Sandbox, Task
-from actors.sandbox.child import descendants
-sandbox = Sandbox([RuleSpec("hostile", "hostile_verifiers:hostile", {})], 60.0)
+from actors.verifiers.registry import JUDGE
+from common.supervision.processes import descendants
+sandbox = Sandbox(JUDGE, [RuleSpec("hostile", "hostile_verifiers:hostile", {})], 60.0)
 sandbox.wait_ready()
 task = Task(0, sys.argv[1], "{}")
 threading.Thread(target=sandbox.score, args=([task],), daemon=True).start()
 time.sleep(0.5)
 print(*[sandbox.pid, *descendants(sandbox.pid)], flush=True)
+print(*sandbox.folders, flush=True)
 time.sleep(60)
 """
 
@@ -235,16 +237,17 @@ def test_nothing_outlives_a_parent_that_was_killed(text: str) -> None:
     assert parent.stdout is not None
     pids = [int(pid) for pid in parent.stdout.readline().split()]
     assert len(pids) >= 2
-    folder = Path(f"/proc/{pids[0]}/cwd").resolve()
+    folder = Path(parent.stdout.readline().decode().strip())
     parent.kill()
     parent.wait(timeout=5)
     parent.stdout.close()
     assert wait_until_gone(pids) == []
+    assert folder.name.startswith("grpo-lambda-verifier-")
     assert not folder.exists()
 
 
 def test_nothing_outlives_a_sandbox_nobody_closed() -> None:
-    sandbox = Sandbox([HOSTILE], TIMEOUT_S)
+    sandbox = Sandbox(JUDGE, [HOSTILE], TIMEOUT_S)
     sandbox.wait_ready()
     pids = [sandbox.pid, *descendants(sandbox.pid)]
     del sandbox

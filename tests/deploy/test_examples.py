@@ -17,6 +17,7 @@ from maths_oracles import algorithm, normal, random, random_batch
 from actors.data.quarantine import Quarantine
 from actors.data.sources import load_rows
 from actors.sandbox.sandbox import RuleSpec, Sandbox, Task
+from actors.verifiers.registry import JUDGE
 from common.config.algorithm import BaselineConfig, CreditConfig
 from common.config.load import load_config
 from common.config.sections import Config
@@ -61,7 +62,7 @@ def test_the_verifier_prefers_short_right_answers(text: str, reward: float) -> N
 
 def test_the_verifier_runs_in_the_sandbox_as_the_configuration_names_it() -> None:
     (spec,) = shown_config(EXAMPLES[-1]).verifier.rules
-    sandbox = Sandbox([RuleSpec("mine", spec.name, dict(spec.args))], 10.0)
+    sandbox = Sandbox(JUDGE, [RuleSpec("mine", spec.name, dict(spec.args))], 10.0)
     try:
         found = sandbox.score([Task(0, "so 7", json.dumps({"answer": "7"}))])
     finally:

@@ -19,7 +19,7 @@ from actors.data.quarantine import Quarantine
 from actors.data.sources import load_rows, question_key
 from actors.sandbox.sandbox import RuleSpec, Sandbox, Task
 from actors.verifiers import choice, code_tests, math_answer, reasoning_gym
-from actors.verifiers.registry import resolve, voter
+from actors.verifiers.registry import JUDGE, resolve, voter
 from common.config.load import load_config
 from common.errors import UserError
 from deploy.eval.code_problems import LIVE_CODE_BENCH_SETUP, hidden_cases, human_eval
@@ -499,8 +499,8 @@ PROGRAMS: list[tuple[str, dict[str, Any], str, str]] = [
         "",
     ),
     # what is wrong
-    ("def square(x):\n    return x + x", SQUARE, "fail", "exit status 1"),
-    ("def cube(x):\n    return x ** 3", SQUARE, "fail", "exit status 1"),
+    ("def square(x):\n    return x + x", SQUARE, "fail", "a test failed: AssertionError"),
+    ("def cube(x):\n    return x ** 3", SQUARE, "fail", "the program has no square"),
     ("this is no program", SQUARE, "fail", "exit status 1"),
     ("print(7)", DOUBLE, "fail", "wrong output at case 1 of 2"),
     ("print(6)", DOUBLE, "fail", "wrong output at case 2 of 2"),
@@ -547,9 +547,9 @@ PROGRAMS: list[tuple[str, dict[str, Any], str, str]] = [
         "fail",
         "exit status",
     ),
-    # what is allowed: a file is read, which finds no tests and no secrets
-    (f"assert open('/etc/hostname').read() is not None\n{RIGHT}", SQUARE, "pass", ""),
-    (f"import os\nassert os.listdir() == []\n{RIGHT}", SQUARE, "pass", ""),
+    (f"open('/etc/hostname').read()\n{RIGHT}", SQUARE, "fail", "exit status 1"),
+    # what is allowed
+    (f"import os\nassert os.listdir('.') == []\n{RIGHT}", SQUARE, "pass", ""),
     (f"import os\nassert 'GRPO_TEST_SECRET' not in os.environ\n{RIGHT}", SQUARE, "pass", ""),
 ]
 
@@ -559,7 +559,7 @@ def sandbox() -> Iterator[Sandbox]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GRPO_TEST_SECRET", "1")
         args = {"seconds": 4.0, "total_seconds": 8.0}
-        sandbox = Sandbox([RuleSpec("code", "code_tests", args)], 30.0)
+        sandbox = Sandbox(JUDGE, [RuleSpec("code", "code_tests", args)], 30.0)
     yield sandbox
     sandbox.close()
 
@@ -575,7 +575,7 @@ def test_programs(
 
 
 def test_a_file_of_the_user_stays_as_it_is(sandbox: Sandbox, tmp_path: Path) -> None:
-    """A program may read it, and no more; what it tries is not hidden by its own errors."""
+    """A program cannot even see it; what it tries is not hidden by its own errors."""
     path = tmp_path / "kept"
     path.write_text("kept")
     path.chmod(0o644)
@@ -589,7 +589,8 @@ def test_a_file_of_the_user_stays_as_it_is(sandbox: Sandbox, tmp_path: Path) -> 
         f"os.symlink({str(path)!r}, {str(path) + '3'!r})",
     ]
     tried = "\n".join(
-        f"try:\n    {attempt}\nexcept PermissionError:\n    refused += 1" for attempt in attempts
+        f"try:\n    {attempt}\nexcept (PermissionError, FileNotFoundError):\n    refused += 1"
+        for attempt in attempts
     )
     program = f"import os\nrefused = 0\n{tried}\nassert refused == {len(attempts)}\n{RIGHT}"
     text = f"```\n{program}\n```"
