@@ -101,8 +101,8 @@ class VerifierConfig:
     network: bool = False
     """Whether rules may open network connections, as a judge behind HTTP has to."""
     sandbox: Literal["required", "trusted"] = "required"
-    """`required` refuses programs of a model on a host where they could reach their judge. `trusted`
-    runs them all the same. `plan` says which walls hold."""
+    """`required` refuses programs of a model on a host where they could reach their judge.
+    `trusted` runs them all the same. `plan` says which walls hold."""
     readable: list[str] = field(default_factory=list)
     """Files and folders that rules may read, beside Python and what can be imported."""
     rules: list[VerifierSpec] = field(default_factory=lambda: [VerifierSpec(name="reasoning_gym")])
