@@ -1,1 +1,1 @@
-"""Rules and data of your own: a file each, whose first lines say how to run it."""
+"""The whole algorithm in one process (`loop`), and files to copy: each says how to run it."""

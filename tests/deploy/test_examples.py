@@ -32,7 +32,9 @@ from learner.algorithm.recipe import Recipe, check_recipe
 from learner.algorithm.traces import PackedAxis
 
 ROOT = Path(__file__).resolve().parents[2]
-EXAMPLES = sorted((ROOT / "deploy" / "examples").glob("[a-z]*.py"))
+EXAMPLES = sorted(
+    path for path in (ROOT / "deploy" / "examples").glob("[a-z]*.py") if path.stem != "loop"
+)
 RULE = "deploy.examples.credit:by_entropy"
 
 
