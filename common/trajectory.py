@@ -31,7 +31,9 @@ class GroupRequest:
     """The prompt's place in the order of serving, over all epochs; -1 outside training."""
     prompt_id: str
     epoch: int
+    question: str
     prompt_text: str
+    """The question in its template."""
     prompt_ids: list[int]
     reference: str
     num_completions: int

@@ -38,7 +38,10 @@ class Prompt:
     prompt_id: str
     index: int
     epoch: int
+    question: str
+    """As the data set has it."""
     text: str
+    """The question in its template: all that the model reads."""
     token_ids: list[int]
     reference: str
     solution: str | None
@@ -132,6 +135,7 @@ class PromptSource:
             prompt_id=f"{_digest(row.question)[:12]}-{index}",
             index=index,
             epoch=epoch,
+            question=row.question,
             text=text,
             token_ids=self._template.encode([text])[0],
             reference=row.reference,

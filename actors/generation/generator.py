@@ -267,6 +267,7 @@ def rollout_batch(
         "completion_index": list(sampled),
         "prompt_id": [request.prompt_id] * count,
         "epoch": [request.epoch] * count,
+        "question": [request.question] * count,
         "prompt_text": [request.prompt_text] * count,
         "reference": [request.reference] * count,
         "prompt_ids": [request.prompt_ids] * count,

@@ -71,6 +71,7 @@ class Episodes:
             ticket=prompt.ticket,
             prompt_id=prompt.prompt_id,
             epoch=prompt.epoch,
+            question=prompt.question,
             prompt_text=prompt.text,
             prompt_ids=prompt.token_ids,
             reference=prompt.reference,

@@ -9,12 +9,12 @@ import pyarrow.compute as pc
 from pydantic import BaseModel, ConfigDict, Field
 
 Column = Literal[
-    "group", "step", "prompt", "reward", "spread", "length", "staleness", "state", "completions"
+    "group", "step", "question", "reward", "spread", "length", "staleness", "state", "completions"
 ]
 COLUMNS: dict[Column, str] = {
     "group": "group_id",
     "step": "step",
-    "prompt": "prompt",
+    "question": "question",
     "reward": "reward_mean",
     "spread": "reward_std",
     "length": "length",
@@ -26,8 +26,8 @@ COLUMNS: dict[Column, str] = {
 RANGES: tuple[Column, ...] = ("reward", "length", "staleness", "step")
 PAGE_SIZE, LARGEST_PAGE = 50, 500
 EXCERPT = (50, 110)
-"""Characters of a prompt that a row shows, of its beginning and of its end: a template's beginning
-is that of all prompts."""
+"""Characters that a row has of a long question, of its beginning and of its end: many data sets
+begin every question with the same words."""
 
 Bound = Field(None, allow_inf_nan=False)
 
@@ -69,20 +69,19 @@ def select(groups: pa.Table, query: GroupQuery) -> pa.Table:
     keys = [(COLUMNS[query.sort], order)]
     if query.sort != "group":
         keys.append(("group_id", "ascending"))
-    if query.sort == "prompt":
-        groups = groups.set_column(
-            groups.schema.get_field_index("prompt"), "prompt", groups["prompt"].cast(pa.string())
-        )
+    if query.sort == "question":
+        place = groups.schema.get_field_index("question")
+        groups = groups.set_column(place, "question", groups["question"].cast(pa.string()))
     return groups.take(pc.sort_indices(groups, sort_keys=keys))
 
 
 def rows(groups: pa.Table) -> list[dict[str, Any]]:
-    """Rows of the page's table, prompts cut to an excerpt."""
+    """Rows of the page's table, questions cut to an excerpt."""
     shown: dict[str, Any] = {name: groups[column] for name, column in COLUMNS.items()}
     shown["scored"] = groups["scored"]
     shown["logged"] = pc.is_valid(groups["segment"])
     found: list[dict[str, Any]] = pa.table(shown).to_pylist()
-    return [row | {"prompt": _excerpt(row["prompt"])} for row in found]
+    return [row | {"question": _excerpt(row["question"])} for row in found]
 
 
 def _excerpt(text: str | None) -> str | None:

@@ -255,7 +255,7 @@ def _joined(log: pa.Table, booked: pa.Table) -> pa.Table:
                     "reward_mean",
                     "reward_std",
                     "accuracy",
-                    "prompt",
+                    "question",
                     "segment",
                     "row",
                 )

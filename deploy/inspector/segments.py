@@ -27,7 +27,7 @@ _SCALARS = [
     "ticket",
     "prompt_id",
     "epoch",
-    "prompt_text",
+    "question",
     "dispatch_version",
     "reward",
     "accuracy",
@@ -46,7 +46,7 @@ INDEX = pa.schema(
         pa.field("reward_mean", pa.float64()),  # of those
         pa.field("reward_std", pa.float64()),  # of those, over all of them (no n - 1)
         pa.field("accuracy", pa.float64()),
-        pa.field("prompt", pa.dictionary(pa.int32(), pa.string())),
+        pa.field("question", pa.dictionary(pa.int32(), pa.string())),
     ]
 )
 
@@ -130,7 +130,7 @@ class Segment:
 
     def _read_twin(self, columns: list[str]) -> pa.Table:
         twin = self.path.with_suffix(".parquet")
-        with pa.parquet.ParquetFile(twin, read_dictionary=["prompt_text"]) as file:
+        with pa.parquet.ParquetFile(twin, read_dictionary=["question", "prompt_text"]) as file:
             _check(file.schema_arrow, twin)
             return file.read(columns)
 
@@ -215,7 +215,7 @@ def _index(rows: pa.Table) -> pa.Table:
         "reward_mean": sums["reward_mean"],
         "reward_std": sums["reward_stddev"],
         "accuracy": sums["accuracy_mean"],
-        "prompt": _plain(first["prompt_text"]).dictionary_encode(),
+        "question": _plain(first["question"]).dictionary_encode(),
     }
     return pa.table({name: columns[name] for name in INDEX.names}).cast(INDEX)
 

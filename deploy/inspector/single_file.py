@@ -67,13 +67,14 @@ def sample(data: RunData, steps: int, groups: int) -> dict[str, Any]:
 
 def newest(table: pa.Table, steps: int, groups: int) -> pa.Table:
     """Groups of the log that the newest `steps` steps trained on, and those never trained on that
-    were dispatched as late; the newest first, at most `groups`.
+    were dispatched as late. At most `groups`: those that were trained on come first, and among
+    them the newest.
     """
     table = table.filter(pc.is_valid(table["segment"]))
     last = pc.max(table["step"]).as_py() or 0
     made_by = pc.coalesce(table["step"], pc.add(table["dispatch_version"], 1))
     table = table.filter(pc.greater(made_by, last - steps))
-    return table.sort_by([("group_id", "descending")]).slice(0, groups)
+    return table.sort_by([("step", "descending"), ("group_id", "descending")]).slice(0, groups)
 
 
 def single_file(embedded: dict[str, Any]) -> str:

@@ -20,6 +20,7 @@ def request(**changes: Any) -> GroupRequest:
         "ticket": 5,
         "prompt_id": "p",
         "epoch": 1,
+        "question": "2 + 2",
         "prompt_text": "2 + 2 =",
         "prompt_ids": [1, 2],
         "reference": "{}",

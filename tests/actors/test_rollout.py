@@ -37,7 +37,7 @@ PARTS = {"kept": 2, "filtered": 2, "cut short": 1, "nothing": 0}
 
 class Source:
     def next(self) -> Prompt:
-        return Prompt(0, "p", 0, 0, "?", [1], "{}", None, None)
+        return Prompt(0, "p", 0, 0, "?", "?", [1], "{}", None, None)
 
     def encode(self, solution: str) -> list[int]:
         """A letter is a token."""
@@ -216,7 +216,7 @@ class Solved(Source):
         self.solution = solution
 
     def next(self) -> Prompt:
-        return Prompt(0, "p", 0, 0, "?", [1], "{}", self.solution, None)
+        return Prompt(0, "p", 0, 0, "?", "?", [1], "{}", self.solution, None)
 
 
 @pytest.mark.parametrize(

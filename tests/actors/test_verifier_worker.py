@@ -28,6 +28,7 @@ def rollout_batch(texts: list[str], answer: str = "3") -> pa.RecordBatch:
             "completion_index": index,
             "prompt_id": "p",
             "epoch": 0,
+            "question": "?",
             "prompt_text": "?",
             "reference": reference,
             "prompt_ids": [1],

@@ -36,7 +36,7 @@ def measure(path: Path) -> None:
         "facts": data.facts,
         "first page": lambda: data.page(GroupQuery(descending=True)),
         "sorted by reward spread": lambda: data.page(GroupQuery(sort="spread", descending=True)),
-        "sorted by prompt": lambda: data.page(GroupQuery(sort="prompt")),
+        "sorted by question": lambda: data.page(GroupQuery(sort="question")),
         "filtered by reward": lambda: data.page(GroupQuery(reward_min=0.4, reward_max=0.6)),
         "text in any completion": lambda: whole(data, "777"),
         "a group in the middle": lambda: data.group(middle),

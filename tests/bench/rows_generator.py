@@ -131,7 +131,7 @@ def ask_groups(generator: Handle[Generator], prompts: list[list[int]], first: in
             generator,
             Generator.generate_group,
             GroupRequest(
-                first + i, first + i, "p", 0, "?", ids, "{}", SIZE, TOKENS, 1.0, 0, time.time()
+                first + i, first + i, "p", 0, "?", "?", ids, "{}", SIZE, TOKENS, 1.0, 0, time.time()
             ),
         )
         for i, ids in enumerate(prompts)

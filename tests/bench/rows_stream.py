@@ -35,7 +35,7 @@ async def pass_through(
 
     async def one(group: int) -> GroupReceipt:
         async with slots:
-            ledger.dispatched(GroupRequest(group, group, "p", 0, "", [], "", 8, 1, 1.0, 0, 0.0))
+            ledger.dispatched(GroupRequest(group, group, "p", 0, "", "", [], "", 8, 1, 1.0, 0, 0.0))
             receipt = await log.append(group, [refs[group % len(refs)]])
             ledger.verified(group, receipt.num_tokens)
             return replace(receipt, group_id=group)

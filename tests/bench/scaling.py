@@ -103,7 +103,7 @@ class Prompts:
 
     def next(self) -> Prompt:
         self.ticket += 1
-        return Prompt(self.ticket, "p", 0, 0, "?", [1] * 32, "{}", None, None)
+        return Prompt(self.ticket, "p", 0, 0, "?", "?", [1] * 32, "{}", None, None)
 
     def encode(self, solution: str) -> list[int]:
         return []

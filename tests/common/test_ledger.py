@@ -38,7 +38,9 @@ TOKENS = 10
 
 
 def request(group_id: int, ticket: int, version: int = 0) -> GroupRequest:
-    return GroupRequest(group_id, ticket, f"p{ticket}", 0, "?", [1], "{}", 2, 8, 1.0, version, 0.0)
+    return GroupRequest(
+        group_id, ticket, f"p{ticket}", 0, "?", "?", [1], "{}", 2, 8, 1.0, version, 0.0
+    )
 
 
 def ledger_at(folder: Path, prompts: str = "prompts") -> Ledger:

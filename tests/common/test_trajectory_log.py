@@ -22,6 +22,7 @@ def group(group_id: int, tokens: int = 3) -> pa.RecordBatch:
         ticket=group_id,
         prompt_id=f"p{group_id}",
         epoch=0,
+        question="1 + 1",
         prompt_text="1 + 1 =",
         prompt_ids=[1, 2, 3],
         reference="{}",

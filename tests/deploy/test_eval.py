@@ -229,6 +229,7 @@ def prompts() -> list[Prompt]:
             prompt_id=f"p{index}",
             index=index,
             epoch=-1,
+            question=f"question {index}",
             text=f"question {index}",
             token_ids=[1, 2],
             reference=json.dumps({"prompt": f"question {index}", "answer": stored}),

@@ -68,7 +68,7 @@ def brute_force(path: Path) -> dict[int, dict[str, Any]]:
         found[group_id] = {
             "group": group_id,
             "step": step,
-            "prompt": rows[0]["prompt_text"],
+            "question": rows[0]["question"],
             "reward": statistics.fmean(rewards),
             "spread": statistics.pstdev(rewards),
             "length": statistics.fmean(sampled),
@@ -92,16 +92,16 @@ def test_every_row_of_the_table_is_what_the_log_says(finished: Path) -> None:
             assert value == pytest.approx(expected[row["group"]][name]), (row["group"], name)
 
 
-def test_prompts_that_begin_alike_are_told_apart(tmp_path: Path) -> None:
+def test_questions_that_begin_alike_are_told_apart(tmp_path: Path) -> None:
     run = SyntheticRun(tmp_path / "run")
-    template = "You are an assistant that thinks step by step. " * 8
+    opening = "State the final answer to the following arithmetic problem: " * 8
     for group_id in range(2):
-        run.group(group_id, f"{template}Question {group_id}", [Sample("x", 1.0)] * 2, 0)
+        run.group(group_id, f"{opening}Question {group_id}", [Sample("x", 1.0)] * 2, 0)
     run.step(1, [0, 1])
     run.log.close()
-    prompts = [row["prompt"] for row in RunData(run.path).page(GroupQuery())["rows"]]
-    assert [prompt[-10:] for prompt in prompts] == ["Question 0", "Question 1"]
-    assert all(prompt.startswith("You are an") and len(prompt) < 200 for prompt in prompts)
+    questions = [row["question"] for row in RunData(run.path).page(GroupQuery())["rows"]]
+    assert [question[-10:] for question in questions] == ["Question 0", "Question 1"]
+    assert all(q.startswith("State the final") and len(q) < 200 for q in questions)
 
 
 def test_the_index_reads_no_tokens_and_a_search_only_texts(tmp_path: Path, finished: Path) -> None:
@@ -362,11 +362,11 @@ def test_a_sample_is_bounded_and_says_what_it_lacks(finished: Path) -> None:
     data = RunData(finished)
     some = sample(data, steps=2, groups=100)
     # Steps 5 and 6, and the group that no step has: it was dispatched at version 6.
-    assert [row["group"] for row in some["rows"]] == list(range(30, 19, -1))
+    assert [row["group"] for row in some["rows"]] == [*range(29, 19, -1), 30]
     assert [group["group"] for group in some["details"]] == [row["group"] for row in some["rows"]]
     assert "11 of 31 groups" in some["facts"]["notes"][0]
     few = sample(data, steps=6, groups=3)
-    assert [row["group"] for row in few["rows"]] == [30, 29, 28]
+    assert [row["group"] for row in few["rows"]] == [29, 28, 27]
 
 
 def test_embedded_json_has_no_markup() -> None:

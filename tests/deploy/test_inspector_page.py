@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import uvicorn
-from inspector_runs import Sample, SyntheticRun, sums_run
+from inspector_runs import TEMPLATE, Sample, SyntheticRun, sums_run
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from common.record.credit_log import credit_schema, read_credit, read_group_credit, write_credit
@@ -156,18 +156,39 @@ def numbers(texts: list[str]) -> list[float]:
     return [float(text) for text in texts if text != "–"]
 
 
-def test_the_first_look_shows_curves_and_the_newest_groups(
+def test_the_first_look_shows_curves_and_the_groups_of_the_newest_steps(
     url: str, open_page: Callable[..., Page]
 ) -> None:
     page = open_page(url)
     expect(page.locator("#rows tr")).to_have_count(50)
     assert page.locator("h1").inner_text() == "shown"
-    assert numbers(column(page, "Group")) == list(range(57, 7, -1))
+    assert numbers(column(page, "Group"))[:9] == [57, *range(52, 56), *range(48, 52)]
+    assert column(page, "Step")[:9] == ["15", *["14"] * 4, *["13"] * 4]
     expect(page.locator("#charts figure")).to_have_count(4)
     page.locator("summary", has_text="Choose curves").click()
     page.get_by_role("checkbox", name="lambda_grpo/preference").check()
     expect(page.locator("#charts figure")).to_have_count(5)
     assert "curves=" in page.url
+
+
+def test_a_row_shows_the_question_without_its_template(
+    url: str, run: SyntheticRun, open_page: Callable[..., Page]
+) -> None:
+    page = open_page(url)
+    shown = dict(zip(column(page, "Group"), column(page, "Question"), strict=True))
+    assert len(shown) == 50
+    for group, question in shown.items():
+        assert question == run.groups[int(group)]["question"][0].as_py()
+        assert "<|im_start|>" not in question
+
+
+def test_a_group_that_no_step_trained_on_comes_last(
+    url: str, run: SyntheticRun, open_page: Callable[..., Page]
+) -> None:
+    """The run's end cut it off: as the newest group it would be all that one sees."""
+    page = open_page(f"{url}#page=2")
+    expect(page.locator("#rows tr")).to_have_count(8)
+    assert (column(page, "Group")[-1], column(page, "Step")[-1]) == ("56", "–")
 
 
 def test_a_column_sorts_both_ways_and_pages_follow(
@@ -342,7 +363,8 @@ def test_texts_of_the_model_are_never_markup(
             f"article[aria-label='Completion {index}'] .token"
         ).all_text_contents()
         assert "".join(tokens) == f"{text}<|end|>"
-    assert page.locator("pre.prompt").first.inner_text() == '<b>Prompt</b> & "more"'
+    prompt = page.locator("pre.prompt").first.inner_text()
+    assert prompt == TEMPLATE.format('<b>Prompt</b> & "more"')
     assert page.locator("main img, main script, main h1, pre b").count() == 0
     assert page.title() == "shown · grpo-lambda inspect"
     broken = page.locator("article[aria-label='Completion 3'] .token")

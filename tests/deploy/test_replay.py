@@ -51,7 +51,7 @@ def _request(batch: pa.RecordBatch) -> GroupRequest:
     ticket = batch.column("ticket")[0].as_py()
     version = batch.column("dispatch_version")[0].as_py()
     return GroupRequest(
-        ticket, ticket, str(ticket), 0, "", [], "{}", batch.num_rows, 32, 1.0, version, 0.0
+        ticket, ticket, str(ticket), 0, "", "", [], "{}", batch.num_rows, 32, 1.0, version, 0.0
     )
 
 

@@ -43,7 +43,7 @@ def scripted(local_ray: None) -> Handle[Scripted]:
 
 
 def request(text: str, completions: int) -> GroupRequest:
-    return GroupRequest(0, 0, "p", 0, text, [1], "{}", completions, 10, 1.0, 0, 0.0)
+    return GroupRequest(0, 0, "p", 0, "?", text, [1], "{}", completions, 10, 1.0, 0, 0.0)
 
 
 async def received(actor: Any, asked: GroupRequest, deadline_s: float = 30.0) -> list[Any]:

@@ -53,7 +53,7 @@ def replacement(said: list[str], pauses: list[float] | None = None) -> Replaceme
 
 
 def request(text: str) -> GroupRequest:
-    return GroupRequest(0, 0, "p", 0, text, [1], "{}", 1, 10, 1.0, 0, 0.0)
+    return GroupRequest(0, 0, "p", 0, "?", text, [1], "{}", 1, 10, 1.0, 0, 0.0)
 
 
 async def versions(pool: GeneratorPool, text: str) -> list[int]:

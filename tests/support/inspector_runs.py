@@ -26,6 +26,11 @@ from deploy.run.directory import LEDGER
 
 VERIFIER = "math_answer"
 SCHEMA = trajectory_schema([VERIFIER])
+TEMPLATE = (
+    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+    "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
+)
+"""Around a question, as chat models have it."""
 CONFIG = """\
 name: {name}
 recipe: grpo_lambda_recent
@@ -74,15 +79,17 @@ class SyntheticRun:
         self.random = np.random.default_rng(seed)
         self.groups: dict[int, pa.RecordBatch] = {}
 
-    def group(self, group_id: int, prompt: str, samples: Sequence[Sample], version: int = 0) -> int:
+    def group(
+        self, group_id: int, question: str, samples: Sequence[Sample], version: int = 0
+    ) -> int:
         """Dispatch, log and book one group; its sampled tokens."""
-        rows = [self._row(group_id, index, prompt, s, version) for index, s in enumerate(samples)]
+        rows = [self._row(group_id, index, question, s, version) for index, s in enumerate(samples)]
         batch = pa.RecordBatch.from_pylist(rows, schema=SCHEMA)
         tokens = sum(len(row["token_ids"]) - row["guidance_length"] for row in rows)
         self.ledger.dispatched(
             GroupRequest(
-                group_id, group_id, f"p{group_id}", 0, prompt, [1], "{}", len(rows), 64, 1.0,
-                version, 0.0,
+                group_id, group_id, f"p{group_id}", 0, question, TEMPLATE.format(question), [1],
+                "{}", len(rows), 64, 1.0, version, 0.0,
             )
         )  # fmt: skip
         self.log.append(batch)
@@ -91,7 +98,7 @@ class SyntheticRun:
         return tokens
 
     def _row(
-        self, group_id: int, index: int, prompt: str, sample: Sample, version: int
+        self, group_id: int, index: int, question: str, sample: Sample, version: int
     ) -> dict[str, Any]:
         ids = sample.ids or self.tokenizer.encode(sample.text)
         if sample.finish == "stop" and not sample.ids:
@@ -107,9 +114,10 @@ class SyntheticRun:
             "completion_index": index,
             "prompt_id": f"p{group_id}",
             "epoch": 0,
-            "prompt_text": prompt,
+            "question": question,
+            "prompt_text": TEMPLATE.format(question),
             "reference": json.dumps({"answer": "42"}),
-            "prompt_ids": self.tokenizer.encode(prompt),
+            "prompt_ids": self.tokenizer.encode(TEMPLATE.format(question)),
             "text": sample.text,
             "token_ids": ids,
             "behaviour_logprobs": logprobs,
@@ -287,7 +295,7 @@ def _many_rows(
     def listed(values: np.ndarray, kind: pa.DataType) -> pa.Array:
         return pa.ListArray.from_arrays(offsets, pa.array(values, kind))
 
-    prompts = [f"What is {i} + {i * 7 % 1000}?" for i in range(first, first + groups)]
+    questions = [f"What is {i} + {i * 7 % 1000}?" for i in range(first, first + groups)]
     ones = pa.ListArray.from_arrays(
         pa.array(np.arange(rows + 1) * 8, pa.int32()), pa.array(np.ones(rows * 8), pa.int32())
     )
@@ -297,7 +305,8 @@ def _many_rows(
         "completion_index": np.tile(np.arange(size), groups),
         "prompt_id": np.repeat([f"p{i % 8000}" for i in range(first, first + groups)], size),
         "epoch": ids // 8000,
-        "prompt_text": np.repeat(prompts, size),
+        "question": np.repeat(questions, size),
+        "prompt_text": np.repeat([TEMPLATE.format(question) for question in questions], size),
         "reference": ['{"answer": "42"}'] * rows,
         "prompt_ids": ones,
         "text": [f"It is {value}." for value in random.integers(0, 100_000, rows)],

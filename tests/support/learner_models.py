@@ -113,6 +113,7 @@ def trajectories(
             "completion_index": list(range(n)),
             "prompt_id": [str(g)] * n,
             "epoch": [0] * n,
+            "question": [""] * n,
             "prompt_text": [""] * n,
             "reference": ["{}"] * n,
             "prompt_ids": [prompt.tolist()] * n,

@@ -1,6 +1,6 @@
 // Everything a link should bring back is in the address's fragment, and nowhere else.
 
-const DEFAULTS = { sort: "-group", page: "1", colour: "advantage" };
+const DEFAULTS = { sort: "-step", page: "1", colour: "advantage" };
 const listeners = [];
 
 /** The state as an object of strings; what is not said has its default. */

@@ -7,7 +7,7 @@ import { address, change, current } from "./state.js";
 const COLUMNS = [
   ["group", "Group", "number"],
   ["step", "Step", "number"],
-  ["prompt", "Prompt", "text"],
+  ["question", "Question", "text"],
   ["reward", "Mean reward", "number"],
   ["spread", "Reward spread", "number"],
   ["length", "Mean length", "number"],
@@ -128,13 +128,13 @@ function line(row) {
       return el("td", { class: kind }, el("span", { class: `state ${row.state ?? ""}` }, row.state ?? "–"));
     }
     const text = kind === "text" ? (row[name] ?? "–") : short(row[name]);
-    const [shown, title] = name === "prompt" ? [ends(text), text] : [text, null];
+    const [shown, title] = name === "question" ? [ends(text), text] : [text, null];
     return el("td", { class: `${kind} column-${name}`, title }, shown);
   });
   return el("tr", { onclick: (event) => event.target.closest("a") ?? change({ group: String(row.group) }) }, ...cells);
 }
 
-/** Where prompts differ is seldom their beginning. */
+/** Where questions differ is seldom their beginning. */
 function ends(text) {
   return text.length > 60 ? `${text.slice(0, 14).trimEnd()} … ${text.slice(-32).trimStart()}` : text;
 }
