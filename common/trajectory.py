@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def ticket_seed(seed: int, ticket: int) -> int:
-    """Of the samples of a ticket, or of an evaluation's problem; sample i adds i."""
+    """Seed of the samples of a ticket, or of an evaluation's problem; sample i adds i."""
     digest = hashlib.sha256(f"{seed}/{ticket}".encode()).digest()
     return int.from_bytes(digest[:6])
 
@@ -47,7 +47,7 @@ class GroupRequest:
     num_guided: int = 0
     mask_guidance: bool = True
     seed: int | None = None
-    """Of this group's samples; None leaves them to the engine's random state."""
+    """Seed of this group's samples; None leaves them to the engine's random state."""
     cap_s: float | None = None
     """Seconds after which completions still being sampled are aborted and left out."""
 
@@ -59,22 +59,22 @@ class GroupReceipt:
     group_id: int
     ticket: int
     batch_ref: Ref[pa.RecordBatch] | None
-    """Its record batch; None where whoever asked for the receipt has the reference already."""
+    """The record batch; None where whoever asked for the receipt has the reference already."""
     dispatch_version: int
     min_version: int
     """Oldest weight version any token was sampled with."""
     max_version: int
-    """Newest."""
+    """Newest weight version any token was sampled with."""
     num_completions: int
     num_tokens: int
-    """Sampled ones: guidance does not count."""
+    """Tokens that were sampled: guidance does not count."""
     reward_mean: float
     rewards_equal: bool
     """No completion differs in reward from another: the group carries no advantage."""
     num_unscored: int
     """Completions whose verdict was `error` or `timeout`."""
     unscored_tokens: int
-    """Of those."""
+    """Tokens of these completions."""
     generate_s: float
     """Seconds from dispatch to the last completion."""
 

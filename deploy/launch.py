@@ -37,7 +37,7 @@ class Result:
     """The last step's metrics."""
 
     def metrics(self) -> pa.Table:
-        """metrics.jsonl: a row a step, a column a metric, null where a step has none."""
+        """The records of metrics.jsonl: a row a step, a column a metric, null where none is."""
         records = read_metrics(self.path / "metrics.jsonl")
         columns = dict.fromkeys(key for record in records for key in record)
         return pa.table({key: [record.get(key) for record in records] for key in columns})
