@@ -18,7 +18,7 @@ from common.config.bounds import (
     at_most,
     or_infinite,
 )
-from common.config.rules import RuleNames
+from common.config.names import Names
 
 Args = dict[str, Any]
 """Arguments by name."""
@@ -29,7 +29,7 @@ class BaselineConfig:
     """How the rewards of a group become the advantages of its completions."""
 
     kind: Annotated[
-        str, RuleNames("grpo", "dr_grpo", "rloo", "krpo", "raft", "reinforce_rej", "none")
+        str, Names("grpo", "dr_grpo", "rloo", "krpo", "raft", "reinforce_rej", "none")
     ] = "grpo"
     """Rule that turns the rewards of a group into advantages (`learner.algorithm.advantages`)."""
     args: Args = field(default_factory=dict)
@@ -44,7 +44,7 @@ class BaselineConfig:
 class CreditConfig:
     """How the advantage of a completion becomes the credit of its tokens."""
 
-    kind: Annotated[str, RuleNames("broadcast", "lambda_trace", "prefix_sets")] = "broadcast"
+    kind: Annotated[str, Names("broadcast", "lambda_trace", "prefix_sets")] = "broadcast"
     """Rule that divides credit among the tokens of a completion (`learner.algorithm.credit`)."""
     args: Args = field(default_factory=dict)
     """Keyword arguments of a rule of your own."""
@@ -76,7 +76,7 @@ ClipWidth = Annotated[float, or_infinite(at_least(0))]
 class ObjectiveConfig:
     """How ratio and advantage become what is maximised at every token."""
 
-    kind: Annotated[str, RuleNames("ppo", "gspo", "gmpo", "cispo", "gpg")] = "ppo"
+    kind: Annotated[str, Names("ppo", "gspo", "gmpo", "cispo", "gpg")] = "ppo"
     """Objective of a token (`learner.algorithm.objectives`)."""
     args: Args = field(default_factory=dict)
     """Keyword arguments of a rule of your own."""
@@ -99,7 +99,7 @@ class ObjectiveConfig:
 class CorrectionConfig:
     """How tokens are weighed that another policy sampled than the one that is updated."""
 
-    kind: Annotated[str, RuleNames("auto", "none", "tis", "icepop")] = "auto"
+    kind: Annotated[str, Names("auto", "none", "tis", "icepop")] = "auto"
     """Off-policy correction (`learner.algorithm.corrections`). `auto` is `tis` where
     `generator.max_staleness` is above 0, else `none`."""
     args: Args = field(default_factory=dict)
@@ -116,7 +116,7 @@ class CorrectionConfig:
 class AggregationConfig:
     """How the losses of tokens are added up."""
 
-    kind: Annotated[str, RuleNames("sequence_mean", "token_mean", "constant", "lambda_grpo")] = (
+    kind: Annotated[str, Names("sequence_mean", "token_mean", "constant", "lambda_grpo")] = (
         "sequence_mean"
     )
     """Weight of a completion's tokens in the loss (`learner.algorithm.aggregation`)."""
@@ -150,7 +150,7 @@ class GuidanceConfig:
 class RolloutConfig:
     """Which completions are sampled and kept."""
 
-    kind: Annotated[str, RuleNames("all")] = "all"
+    kind: Annotated[str, Names("all")] = "all"
     """Rule that chooses among the completions that the keys below leave
     (`learner.algorithm.selection`)."""
     args: Args = field(default_factory=dict)

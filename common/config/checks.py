@@ -6,7 +6,7 @@ What bounds one number alone stands beside its field (`common.config.bounds`).
 from __future__ import annotations
 
 from common.config.bounds import check_bounds
-from common.config.rules import check_rule_names
+from common.config.names import check_names
 from common.config.sections import Config
 from common.errors import UserError
 
@@ -21,7 +21,7 @@ def check_config(config: Config) -> None:
     _check_data(config)
     _check_rules(config)
     _check_guidance(config)
-    check_rule_names(config.algorithm)
+    check_names(config)
 
 
 def _check_lengths(config: Config) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Any, Literal
 
 from common.config.bounds import (
     Count,
@@ -14,6 +14,40 @@ from common.config.bounds import (
     Seconds,
     ShareBelowOne,
 )
+from common.config.names import Names
+
+OptimizerName = Annotated[
+    str,
+    Names(
+        "AdamW",
+        "SGD",
+        "Muon",
+        "Adam",
+        "NAdam",
+        "RAdam",
+        "Adamax",
+        "Adadelta",
+        "Adagrad",
+        "ASGD",
+        "RMSprop",
+    ),
+]
+"""Those of torch that step on sharded parameters."""
+
+
+@dataclass
+class OptimizerConfig:
+    """What turns gradients into steps."""
+
+    kind: OptimizerName = "AdamW"
+    """Class of `torch.optim`. One of your own must step on sharded parameters (DTensor)."""
+    args: dict[str, Any] = field(default_factory=dict)
+    """Keyword arguments of the class, besides the learning rate, which is
+    `learner.learning_rate`."""
+    matrices_only: bool = False
+    """Whether the class gets the weight matrices of the layers alone, and AdamW the rest. With Muon
+    this is always so, and its `adjust_lr_fn` is `match_rms_adamw`, so that one learning rate serves
+    both."""
 
 
 @dataclass
@@ -31,6 +65,7 @@ class LearnerConfig:
     """Labels of the nodes on which ranks may stand."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Devices of the learner. `auto` takes CUDA where there is any."""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     learning_rate: Positive = 1e-5
     """Learning rate after the warm-up."""
     warmup_steps: Natural = 5
@@ -39,7 +74,7 @@ class LearnerConfig:
     """How the learning rate goes on after the warm-up. `constant` keeps it; `linear` and `cosine`
     lower it to 0 at the last step."""
     weight_decay: NotNegative = 0.0
-    """Weight decay of AdamW."""
+    """Weight decay of AdamW; other optimisers take theirs in `learner.optimizer.args`."""
     betas: tuple[ShareBelowOne, ShareBelowOne] = (0.9, 0.95)
     """Decay rates of AdamW's two moments."""
     max_grad_norm: Limit = 1.0

@@ -23,7 +23,7 @@ from common.config.data import (
     PromptOrder,
     ReasoningGymConfig,
 )
-from common.config.learner import LearnerConfig, WeightsConfig
+from common.config.learner import LearnerConfig, OptimizerConfig, WeightsConfig
 from common.config.operation import (
     CheckpointConfig,
     EvalConfig,
@@ -44,6 +44,7 @@ __all__ = [
     "LearnerConfig",
     "MetricsConfig",
     "ModelConfig",
+    "OptimizerConfig",
     "PlacementConfig",
     "PromptOrder",
     "RayConfig",

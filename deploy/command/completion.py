@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from common.config.rules import rule_names
+from common.config.names import names_in
 from common.config.sections import Config
 from deploy.command.presets import CONFIGS, RECIPES, described
 
@@ -50,7 +50,7 @@ def keys_of(cls: type, prefix: str = "") -> Iterator[tuple[str, list[str]]]:
     for field in fields(cls):
         hint: Any = hints[field.name]
         name = f"{prefix}{field.name}"
-        if names := rule_names(hint):
+        if names := names_in(hint):
             yield name, list(names)
         elif is_dataclass(hint):
             assert isinstance(hint, type)

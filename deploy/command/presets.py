@@ -89,6 +89,7 @@ def load_with_origins(path: Path | None, overrides: Sequence[str]) -> Loaded:
     """
     from common.config import load
     from learner.algorithm.recipe import check_recipe
+    from learner.training.optimizer import check_optimizer
 
     resumed = [o.partition("=")[2] for o in overrides if o.startswith("resume=")]
     resumed = [run for run in resumed if run != "auto"]  # goes with --config
@@ -105,4 +106,5 @@ def load_with_origins(path: Path | None, overrides: Sequence[str]) -> Loaded:
     )
     config = loaded.config
     check_recipe(config.algorithm, config.correction_kind)
+    check_optimizer(config.learner)
     return loaded

@@ -1,9 +1,10 @@
 """How much memory a run needs, estimated before anything starts.
 
-    learner, all ranks   16 bytes a parameter: float32 weights, gradients and AdamW's two moments;
-                         plus the gathered compute copy, on every rank
-    checkpoint           12 bytes a parameter and a compute copy, from when it is taken until it is
-                         written
+    learner, all ranks   float32 weights and gradients and what the optimiser keeps, which makes 16
+                         bytes a parameter with AdamW's two moments; plus the gathered compute copy,
+                         on every rank
+    checkpoint           the same without gradients, and a compute copy, from when it is taken until
+                         it is written
     generator, each      compute weights and the key-value cache
     weights on the way   three copies in compute dtype: bucket, object store, the version before,
                          which is kept for generators that start again
@@ -23,10 +24,10 @@ from pathlib import Path
 
 from common.config.sections import Config
 from common.errors import UserError
+from learner.training.optimizer import state_bytes
 
 GIB = 2**30
-_LEARNER_BYTES_A_PARAMETER = 16
-_CHECKPOINT_BYTES_A_PARAMETER = 12
+_FLOAT32 = 4
 _PROCESS_BYTES = {"learner": 0.5 * GIB, "generator": 1.5 * GIB, "others": 1.5 * GIB}
 """Allowance for the imports, rounded up from process listings; not measured with care."""
 
@@ -66,12 +67,13 @@ def estimate(config: Config, parameters: int) -> MemoryEstimate:
     compute = parameters * width
     reference = compute if config.algorithm.objective.kl > 0 else 0
     trained = parameters if ranks else 0
+    kept = state_bytes(config.learner) if ranks else 0.0
     return MemoryEstimate(
         parameters=parameters,
-        learner=trained * _LEARNER_BYTES_A_PARAMETER
+        learner=trained * (2 * _FLOAT32 + kept)
         + reference
         + ranks * (compute + _PROCESS_BYTES["learner"]),
-        checkpoint=trained * (_CHECKPOINT_BYTES_A_PARAMETER + width),
+        checkpoint=trained * (_FLOAT32 + kept + width),
         generators=generators
         * (compute + config.generator.kv_cache_gib * GIB + _PROCESS_BYTES["generator"]),
         transfer=(2 + generators) * trained * width,

@@ -30,6 +30,7 @@ from deploy.predict.simulate import (
     lognormal_lengths,
     measured_lengths,
 )
+from learner.training.optimizer import state_bytes
 
 _MEDIAN, _SPREAD = 0.3, 0.6
 """Of completions, where no log is given: the median as a share of the longest, and sigma."""
@@ -67,6 +68,7 @@ class ClusterPlan:
             max(config.batch.tokens_per_microbatch, config.model.max_length),
             learner.logits_mib,
             recompute=learner.activation_checkpointing,
+            state_bytes=state_bytes(learner),
         )
         kept = training.optimiser if config.colocated else 0.0
         fraction = generator.memory_fraction
@@ -127,6 +129,7 @@ class ClusterPlan:
             self.prompt_tokens + mean / 2,
             recompute=self.config.learner.activation_checkpointing,
             learner_device=self.learner_device,
+            state_bytes=state_bytes(self.config.learner),
         )
 
     def predict(

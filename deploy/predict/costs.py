@@ -16,8 +16,9 @@ from deploy.predict.simulate import Costs
 
 _BYTES = 2
 """Of a weight or a cached key in bfloat16."""
-_MASTER_BYTES = 16
-"""Of a parameter in the learner: float32 weights, gradients and two moments."""
+_MASTER_BYTES = 8
+"""Of a parameter in the learner: float32 weights and gradients. The optimiser's state comes on
+top."""
 
 
 @dataclass(frozen=True)
@@ -157,12 +158,14 @@ def costs_on(
     *,
     recompute: bool,
     learner_device: Device | None = None,
+    state_bytes: float = 8.0,
 ) -> Costs:
     """Costs of generators on `device` and a learner on `learner_device` (the same if None).
 
     Args:
         mean_context: tokens that a decoding sequence attends to, on average.
         recompute: activation checkpointing, a second forward pass in every backward one.
+        state_bytes: what the optimiser keeps for a parameter; 8 is AdamW's two moments.
     """
     a, trainer = Assumptions(), learner_device or device
     parallel, weights = pools.devices_each, _BYTES * model.parameters
@@ -181,7 +184,7 @@ def costs_on(
         verify_s=a.verify_s,
         log_group_s=a.log_group_s,
         learner_step_s=a.step_overhead_s
-        + _MASTER_BYTES * model.parameters / (pools.ranks * trainer.bandwidth),
+        + (_MASTER_BYTES + state_bytes) * model.parameters / (pools.ranks * trainer.bandwidth),
         learner_token_s=(4 if recompute else 3) * products / learner_rate,
         export_s=publish_s,
         deliver_s=0.0,
@@ -208,19 +211,26 @@ _USABLE = 0.90
 
 
 def learner_memory(
-    model: ModelShape, ranks: int, tokens: int, logits_mib: float, *, recompute: bool
+    model: ModelShape,
+    ranks: int,
+    tokens: int,
+    logits_mib: float,
+    *,
+    recompute: bool,
+    state_bytes: float,
 ) -> DeviceMemory:
     """Memory of a learner rank: its shard, the gathered layers, a micro-batch of `tokens`.
 
     A layer keeps its input when it is recomputed; else about 34 bytes a hidden unit and 8 a unit
-    of the MLP (bfloat16, flash attention). One layer is always there in full.
+    of the MLP (bfloat16, flash attention). One layer is always there in full. `state_bytes` is what
+    the optimiser keeps for a parameter.
     """
     full_layer = tokens * (34 * model.hidden + 8 * model.intermediate)
     kept = tokens * model.hidden * _BYTES if recompute else full_layer
     layer_weights = _BYTES * model.parameters / model.layers
     return DeviceMemory(
         weights=2 * layer_weights + _BYTES * model.vocabulary * model.hidden,
-        optimiser=_MASTER_BYTES * model.parameters / ranks,
+        optimiser=(_MASTER_BYTES + state_bytes) * model.parameters / ranks,
         activations=model.layers * kept + full_layer + 2 * logits_mib * 2**20,
         cache=0.0,
     )

@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from common.config.rules import names_own_rule
+from common.config.names import names_own_rule
 from common.config.sections import Config, MetricsConfig
 from common.errors import UserError
 from common.record.metric_names import METRICS

@@ -15,19 +15,18 @@ under the names that it gives them.
 from __future__ import annotations
 
 import functools
-import importlib
 import json
 import math
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor
 
-from common.config.rules import check_rule_name
+from common.config.names import import_named
 from common.errors import RunError, UserError
 from common.record.metric_names import METRICS
 
@@ -116,7 +115,7 @@ class Axis(Generic[Inputs, Config, Result]):
         """
         found = self.rules.get(config.kind)
         if found is None:
-            found = import_own(self.key, config.kind, tuple(self.rules))
+            found = import_named(self.key, config.kind, tuple(self.rules))
         if not isinstance(found, type):
             return _Function(found, config)
         if not self.whole_batch:
@@ -186,30 +185,6 @@ class Axis(Generic[Inputs, Config, Result]):
             where = f"{self.result.__module__}.{self.result.__name__}"
             return f"returned a {type(answer).__name__}: return a {where}"
         return self.problem(inputs, answer) or _name_problem(answer.metrics)
-
-
-@functools.cache
-def import_own(key: str, path: str, known: Sequence[str]) -> Any:
-    """What `path`, package.module:name, names.
-
-    Raises:
-        UserError: it is no import path, or cannot be imported.
-    """
-    check_rule_name(key, path, known)
-    module, _, name = path.partition(":")
-    try:
-        found = getattr(importlib.import_module(module), name)
-    except Exception as error:  # a module is a program of the user's; it may raise anything
-        raise UserError(
-            f"{key}={path} cannot be imported: {type(error).__name__}: {error}. Use one of "
-            f"{', '.join(known)}, or package.module:name, importable from the directory the run "
-            "was started in or from PYTHONPATH"
-        ) from error
-    if not callable(found):
-        raise UserError(
-            f"{key}={path} is of type {type(found).__name__}, neither a function nor a class"
-        )
-    return found
 
 
 def token_cases(make: Callable[[list[int]], Inputs]) -> dict[str, Callable[[], Inputs]]:

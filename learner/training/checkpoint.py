@@ -1,7 +1,7 @@
 """Checkpoints: a Hugging Face folder with the training state beside it.
 
     step-N/  config.json, model.safetensors, tokenizer files     compute dtype; loads as it is
-             training_state/  float32 master weights and AdamW state, sharded (torch DCP)
+             training_state/  float32 master weights and optimiser state, sharded (torch DCP)
                               trainer_state.json
             manifest.json     sizes and checksums (`common.record.manifest`)
 
@@ -15,6 +15,7 @@ from __future__ import annotations
 import base64
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load as load_sharded
 from torch.distributed.checkpoint.state_dict_saver import save as save_sharded
+from torch.optim import Optimizer
 
 from common.errors import UserError
 from common.record.manifest import seal
@@ -62,23 +64,24 @@ class Snapshot:
 
 
 def take_snapshot(
-    policy: Policy, optimizer: torch.optim.Optimizer, state: TrainerState, dtype: torch.dtype
+    policy: Policy, optimizers: Sequence[Optimizer], state: TrainerState, dtype: torch.dtype
 ) -> Snapshot:
     """Copy all of a checkpoint into memory. Collective.
 
     Args:
         dtype: of the weights in the Hugging Face folder.
     """
-    model_state, optimizer_state = _state_of(policy, optimizer)
+    stepped = [optimizer for optimizer in optimizers if optimizer.state]
     stager = DefaultStager(StagingOptions(*[False] * 4))
-    sharded = stager.stage({"model": model_state, "optimizer": optimizer_state})
+    sharded = stager.stage(_tensors(policy, stepped))
     assert isinstance(sharded, dict)
     tensors = {}
     for name, tensor in fsdp.full_tensors(policy.model, dtype, copy=True):
         if dist.get_rank() == 0:
             tensors[name] = tensor
     generators = fsdp.gather_objects(_encode(torch.get_rng_state()))
-    return Snapshot(sharded, tensors, {**state.__dict__, "rng": generators})
+    document = {**state.__dict__, "rng": generators, "optimizers": [_named(o) for o in optimizers]}
+    return Snapshot(sharded, tensors, document)
 
 
 def write_snapshot(
@@ -107,13 +110,13 @@ def write_snapshot(
     dist.barrier(group)
 
 
-def load_checkpoint(folder: Path, policy: Policy, optimizer: torch.optim.Optimizer) -> TrainerState:
-    """Restore model, optimiser and this rank's random state; returns the rest. Collective.
+def load_checkpoint(folder: Path, policy: Policy, optimizers: Sequence[Optimizer]) -> TrainerState:
+    """Restore model, optimisers and this rank's random state; returns the rest. Collective.
 
-    The optimiser's settings stay as they are: those of the checkpoint may have been changed since.
+    The optimisers' settings stay as they are: those of the checkpoint may have been changed since.
 
     Raises:
-        UserError: the folder is not a checkpoint of this program.
+        UserError: the folder is not a checkpoint of this program, or one of other optimisers.
     """
     path = folder / TRAINING_STATE / _TRAINER_STATE
     if not path.is_file():
@@ -122,40 +125,64 @@ def load_checkpoint(folder: Path, policy: Policy, optimizer: torch.optim.Optimiz
             "from an older one"
         )
     document = json.loads(path.read_text())
-    settings = [
-        {name: value for name, value in group.items() if name != "params"}
-        for group in optimizer.param_groups
-    ]
-    model_state, optimizer_state = _state_of(policy, optimizer)
-    tensors: dict[str, Any] = {"model": model_state, "optimizer": optimizer_state}
+    stepped = _stepped(document.pop("optimizers"), optimizers, folder)
+    settings = [_settings(optimizer) for optimizer in stepped]
+    tensors = _tensors(policy, stepped)
     load_sharded(tensors, checkpoint_id=str(folder / TRAINING_STATE))
     set_state_dict(
         policy.model,
-        optimizer,
+        stepped,
         model_state_dict=tensors["model"],
         optim_state_dict=tensors["optimizer"],
     )
-    for group, own in zip(optimizer.param_groups, settings, strict=True):
-        group.update(own)
+    for optimizer, groups in zip(stepped, settings, strict=True):
+        for group, own in zip(optimizer.param_groups, groups, strict=True):
+            group.update(own)
     generators = document.pop("rng")
     if dist.get_rank() < len(generators):
         torch.set_rng_state(_decode(generators[dist.get_rank()]))
     return TrainerState(**document)
 
 
-def _state_of(policy: Policy, optimizer: torch.optim.Optimizer) -> tuple[Any, Any]:
-    """States of the model and its optimiser, neither changed by being looked at.
+def _tensors(policy: Policy, stepped: Sequence[Optimizer]) -> dict[str, Any]:
+    """States of the model and of optimisers that have one.
 
-    torch makes the moments of an optimiser that has not stepped yet by a step of its own, which
-    would count in the correction of AdamW's bias.
+    An optimiser that has not stepped yet has none, and is not asked for it: torch would make one by
+    a step of its own, which counts as a step in AdamW's moments and leaves weight decay in SGD's.
+    To be loaded into, such a state will do.
     """
-    fresh = not optimizer.state
-    states = get_state_dict(policy.model, optimizer)
-    if not fresh:
-        return states
-    for moments in optimizer.state.values():
-        moments["step"].zero_()
-    return get_state_dict(policy.model, optimizer)
+    model, optimizer = get_state_dict(policy.model, stepped)
+    return {"model": model, "optimizer": optimizer}
+
+
+def _named(optimizer: Optimizer) -> dict[str, Any]:
+    return {"kind": type(optimizer).__name__, "has_state": bool(optimizer.state)}
+
+
+def _stepped(
+    saved: list[dict[str, Any]], optimizers: Sequence[Optimizer], folder: Path
+) -> list[Optimizer]:
+    """The optimisers whose state the checkpoint has.
+
+    Raises:
+        UserError: it was written with others.
+    """
+    theirs, ours = ([each["kind"] for each in saved], [type(o).__name__ for o in optimizers])
+    if theirs != ours:
+        raise UserError(
+            f"{folder} was written with {' and '.join(theirs)}, and this run steps with "
+            f"{' and '.join(ours)}: set learner.optimizer back, or begin another run from its "
+            f"weights by model.path={folder}"
+        )
+    return [o for o, each in zip(optimizers, saved, strict=True) if each["has_state"]]
+
+
+def _settings(optimizer: Optimizer) -> list[dict[str, Any]]:
+    """Of every group of parameters, the keys that the optimiser was made with."""
+    return [
+        {name: value for name, value in group.items() if name in optimizer.defaults}
+        for group in optimizer.param_groups
+    ]
 
 
 def _put_in_place(partial: Path, folder: Path) -> None:

@@ -55,6 +55,7 @@ from learner.training.credit_sheet import CreditSheet
 from learner.training.fetch import fetch, fetch_ahead
 from learner.training.heap import keep_freed_memory, release_freed_memory
 from learner.training.job import LearnerJob
+from learner.training.optimizer import make_optimizers
 from learner.training.trainer import Trainer
 
 if TYPE_CHECKING:
@@ -186,19 +187,12 @@ class LearnerRank:
         return policy, gap
 
     def _make_trainer(self, policy: Policy, reference: Policy | None, mesh: DeviceMesh) -> Trainer:
-        optimizer = torch.optim.AdamW(
-            policy.model.parameters(),
-            lr=self._config.learning_rate,
-            betas=self._config.betas,
-            weight_decay=self._config.weight_decay,
-            fused=True,
-        )
         return Trainer(
             self._job,
             self._recipe,
             policy,
             reference,
-            optimizer,
+            make_optimizers(self._config, policy.model, policy.layers),
             mesh,
             self._device,
             keep_gathered=fsdp.gather_once(policy.model, mesh),
@@ -316,7 +310,7 @@ class LearnerRank:
             "learning_rate": self._config.learning_rate,
         }
         state = TrainerState(trainer.step, schedule, self._recipe.state_dict(), extra)
-        self._snapshot = take_snapshot(trainer.policy, trainer.optimizer, state, self._dtype)
+        self._snapshot = take_snapshot(trainer.policy, trainer.optimizers, state, self._dtype)
 
     @in_group(_WRITING)
     def write_checkpoint(self, folder: str) -> None:
@@ -336,7 +330,7 @@ class LearnerRank:
     def load_checkpoint(self, folder: str) -> dict[str, Any]:
         """Go on from a checkpoint, whatever number of ranks wrote it; returns its `extra`."""
         trainer = self.trainer
-        state = load_checkpoint(Path(folder), trainer.policy, trainer.optimizer)
+        state = load_checkpoint(Path(folder), trainer.policy, trainer.optimizers)
         trainer.step = state.step
         self._recipe.load_state_dict(state.recipe)
         return state.extra

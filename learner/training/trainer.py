@@ -1,7 +1,7 @@
 """One learner step: groups in, one policy update and its metrics out.
 
     StepBatch --recipe.prepare--> advantages --plan_packing--> micro-batches
-        --policy--> log-probabilities --recipe.loss--> backward ... --> clip, AdamW
+        --policy--> log-probabilities --recipe.loss--> backward ... --> clip, optimiser
 
 The recipe owns the maths and its one global denominator; this module owns how it is computed:
 micro-batches, ranks, precision, epochs. pi_old is the policy before the first optimiser step of
@@ -117,7 +117,8 @@ class Trainer:
     recipe: Recipe
     policy: Policy
     reference: Policy | None
-    optimizer: torch.optim.Optimizer
+    optimizers: Sequence[torch.optim.Optimizer]
+    """Every parameter belongs to one of them."""
     mesh: DeviceMesh
     device: torch.device
     keep_gathered: bool
@@ -144,8 +145,9 @@ class Trainer:
         """
         started = time.perf_counter()
         rate = learning_rate(self.job.learner, self.step, self.job.total_steps)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate
         work, metrics = self._begin(batch, sheet)
         metrics["time/pack"] = time.perf_counter() - started
         probe_every = self.job.learner.credit_probe_every
@@ -246,7 +248,7 @@ class Trainer:
         totals = _Totals({}, np.zeros(len(work.batch.group_B)))
         self._pass(work, None, totals, recipe, sheet)
         norm = fsdp.clip_gradients(self.policy.model, math.inf) if work.microbatches else 0.0
-        self.optimizer.zero_grad(set_to_none=True)
+        self.policy.model.zero_grad(set_to_none=True)
         return norm, totals
 
     def _pass(
@@ -299,7 +301,7 @@ class Trainer:
             totals.surrogate_sums_B = np.zeros(len(work.batch.group_B))
             logprobs = self._pass(work, old, totals, self.recipe, None if epoch else sheet)
             old = logprobs if old is None else old
-            # Without a gradient AdamW's momentum must not move the weights.
+            # Without a gradient an optimiser's momentum must not move the weights.
             finite = True
             if work.microbatches:
                 metrics["grad_norm"], finite = self._optimize()
@@ -378,8 +380,9 @@ class Trainer:
         grad_norm = fsdp.clip_gradients(self.policy.model, self.job.learner.max_grad_norm)
         allowed = self.guard.allows(grad_norm, self.step + 1)
         if allowed:
-            self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+            for optimizer in self.optimizers:
+                optimizer.step()
+        self.policy.model.zero_grad(set_to_none=True)
         return grad_norm, allowed
 
 

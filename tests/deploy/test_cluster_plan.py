@@ -75,6 +75,15 @@ def test_copies_of_the_learner_take_more_memory_each() -> None:
     assert two.learner_memory.optimiser == 2 * one.learner_memory.optimiser
 
 
+def test_the_optimiser_is_counted() -> None:
+    """16 bytes a parameter with AdamW's moments, 8 of them without; a step writes less as well."""
+    keys = ("generator.count=8", "learner.ranks=8")
+    adamw, sgd = (ClusterPlan.of(config(*keys, *k)) for k in ((), ("learner.optimizer.kind=SGD",)))
+    assert adamw.learner_memory.optimiser == 16 * adamw.model.parameters / 8
+    assert sgd.learner_memory.optimiser == 8 * adamw.model.parameters / 8
+    assert sgd.costs().learner_step_s < adamw.costs().learner_step_s
+
+
 def test_costs_scale_as_their_causes() -> None:
     device, model = DEVICES["H100-80GB"], MODELS["Qwen/Qwen2.5-7B"]
 

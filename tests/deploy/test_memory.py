@@ -29,6 +29,10 @@ def test_the_estimate_grows_with_what_it_is_made_of() -> None:
     assert total("generator.count=2") > base + 2 * 10**9
     assert total("algorithm.objective.kl=0.1") - base == pytest.approx(2 * 10**9)
     assert total("model.dtype=float32") > base
+    # AdamW's two moments, one of momentum and none, in the learner and in a checkpoint's copy.
+    momentum = ("learner.optimizer.kind=SGD", "learner.optimizer.args={momentum: 0.9}")
+    assert base - total(*momentum) == pytest.approx(2 * 4 * 10**9)
+    assert base - total("learner.optimizer.kind=SGD") == pytest.approx(2 * 8 * 10**9)
 
 
 def test_a_run_that_cannot_fit_is_refused_with_the_numbers(

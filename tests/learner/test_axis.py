@@ -20,7 +20,7 @@ from common.config.algorithm import (
     RolloutConfig,
 )
 from common.config.load import load_config
-from common.config.rules import rule_names
+from common.config.names import names_in
 from common.errors import RunError, UserError
 from learner.algorithm.advantages import BASELINES, Advantages, GroupedRewards
 from learner.algorithm.aggregation import (
@@ -48,7 +48,7 @@ HERE = "test_axis:"
 def test_the_configuration_knows_the_names_of_the_table(name: str) -> None:
     """`auto` is settled by the configuration itself."""
     section = getattr(AlgorithmConfig(), name)
-    names = rule_names(get_type_hints(type(section), include_extras=True)["kind"])
+    names = names_in(get_type_hints(type(section), include_extras=True)["kind"])
     assert set(names) - {"auto"} == AXES[name].rules.keys()
     assert section.kind in names
 

@@ -134,7 +134,7 @@ def test_optimizer_state_comes_back_bitwise(folder: Path, saved) -> None:
     for _ in range(2):
         with worker(folder) as made:
             made.load_checkpoint(str(target))
-            optimizer = made.trainer.optimizer
+            (optimizer,) = made.trainer.optimizers
             states.append(
                 [
                     {k: v.to_local() if hasattr(v, "to_local") else v for k, v in s.items()}
@@ -302,9 +302,10 @@ def test_a_resume_takes_the_optimiser_s_settings_from_the_configuration(
     target, _ = saved
     with worker(folder, weight_decay=0.1, betas=(0.8, 0.99)) as made:
         made.load_checkpoint(str(target))
-        (group,) = made.trainer.optimizer.param_groups
+        (optimizer,) = made.trainer.optimizers
+        (group,) = optimizer.param_groups
         assert (group["weight_decay"], group["betas"]) == (0.1, (0.8, 0.99))
-        assert {float(s["step"]) for s in made.trainer.optimizer.state.values()} == {1.0}
+        assert {float(s["step"]) for s in optimizer.state.values()} == {1.0}
 
 
 def test_a_checkpoint_before_the_first_gradient_changes_no_step_after_it(

@@ -83,7 +83,8 @@ def weights(of: LearnerRank) -> dict[str, torch.Tensor]:
 
 def moments(of: LearnerRank) -> dict[str, np.ndarray]:
     """AdamW's first moments, full: linear in the gradients, unlike the weights they move."""
-    state = of.trainer.optimizer.state
+    (optimizer,) = of.trainer.optimizers
+    state = optimizer.state
     named = of.trainer.policy.model.named_parameters()
     return {name: state[p]["exp_avg"].full_tensor().numpy() for name, p in named if p in state}
 

@@ -26,7 +26,7 @@ from between_marks import with_part  # noqa: E402
 from docstrings import docstrings, first_sentence  # noqa: E402
 
 from common.config.bounds import bound_of  # noqa: E402
-from common.config.rules import rule_names  # noqa: E402
+from common.config.names import names_in  # noqa: E402
 from common.config.sections import Config  # noqa: E402
 
 WORDS = {int: "whole number", float: "number", str: "text", bool: "true or false", Any: "values"}
@@ -69,7 +69,7 @@ def texts_of(section: type) -> dict[str, str]:
 
 def type_in_words(hint: Any) -> str:
     origin, arguments = get_origin(hint), get_args(hint)
-    if names := rule_names(hint):
+    if names := names_in(hint):
         return f"{listed(names)}, or `package.module:name`"
     if origin is Annotated:
         return type_in_words(arguments[0])
