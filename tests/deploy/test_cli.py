@@ -16,6 +16,7 @@ from common.errors import UserError
 from deploy import launch
 from deploy.cli import main
 from deploy.command.presets import CONFIGS, RECIPES, choose
+from deploy.models.tiny_model import build_model, build_tokenizer
 from deploy.placement.options import plan_cores
 from deploy.predict.plan import _batches
 from deploy.run import actors as cluster
@@ -34,6 +35,16 @@ def test_plan_prints_everything_and_starts_nothing(capsys: pytest.CaptureFixture
         assert part in printed
     assert "8 prompts x 8 completions = 64" in printed
     assert "ray" not in sys.modules or not sys.modules["ray"].is_initialized()
+
+
+@pytest.fixture(scope="module")
+def untrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny preset's model without its warm start."""
+    folder = tmp_path_factory.mktemp("untrained")
+    tokenizer = build_tokenizer()
+    build_model(tokenizer, seed=0).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
 
 
 @pytest.mark.parametrize(
@@ -57,10 +68,13 @@ def test_mistakes_end_with_a_status_and_a_message(
     arguments: list[str],
     status: int,
     message: str,
+    untrained: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     overrides = [f"runs_dir={tmp_path}", "name=wrong"] if arguments[0] == "train" else []
+    if not any(word.startswith(("model.path=", "resume=")) for word in arguments):
+        arguments = [*arguments, f"model.path={untrained}"]
     preset = [] if "--config" in arguments or "resume=nowhere" in arguments else ["--config"]
     config = [str(ROOT / "deploy/configs/tiny.yaml")] if preset else []
     assert main([arguments[0], *preset, *config, *arguments[1:], *overrides]) == status
