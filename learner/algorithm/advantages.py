@@ -42,6 +42,7 @@ class GroupedRewards:
 
     @cached_property
     def groups(self) -> int:
+        """Number of groups."""
         return int(self.group_V.max()) + 1 if self.group_V.numel() else 0
 
     def sum(self, values_V: Tensor) -> Tensor:
@@ -51,6 +52,7 @@ class GroupedRewards:
 
     @cached_property
     def size_V(self) -> Tensor:
+        """Completions with a reward in the group of each member, float64."""
         return self.sum(torch.ones_like(self.rewards_V))
 
     @cached_property
@@ -65,11 +67,12 @@ class GroupedRewards:
 
     @cached_property
     def mean_V(self) -> Tensor:
+        """Mean reward in the group of each member."""
         return self.sum(self.rewards_V) / self.size_V
 
     @cached_property
     def centred_V(self) -> Tensor:
-        """R - mean, exactly 0 in uniform groups, where rounding would leave a remainder."""
+        """Rewards less the mean of their group: exactly 0 in uniform groups, without rounding."""
         return (self.rewards_V - self.mean_V).masked_fill(self.uniform_V, 0.0)
 
 

@@ -61,7 +61,7 @@ class Rule(ABC, Generic[Inputs, Result]):
     def __call__(self, inputs: Inputs) -> Result: ...
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps of it, as JSON."""
+        """What a checkpoint keeps of the rule, as JSON."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -69,7 +69,7 @@ class Rule(ABC, Generic[Inputs, Result]):
 
 
 class _Function(Rule[Inputs, Result]):
-    """A function as a rule: it remembers nothing."""
+    """A function as a rule. It remembers nothing."""
 
     def __init__(self, function: Callable[..., Result], config: AxisConfig) -> None:
         self._function = function
@@ -84,16 +84,16 @@ class Axis(Generic[Inputs, Config, Result]):
     """The rules of one axis, and how a rule of a user's own is tried."""
 
     name: str
-    """Of its section in `algorithm`."""
+    """Name of its section in `algorithm`."""
     inputs: type[Inputs]
     result: type[Result]
     rules: Mapping[str, Callable[[Inputs, Config], Result] | type[Rule[Inputs, Result]]]
     cases: Mapping[str, Callable[[], Inputs]]
-    """Made-up inputs that a rule is tried on, by what they are of."""
+    """Made-up inputs that a rule is tried on, each under the words that an error has for it."""
     problem: Callable[[Inputs, Result], str | None]
-    """What is wrong with a rule's answer, to be read after "it"; None where nothing is."""
+    """Says what is wrong with a rule's answer; None where nothing is."""
     whole_batch: bool
-    """A rule sees the whole global batch, not a micro-batch of one rank."""
+    """Whether a rule sees the whole global batch, or else a micro-batch of one rank."""
     end_step: Callable[[Rule[Inputs, Result], Inputs], Mapping[str, float]] | None = None
     """Has a rule learn from a made-up step, on axes where rules learn; returns its metrics."""
 
@@ -131,7 +131,7 @@ class Axis(Generic[Inputs, Config, Result]):
         return cast(Callable[..., Rule[Inputs, Result]], found)(config, **config.args)
 
     def call(self, rule: Rule[Inputs, Result], kind: str, inputs: Inputs) -> Result:
-        """The rule's answer; one of the user's own is looked at again.
+        """Ask a rule, and look at the answer where the rule is the user's own.
 
         Raises:
             RunError: the answer is not what the axis needs.
@@ -196,7 +196,7 @@ def token_cases(make: Callable[[list[int]], Inputs]) -> dict[str, Callable[[], I
 
 
 def tensor_problem(name: str, value: object, like: Tensor, *, boolean: bool = False) -> str | None:
-    """What is wrong with a tensor of an answer that should have one value for each of `like`."""
+    """What is wrong with a tensor that should have a value for each of `like`; None if nothing."""
     kind = "true or false" if boolean else "finite value"
     wrong = f"its {name} must hold one {kind} each, of shape {list(like.shape)}"
     if not isinstance(value, Tensor) or value.shape != like.shape:
@@ -206,7 +206,7 @@ def tensor_problem(name: str, value: object, like: Tensor, *, boolean: bool = Fa
 
 
 def number_problem(metrics: Mapping[str, object]) -> str | None:
-    """What is wrong with metrics of a whole batch."""
+    """What is wrong with metrics of a whole batch, one number each; None if nothing."""
     for name, value in metrics.items():
         if not isinstance(value, int | float) or not math.isfinite(value):
             return f"returned {value!r} as metric {name!r}: return a finite number"
@@ -214,7 +214,7 @@ def number_problem(metrics: Mapping[str, object]) -> str | None:
 
 
 def token_metric_problem(metrics: Mapping[str, object], like_N: Tensor) -> str | None:
-    """What is wrong with metrics of tokens, of which the mean is recorded."""
+    """What is wrong with metrics of tokens, one value each; None if nothing."""
     for name, value in metrics.items():
         if wrong := tensor_problem(f"metric {name!r}", value, like_N):
             return wrong

@@ -49,12 +49,12 @@ class CompletionBatch:
 @dataclass
 class LossOutput:
     loss: Tensor
-    """Scalar; microbatch and rank losses add up to the global loss."""
+    """The loss, a scalar. The losses of microbatches and ranks add up to the global loss."""
     surrogate_sums_B: Tensor
-    """Detached float64: sum_t l_{i,t}, the KL term included."""
+    """Sum sum_t l_{i,t} of each completion with its KL term, float64, detached."""
     credit_N: Tensor
-    """Detached, of the trained tokens: c, see
-    `learner.algorithm.credit.Credit.gradient_weight_N`."""
+    """Credit c of each trained token, detached
+    (`learner.algorithm.credit.Credit.gradient_weight_N`)."""
     metrics: Metrics
 
 

@@ -73,13 +73,13 @@ class Recipe:
 
     @property
     def needs_prefix_counts(self) -> bool:
-        """The credit rule is given the sizes of prefix sets; a user's own is given all there is."""
+        """Whether the credit rule is given sizes of prefix sets, as a rule of the user's own is."""
         kind = self._config.credit.kind
         return kind == "prefix_sets" or CREDITS.is_own(kind)
 
     @property
     def needs_entropy(self) -> bool:
-        """The credit rule is given entropies; a user's own is given all there is."""
+        """Whether the credit rule is given entropies, as a rule of the user's own is."""
         credit = self._config.credit
         traced = credit.kind == "lambda_trace" and credit.entropy_quantile > 0
         return traced or CREDITS.is_own(credit.kind)
@@ -103,7 +103,7 @@ class Recipe:
 
     @property
     def shapes_credit(self) -> bool:
-        """Tokens of a completion differ in their weight."""
+        """Whether tokens of a completion may differ in their weight."""
         return self._config.credit.kind != "broadcast"
 
     def broadcast(self) -> Recipe:
@@ -158,7 +158,7 @@ class Recipe:
         )
 
     def _choose(self, sampled: Sampled) -> Chosen:
-        """What the keys of the rollout axis leave of the kept completions, and then its rule."""
+        """Leave out what the keys of the rollout axis say, and then what its rule says."""
         config = self._config.rollout
         sampled = replace(sampled, kept_B=by_keys(sampled, config))
         chosen = ROLLOUTS.call(self._rollout, config.kind, sampled)
@@ -240,7 +240,7 @@ def check_recipe(config: AlgorithmConfig, correction_kind: str) -> None:
 
 
 def _try_rules(config: AlgorithmConfig, correction_kind: str) -> None:
-    """Try the user's own rules, all with metrics of different names."""
+    """Try the user's own rules. No two of them may record a metric of the same name."""
     correction = replace(config.correction, kind=correction_kind)
     names = {
         ROLLOUTS.key: ROLLOUTS.check(config.rollout),

@@ -76,7 +76,7 @@ def by_keys(sampled: Sampled, config: RolloutConfig) -> Tensor:
 
 
 def _of_most_variance(sampled: Sampled, config: RolloutConfig) -> Tensor:
-    """PODS, per group."""
+    """Keep the completions of most reward variance in each group (PODS)."""
     if config.max_variance_share == 1:
         return sampled.kept_B
     chosen_B = torch.zeros_like(sampled.kept_B)
@@ -88,7 +88,7 @@ def _of_most_variance(sampled: Sampled, config: RolloutConfig) -> Tensor:
 
 
 def _of_largest_advantage(sampled: Sampled, advantages_B: Tensor, config: RolloutConfig) -> Tensor:
-    """CPPO, per group, and the mask of truncated completions."""
+    """Keep the largest advantages of each group (CPPO), and mask truncated completions (DAPO)."""
     chosen_B = sampled.kept_B.clone()
     if config.prune_rate > 0:
         chosen_B = torch.zeros_like(sampled.kept_B)

@@ -51,7 +51,7 @@ class PackedAxis:
 
     @cached_property
     def completion_N(self) -> Tensor:
-        """The completion each token belongs to."""
+        """Index of the completion that each token belongs to."""
         return torch.repeat_interleave(self.lengths_B)
 
     @cached_property
@@ -152,14 +152,14 @@ def _uniform_scan(inputs_N: Tensor, decay: float, resets_R: Tensor, reverse: boo
 
 
 def _resets_passed(blocks: int, block_R: Tensor, offset_R: Tensor, reverse: bool) -> Tensor:
-    """How many resets lie between the entry of a block and each of its tokens, that one's too."""
+    """How many resets lie between the entry of a block and each of its tokens, its own included."""
     resets_SK = offset_R.new_zeros(blocks, UNIFORM_BLOCK)
     resets_SK[block_R, offset_R] = 1
     return resets_SK.flip(1).cumsum(1).flip(1) if reverse else resets_SK.cumsum(1)
 
 
 class _LinearRecurrence(torch.autograd.Function):
-    """Saves the decays and the states only: O(N) memory.
+    """The recurrence as an autograd function. It saves decays and states alone: O(N) memory.
 
     The adjoint g_t = dL/dz_t + a_{t+1} g_{t+1} is the same recurrence run backwards;
     then dL/dx_t = g_t and dL/da_t = g_t z_{t-1}.
@@ -185,7 +185,7 @@ class _LinearRecurrence(torch.autograd.Function):
 
 
 class _UniformRecurrence(torch.autograd.Function):
-    """One decay inside completions; the adjoint runs backwards from their last tokens."""
+    """The recurrence of one decay; its adjoint runs backwards from the last tokens."""
 
     @staticmethod
     def forward(ctx: Any, inputs_N: Tensor, decay: float, axis: PackedAxis) -> Tensor:

@@ -35,7 +35,7 @@ ATTENTION_NAME = "packed_segments"
 name, which is how transformers knows not to build a [T x T] mask."""
 
 _SHORT_KEYS = 256
-"""CPU: up to so many keys three plain operations beat the fused kernel, whose backward pass is slow
+"""Keys up to which three plain operations beat the fused kernel on a CPU. Its backward pass is slow
 on small problems (64 x 9 heads, 30 x 100 scores, bfloat16: 29 ms against 60)."""
 
 _SLACK = 0.25
@@ -61,7 +61,7 @@ class SegmentLengths:
         return self.tokens if len(self.completions) == 1 else self.prompt
 
     def leaves(self) -> list[tuple[int, int]]:
-        """(offset behind the root, length) of every leaf."""
+        """Offset behind the root, and length, of every leaf."""
         if len(self.completions) < 2:
             return []
         offsets = np.cumsum((0, *self.completions[:-1]))
@@ -173,7 +173,7 @@ def build_layout(segments: Sequence[SegmentLengths], device: torch.device | str)
 
 
 def _buckets(lengths: Sequence[int]) -> list[list[int]]:
-    """Indices grouped by similar length, longest first, with bounded padding."""
+    """Indices, grouped by similar length, longest first, with bounded padding."""
     buckets: list[list[int]] = []
     longest = filled = 0
     for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
@@ -196,7 +196,7 @@ class _CellBuilder:
         self._cells = 0
 
     def add(self, spans: Sequence[tuple[int, int]]) -> _Grid:
-        """A grid of (first row, length) spans."""
+        """Add a grid of spans, each (first row, length)."""
         grid = _Grid(self._cells, len(spans), max(length for _, length in spans))
         rows = np.full((grid.count, grid.length), -1, dtype=np.int64)
         for i, (first, length) in enumerate(spans):
@@ -291,7 +291,7 @@ def packed_attention(
 def layout_for(
     module: torch.nn.Module, layout: PackedLayout | None, s_aux: Tensor | None
 ) -> PackedLayout:
-    """The layout, where the architecture hands one over and computes attention as we do."""
+    """The layout that the architecture hands over, if it computes attention as we do."""
     if layout is None or s_aux is not None:
         reason = "attention sinks" if s_aux is not None else "an attention that drops arguments"
         raise UserError(

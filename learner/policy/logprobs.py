@@ -65,7 +65,7 @@ class LogprobHead(nn.Module):
 
     @contextmanager
     def requested(self, request: HeadRequest) -> Iterator[None]:
-        """The forward passes inside answer `request`."""
+        """Have the forward passes inside this block answer `request`."""
         self._request = request
         try:
             yield
@@ -92,7 +92,7 @@ def chunked_logprobs(
     chunk_tokens: int,
     transform: LogitTransform | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(log p(label), entropy) of N tokens, both [N] in float32 (float64 for float64 inputs)."""
+    """Log-probability of the label and entropy of N tokens, both [N], float32 or float64."""
     if chunk_tokens < 1:
         raise ValueError(f"chunk_tokens must be at least 1, got {chunk_tokens}")
     scorer = _Scorer(transform or LogitTransform(), request.temperature, chunk_tokens)
@@ -115,7 +115,7 @@ class _Scorer:
         return logits_CV.to(torch.promote_types(logits_CV.dtype, torch.float32))
 
     def transformed(self, logits_CV: Tensor) -> Tensor:
-        """In place: scale, soft cap, temperature."""
+        """Apply scale, soft cap and temperature, in place."""
         cap = self.transform.softcap
         if cap is None:
             return logits_CV.mul_(self.transform.scale / self.temperature)

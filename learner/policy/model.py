@@ -41,13 +41,13 @@ _PLAIN_ATTENTION = "eager"
 attention scores (Gemma 2) without a word."""
 
 _CHECK_TOLERANCE = 2e-3
-"""Nats, float32. Rounding stays below 1e-4; a missed scale, cap or mask is above 1e-2."""
+"""Nats a token in float32. Rounding stays below 1e-4; a missed scale, cap or mask is above 1e-2."""
 
 _HALF_TOLERANCE = 0.5
-"""The same in bfloat16."""
+"""Nats a token in bfloat16."""
 
 _GRADIENT_TOLERANCE = 0.1
-"""Of a gradient's norm: bfloat16 rounds elements by 0.4 %, a wrong term is of order 1."""
+"""Share of a gradient's norm. bfloat16 rounds elements by 0.4 %, a wrong term is of order 1."""
 
 
 class Policy:
@@ -95,7 +95,7 @@ class Policy:
     def logprobs(
         self, row: PackedRow, *, temperature: float, with_entropy: bool = False
     ) -> tuple[Tensor, Tensor]:
-        """(log p, entropy) of the row's N completion tokens, float32, in nats."""
+        """Log-probability and entropy of the row's N completion tokens, float32, in nats."""
         request = HeadRequest(row.predictor_rows_N, row.labels_N, temperature, with_entropy)
         with self.head.requested(request):
             scores_1N2 = self.model(
@@ -242,7 +242,7 @@ def _pass_of(policy: Policy, temperature: float) -> tuple[Tensor, list[Tensor]]:
 
 
 def _part(tensor: Tensor) -> Tensor:
-    """This rank's part."""
+    """The part of a tensor that this rank holds."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 

@@ -53,7 +53,7 @@ class StepBatch:
     rewards_B: Floats
     accuracy_B: Floats
     truncated_B: npt.NDArray[np.bool_]
-    """Cut at the length limit."""
+    """Whether a completion was cut at the length limit."""
 
     @property
     def lengths_B(self) -> Ints:
@@ -69,7 +69,7 @@ class StepBatch:
 
     @classmethod
     def from_record_batches(cls, batches: Sequence[pa.RecordBatch]) -> StepBatch:
-        """One record batch a group, as `common.record.schema.trajectory_schema` has it."""
+        """Read record batches, one a group, under `common.record.schema.trajectory_schema`."""
         if not batches:
             raise ValueError("a learner step needs at least one group")
         lengths = [np.diff(b.column("token_ids").offsets.to_numpy()) for b in batches]
@@ -252,7 +252,7 @@ def pack_row(
     completions: Sequence[int],
     device: torch.device | str,
 ) -> PackedRow:
-    """The row of (prompt tokens, [completion tokens]) segments; none give one idle token."""
+    """Pack segments (prompt tokens, [completion tokens]) into a row; none give one idle token."""
     ids: list[Ints] = []
     positions: list[Ints] = []
     predictors: list[Ints] = []
@@ -289,7 +289,7 @@ def pack_row(
 def pack_microbatch(
     batch: StepBatch, segments: Sequence[Segment], device: torch.device | str
 ) -> PackedRow:
-    """The row of one planned micro-batch."""
+    """Pack one planned micro-batch into a row."""
     parts = [
         (batch.prompts[s.group], [batch.token_ids[batch.tokens_of(c)] for c in s.completions])
         for s in segments
@@ -298,7 +298,7 @@ def pack_microbatch(
 
 
 def split_by_length(values: Sequence[float], lengths: Sequence[int]) -> list[list[float]]:
-    """The flat N values cut back into one list a completion."""
+    """Cut N flat values back into one list a completion."""
     edges = np.cumsum([0, *lengths]).tolist()
     return [list(values[start:stop]) for start, stop in pairwise(edges)]
 

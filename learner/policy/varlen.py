@@ -45,7 +45,7 @@ class _Sequences:
 
 
 def _spans(segments: Sequence[SegmentLengths]) -> Iterator[tuple[int, np.ndarray]]:
-    """(queries, rows of the keys) of every sequence, in row order."""
+    """Queries, and rows of the keys, of every sequence, in row order."""
     start = 0
     for segment in segments:
         root = np.arange(start, start + segment.root)
@@ -57,7 +57,7 @@ def _spans(segments: Sequence[SegmentLengths]) -> Iterator[tuple[int, np.ndarray
 
 
 def _sequences(layout: PackedLayout) -> _Sequences:
-    """Worked out by the first layer of a micro-batch, reused by the others."""
+    """The sequences of a row. The first layer of a micro-batch works them out for all."""
     found: _Sequences | None = layout.derived.get(VARLEN_NAME)
     if found is None:
         device = layout.row_cells_T.device

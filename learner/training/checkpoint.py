@@ -41,7 +41,7 @@ _TRAINER_STATE = "trainer_state.json"
 
 @dataclass(frozen=True)
 class TrainerState:
-    """What is not a tensor of the model or its optimiser."""
+    """Training state besides the tensors of the model and its optimisers."""
 
     step: int
     schedule: dict[str, Any]
@@ -162,7 +162,7 @@ def _named(optimizer: Optimizer) -> dict[str, Any]:
 def _stepped(
     saved: list[dict[str, Any]], optimizers: Sequence[Optimizer], folder: Path
 ) -> list[Optimizer]:
-    """The optimisers whose state the checkpoint has.
+    """The optimisers of this run whose state the checkpoint has.
 
     Raises:
         UserError: it was written with others.
@@ -178,7 +178,7 @@ def _stepped(
 
 
 def _settings(optimizer: Optimizer) -> list[dict[str, Any]]:
-    """Of every group of parameters, the keys that the optimiser was made with."""
+    """The settings that the optimiser was made with, for every group of parameters."""
     return [
         {name: value for name, value in group.items() if name in optimizer.defaults}
         for group in optimizer.param_groups

@@ -1,7 +1,7 @@
 """What one learner step credits to every token, for the credit log (`common.record.credit_log`).
 
-Collected micro-batch by micro-batch on every rank in the first epoch, when the policy is still the
-one before the step, and put together on rank 0.
+Every rank collects it micro-batch by micro-batch in the first epoch, when the policy is still the
+one before the step. Rank 0 puts it together.
 
 Shapes: B completions of the step, N completion tokens of a micro-batch.
 """
@@ -35,7 +35,7 @@ class _Completion:
 
 
 class CreditSheet:
-    """One step's; `begin`, then `add` for every micro-batch, then `record_batch`."""
+    """Collects the credit of one step: `begin`, `add` for every micro-batch, `record_batch`."""
 
     def __init__(self) -> None:
         self._batch: StepBatch | None = None
@@ -43,11 +43,11 @@ class CreditSheet:
         self._completions: dict[int, _Completion] = {}
 
     def begin(self, batch: StepBatch, prepared: Prepared) -> None:
-        """`batch` with the rewards that the recipe was given."""
+        """Take down the step's data, with the rewards that the recipe was given."""
         self._batch, self._prepared = batch, prepared
 
     def add(self, row: PackedRow, mask_N: Tensor, logprobs_N: Tensor, credit_M: Tensor) -> None:
-        """A micro-batch: its tokens' log-probabilities, and the credit of the M in the loss."""
+        """Take down a micro-batch: log-probabilities, and credit of the M tokens in the loss."""
         weights_N = torch.full_like(logprobs_N, torch.nan)
         weights_N[mask_N] = credit_M.to(weights_N.dtype)
         start = 0

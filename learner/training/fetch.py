@@ -11,7 +11,7 @@ _TIMEOUT_S = 300.0
 
 
 def fetch(batches: Sequence[Any]) -> list[pa.RecordBatch]:
-    """Record batches as they are, references resolved; the arguments of an actor call are here."""
+    """The record batches, with references resolved. Those that are here are left as they are."""
     if all(isinstance(batch, pa.RecordBatch) for batch in batches):
         return list(batches)
     import ray

@@ -44,10 +44,10 @@ class GradientGuard:
 def check_logprob_gap(
     gap: float, step: int, config: LearnerConfig, warn: Callable[[str], None]
 ) -> None:
-    """Mean |log pi - log mu| a token between trainer and sampler: numerics and staleness together.
+    """Warn, or end the run, where trainer and sampler are too far apart.
 
     Args:
-        gap: in nats.
+        gap: mean |log pi - log mu| of a token in nats. Numerics and staleness both make it.
 
     Raises:
         RunError: it is beyond `learner.logprob_gap_stop`.

@@ -1,5 +1,6 @@
-"""What the learner has freed of the C library's heap: kept, for the next micro-batch asks for it
-again, and given back when holes pile up. Under another C library than glibc nothing is done.
+"""Freed memory of the learner is kept, and given back to the system only when holes pile up.
+
+The next micro-batch asks for it again. Under another C library than glibc nothing is done.
 """
 
 from __future__ import annotations

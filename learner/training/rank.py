@@ -342,7 +342,7 @@ class LearnerRank:
 
     @in_group(HEALTH)
     def ping(self) -> None:
-        """A sign of life."""
+        """Answer, as a sign of life."""
 
     def shutdown(self) -> None:
         """Leave the process group and let go of the policy; `begin` may follow."""

@@ -36,7 +36,7 @@ class LearnerRanks:
         self._credit_every = credit_every
 
     async def setup(self, deadline_s: float) -> dict[str, Any]:
-        """Rendezvous, load, shard. Returns rank 0's facts."""
+        """Have the ranks meet, load and shard the model; returns rank 0's facts."""
         address = await self._waits.on(
             ask(self.handles[0], LearnerRank.rendezvous_address),
             owner="learner",
@@ -48,7 +48,7 @@ class LearnerRanks:
     async def step(
         self, receipts: Sequence[GroupReceipt], version: int, max_staleness: int
     ) -> dict[str, float]:
-        """One optimiser step over these groups; metrics of the whole step."""
+        """Take a learner step on these groups; returns the metrics of the whole step."""
         refs = batch_refs(receipts)
         logged = self._credit_every > 0 and (version + 1) % self._credit_every == 0
         run = self._credit_run if logged else None
@@ -100,15 +100,15 @@ class LearnerRanks:
         await self._all(call(LearnerRank.write_checkpoint, folder), deadline_s)
 
     async def load_checkpoint(self, folder: str, deadline_s: float) -> dict[str, Any]:
-        """Returns the `extra` that was saved."""
+        """Go on from a checkpoint; returns the `extra` that was saved."""
         return (await self._all(call(LearnerRank.load_checkpoint, folder), deadline_s))[0]
 
     async def ping(self, deadline_s: float) -> None:
-        """Returns when every rank has answered, whatever it is doing."""
+        """Wait until every rank has answered, whatever it is doing."""
         await self._all(call(LearnerRank.ping), deadline_s, owner="heartbeat")
 
     async def begin(self, job: LearnerJob, deadline_s: float) -> None:
-        """Another run in the same processes; `setup` follows."""
+        """Start over for another run in the same processes; `setup` follows."""
         await self._all(call(LearnerRank.begin, job), deadline_s)
 
     async def shutdown(self, deadline_s: float) -> None:

@@ -48,7 +48,7 @@ from learner.training.heap import HeapWatch
 from learner.training.job import LearnerJob
 
 _ZERO_METRICS = ("loss/policy", "loss/kl", "clip_fraction", "is_ratio/mean", "logprob_gap/mean")
-"""Reported as 0 where no token of the step trains."""
+"""Metrics that are 0 where no token of the step trains."""
 
 
 def learning_rate(config: LearnerConfig, step: int, total_steps: int) -> float:
@@ -77,7 +77,7 @@ class _Totals:
             self.metrics[name] = (old_value + value, old_weight + weight)
 
     def over_ranks(self) -> _Totals:
-        """The same on every rank: summed in rank order. Collective."""
+        """Totals of all ranks, summed in rank order: the same on every rank. Collective."""
         total = _Totals({}, np.zeros_like(self.surrogate_sums_B))
         for part in fsdp.gather_objects(self):
             total.add_metrics(part.metrics)
@@ -111,7 +111,7 @@ class _Work:
 
 @dataclass
 class Trainer:
-    """What a step needs: the sharded policy, its optimiser and the recipe."""
+    """Makes learner steps: it has the sharded policy, its optimisers and the recipe."""
 
     job: LearnerJob
     recipe: Recipe
@@ -161,7 +161,10 @@ class Trainer:
         return metrics
 
     def probe(self, batch: StepBatch, sheet: CreditSheet | None = None) -> dict[str, float]:
-        """Metrics of a step on `batch` whose first gradient is computed and not taken. Collective.
+        """Compute the first gradient of a step on `batch`, without the step. Collective.
+
+        Returns:
+            Metrics of the step.
 
         Raises:
             UserError: the recipe compares with a reference policy, and there is none.
@@ -176,7 +179,7 @@ class Trainer:
         return metrics | totals.over_ranks().means(epochs=1)
 
     def _begin(self, batch: StepBatch, sheet: CreditSheet | None) -> tuple[_Work, dict[str, float]]:
-        """What the step works on, and the metrics that are known before any gradient."""
+        """Prepare the step; also returns the metrics that are known before any gradient."""
         metrics = dict.fromkeys(_ZERO_METRICS, 0.0)
         if self.recipe.kl_in_reward:
             batch, penalty = self._with_kl_in_rewards(batch)
@@ -204,7 +207,7 @@ class Trainer:
         return [self._load(batch, segments) for segments in mine]
 
     def _with_kl_in_rewards(self, batch: StepBatch) -> tuple[StepBatch, dict[str, float]]:
-        """Rewards less beta times each completion's KL to the reference, from the sampler's side.
+        """Take beta times each completion's KL to the reference off its reward. Collective.
 
         The policy's log-probabilities are those it sampled with, which are at hand: the sum over
         sampled tokens of log mu - log pi_ref is the unbiased one-sample estimate. Collective.
@@ -259,7 +262,7 @@ class Trainer:
         recipe: Recipe,
         sheet: CreditSheet | None,
     ) -> list[Tensor]:
-        """Forward and backward of every micro-batch; returns their log-probabilities.
+        """Run forward and backward on every micro-batch; returns their log-probabilities.
 
         Args:
             old: those before the first optimiser step, None while it is still to come.
@@ -291,7 +294,7 @@ class Trainer:
         )
 
     def _epochs(self, work: _Work, sheet: CreditSheet | None) -> dict[str, float]:
-        """Every optimiser step of the batch, and the metrics that come from them."""
+        """Take every optimiser step of the batch; returns the metrics that come from them."""
         old: list[Tensor] | None = None
         totals = _Totals()
         metrics = {"grad_norm": 0.0, "steps/skipped": 0.0}
@@ -339,7 +342,7 @@ class Trainer:
         totals: _Totals,
         recipe: Recipe,
     ) -> tuple[Tensor, Tensor]:
-        """Forward and backward of one micro-batch.
+        """Run forward and backward on one micro-batch.
 
         Returns:
             Log-probabilities of its tokens, and the credit of those in the loss; both detached.
@@ -376,7 +379,7 @@ class Trainer:
         return logprobs_N.detach(), output.credit_N
 
     def _optimize(self) -> tuple[float, bool]:
-        """(gradient norm, whether the step was taken)."""
+        """Step, unless the gradient is not finite; returns its norm, and whether it stepped."""
         grad_norm = fsdp.clip_gradients(self.policy.model, self.job.learner.max_grad_norm)
         allowed = self.guard.allows(grad_norm, self.step + 1)
         if allowed:
@@ -387,7 +390,7 @@ class Trainer:
 
 
 def _prefix_counts(batch: StepBatch, segment: Segment) -> Tensor:
-    """[n] sizes over the whole group, for the completions of one segment."""
+    """Sizes of prefix sets over the whole group, [n], for the completions of one segment."""
     members = np.flatnonzero(batch.group_B == segment.group).tolist()
     ids = [batch.token_ids[batch.tokens_of(c)].tolist() for c in members]
     parts = dict(zip(members, prefix_set_sizes(ids).split([len(i) for i in ids]), strict=True))
