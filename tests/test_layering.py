@@ -5,10 +5,12 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterator
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 import common
+from common.weights.registry import TransportName
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("common", "actors", "learner", "deploy")
@@ -125,3 +127,17 @@ def test_calls_of_actors_name_their_method(package: str) -> None:
         if isinstance(node, ast.Attribute) and node.attr in ("remote", "actor")
     ]
     assert not nameless
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_transports_are_known_by_their_facts(package: str) -> None:
+    """`config.transport.needs_cuda`, not a comparison with a name."""
+    compared = [
+        f"{path.relative_to(ROOT)}:{node.lineno}"
+        for path in sources(package)
+        for node in ast.walk(tree(path))
+        if isinstance(node, ast.Compare)
+        for side in (node.left, *node.comparators)
+        if isinstance(side, ast.Constant) and side.value in get_args(TransportName)
+    ]
+    assert not compared

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from actors.generation.engine_thread import EngineThread
 from common.config.sections import GeneratorConfig, ModelConfig
 from common.errors import RunError, UserError
+from common.weights.transport import WeightTransport
 
 if TYPE_CHECKING:
     from vllm.v1.engine.async_llm import AsyncLLM
@@ -50,7 +51,7 @@ class Engine:
         cls,
         model: ModelConfig,
         generator: GeneratorConfig,
-        transport: str,
+        transport: WeightTransport,
         seed: int,
         version: int = 0,
     ) -> Engine:
@@ -73,8 +74,6 @@ class Engine:
             ) from error
         engine = cls(llm)
         await llm.update_weight_version(str(version))
-        if transport == "object_store":
-            await engine.init_weight_transfer({})
         return engine
 
     async def generate(
@@ -134,7 +133,7 @@ class Engine:
         return isinstance(self._llm, EngineThread)
 
     async def init_weight_transfer(self, init_info: dict[str, Any]) -> None:
-        """Hand the transport its start-up parameters (ports and ranks for nccl)."""
+        """Give vLLM's own transport its start-up parameters."""
         from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
 
         await self._llm.init_weight_transfer_engine(WeightTransferInitRequest(init_info=init_info))
@@ -213,7 +212,7 @@ async def _start_llm(arguments: dict[str, Any]) -> AsyncLLM | EngineThread:
 
 
 def _engine_arguments(
-    model: ModelConfig, generator: GeneratorConfig, transport: str, seed: int
+    model: ModelConfig, generator: GeneratorConfig, transport: WeightTransport, seed: int
 ) -> dict[str, Any]:
     import torch
     from vllm.config.weight_transfer import WeightTransferConfig
@@ -234,7 +233,7 @@ def _engine_arguments(
         "block_size": 32,
         "logprobs_mode": "processed_logprobs",
         "disable_log_stats": True,
-        "weight_transfer_config": WeightTransferConfig(backend=transport),
+        "weight_transfer_config": WeightTransferConfig(backend=transport.name),
         "worker_extension_cls": "actors.generation.weight_engine.WeightUpdateExtension",
         # Sampling defaults of the model's own generation_config.json would silently change
         # the distribution that the learner scores.
@@ -242,7 +241,7 @@ def _engine_arguments(
     }
     if torch.cuda.is_available():
         arguments["gpu_memory_utilization"] = generator.memory_fraction
-        arguments["enable_sleep_mode"] = transport == "ipc"
+        arguments["enable_sleep_mode"] = transport.shares_devices
     else:
         arguments["kv_cache_memory_bytes"] = int(generator.kv_cache_gib * 2**30)
         if generator.max_staleness == 0:

@@ -11,21 +11,21 @@ import math
 import os
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import ExitStack
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import pyarrow as pa
 
 from actors.generation.engine import Completion, Engine
-from actors.generation.lending import lend
 from common.config.sections import GeneratorConfig, ModelConfig
 from common.record.schema import rollout_schema
 from common.supervision.faults import reached
 from common.supervision.stacks import arm
 from common.trajectory import GroupRequest
-from common.weights import WeightBucket, check_bucket
+from common.weights.registry import TRANSPORTS
+
+if TYPE_CHECKING:
+    from common.weights.transport import StoredBucket
 
 _GATHER_S = 2.0
 """Completions that end within this time of each other are verified together."""
@@ -50,7 +50,7 @@ class Generator:
         self._locate = locate
         self._model = model
         self._config = config
-        self._transport = transport
+        self._transport = TRANSPORTS[transport]
         self._seed = seed
         self._version = version
         self._cores = cores
@@ -183,24 +183,13 @@ class Generator:
         """Serve again (ipc)."""
         await self.engine.wake_cache()
 
-    async def update_weights(self, buckets: list[WeightBucket], version: int) -> float:
-        """A whole update from the object store; returns the seconds generation stood still.
+    async def update_weights(self, buckets: list[StoredBucket], version: int) -> float:
+        """Load a whole update; returns the seconds for which generation stood still.
 
         Raises:
             WeightsError: a bucket is not what the learner packed. Nothing has been loaded.
         """
-        buffers = await asyncio.gather(*[bucket.ref for bucket in buckets])
-        if reached("weights received"):
-            buffers[-1] = np.roll(buffers[-1], 1)
-        for bucket, buffer in zip(buckets, buffers, strict=True):
-            await asyncio.to_thread(check_bucket, bucket, buffer)
-        with ExitStack() as loans:
-            places = [
-                loans.enter_context(await asyncio.to_thread(lend, buffer, self.engine.in_process))
-                for buffer in buffers
-            ]
-            infos = [_update_info(*pair) for pair in zip(buckets, places, strict=True)]
-            return await self.engine.update(infos, version)
+        return await self._transport.receive(self.engine, buckets, version)
 
     async def ping(self) -> None:
         """A sign of life."""
@@ -227,18 +216,6 @@ def with_guidance(sampled: Completion, guidance_ids: list[int], version: int) ->
         finish_reason=sampled.finish_reason,
         guidance_length=count,
     )
-
-
-def _update_info(bucket: WeightBucket, place: str) -> dict[str, Any]:
-    return {
-        "place": place,
-        "names": list(bucket.names),
-        "dtypes": list(bucket.dtypes),
-        "shapes": [list(shape) for shape in bucket.shapes],
-        "offsets": list(bucket.offsets),
-        "nbytes": bucket.nbytes,
-        "checksum": bucket.checksum,
-    }
 
 
 async def _finished(

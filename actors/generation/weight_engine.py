@@ -1,12 +1,12 @@
-"""The vLLM worker's side of the `object_store` transport.
+"""The vLLM worker's part of the transport through the object store.
 
-The generator actor takes a bucket of the learner's weights from Ray's object store and lends it to
-the worker, which may be in a process that is not Ray's; the worker loads the tensors through
-vLLM's layerwise reload, so that fused and prepacked layers are rebuilt as at start-up. vLLM's base
-class synchronises an accelerator after every update, hence the override.
+The generator takes a bucket of the learner's weights from Ray's object store and lends it to the
+worker, which may be in a process that is not Ray's (`common.weights.object_store`). The worker
+loads the tensors through vLLM's layerwise reload, so that fused and prepacked layers are rebuilt
+as at start-up.
 
-Loaded into the worker by `worker_extension_cls`; importing this module registers the transport
-and ties the worker's life to its parent's.
+vLLM loads this module into the worker by `worker_extension_cls`. The import registers the
+transport and ties the worker's life to its parent's.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import ctypes
 import multiprocessing
 import signal
 import sys
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,41 +25,24 @@ from vllm.distributed.weight_transfer.base import (
 )
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
-from actors.generation.lending import buffer_at
 from common.errors import WeightsError
 from common.supervision.faults import reached
-from common.weights import WeightBucket, unpack_tensors
+from common.weights.buckets import WeightBucket, unpack_tensors
+from common.weights.lending import buffer_at
+from common.weights.object_store import ObjectStore
 
-TRANSPORT = "object_store"
 _PR_SET_PDEATHSIG = 1
 
 
-@dataclass
-class ObjectStoreInitInfo(WeightTransferInitInfo):
-    """No rendezvous: every update names its file."""
-
-
-@dataclass
-class ObjectStoreUpdateInfo(WeightTransferUpdateInfo):
-    """One bucket: where `actors.generation.lending` put it, and `WeightBucket`'s fields about
-    it."""
-
-    place: str
-    names: list[str]
-    dtypes: list[str]
-    shapes: list[list[int]]
-    offsets: list[int]
-    nbytes: int
-    checksum: int
-
-
-class ObjectStoreWeightEngine(WeightTransferEngine[ObjectStoreInitInfo, ObjectStoreUpdateInfo]):
+class ObjectStoreWeightEngine(
+    WeightTransferEngine[WeightTransferInitInfo, WeightTransferUpdateInfo]
+):
     """Loads buckets that were lent; the generator has checked all of them before the first."""
 
-    init_info_cls = ObjectStoreInitInfo
-    update_info_cls = ObjectStoreUpdateInfo
+    init_info_cls = WeightTransferInitInfo
+    update_info_cls = WeightTransferUpdateInfo
 
-    def init_transfer_engine(self, init_info: ObjectStoreInitInfo) -> None:
+    def init_transfer_engine(self, init_info: WeightTransferInitInfo) -> None:
         """Nothing to set up."""
 
     def start_weight_update(self) -> None:
@@ -75,21 +57,16 @@ class ObjectStoreWeightEngine(WeightTransferEngine[ObjectStoreInitInfo, ObjectSt
         refresh_tied_heads(self.model)
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
-        self.receive_weights(self.parse_update_info(update_info))
+        """Load one bucket; `update_info` has its fields, with a place for the buffer.
 
-    def receive_weights(self, update_info: ObjectStoreUpdateInfo) -> None:
-        """Load one bucket. Raises `WeightsError` when it is not what the learner packed."""
-        bucket = WeightBucket(
-            ref=None,
-            names=tuple(update_info.names),
-            dtypes=tuple(update_info.dtypes),
-            shapes=tuple(tuple(shape) for shape in update_info.shapes),
-            offsets=tuple(update_info.offsets),
-            nbytes=update_info.nbytes,
-            checksum=update_info.checksum,
-        )
-        self.model.load_weights(unpack_tensors(bucket, buffer_at(update_info.place)))
+        vLLM's own method would synchronise an accelerator, which a CPU has not.
+        """
+        bucket = WeightBucket(**update_info)
+        self.model.load_weights(unpack_tensors(bucket, buffer_at(bucket.buffer)))
         reached("weights half loaded")
+
+    def receive_weights(self, update_info: WeightTransferUpdateInfo) -> None:
+        raise NotImplementedError("update_weights loads buckets by itself")
 
     def shutdown(self) -> None:
         """No resources outlive an update."""
@@ -137,6 +114,6 @@ def _die_with_parent() -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-if TRANSPORT not in WeightTransferEngineFactory._registry:
-    WeightTransferEngineFactory.register_engine(TRANSPORT, ObjectStoreWeightEngine)
+if ObjectStore.name not in WeightTransferEngineFactory._registry:
+    WeightTransferEngineFactory.register_engine(ObjectStore.name, ObjectStoreWeightEngine)
     _die_with_parent()

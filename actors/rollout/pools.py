@@ -12,7 +12,7 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Generic, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Generic, Literal, Protocol, TypeVar
 
 import pyarrow as pa
 from ray.exceptions import RayActorError
@@ -23,7 +23,10 @@ from common.supervision.calls import Call, Handle, Ref, ask, ask_pair, call, res
 from common.supervision.replacement import Replacement, is_own_death
 from common.supervision.waits import Waits
 from common.trajectory import GroupRequest
-from common.weights import Proof, WeightBucket
+from common.weights.transport import Proof
+
+if TYPE_CHECKING:
+    from common.weights.transport import StoredBucket
 
 R = TypeVar("R")
 
@@ -202,7 +205,7 @@ class GeneratorPool(Pool[Generator]):
     ) -> None:
         super().__init__(handles, waits, min_live)
         self.version = version
-        self._newest: tuple[list[WeightBucket], int] | None = None
+        self._newest: tuple[list[StoredBucket], int] | None = None
         """The last update; the buckets stay in the object store for members that come later."""
         self.proof: Proof | None = None
         """Raises unless a member that comes later scores as the learner does."""
@@ -284,7 +287,7 @@ class GeneratorPool(Pool[Generator]):
         await self.call_all(woken, owner="publish", deadline_s=deadline_s)
 
     async def update_weights(
-        self, buckets: list[WeightBucket], version: int, deadline_s: float
+        self, buckets: list[StoredBucket], version: int, deadline_s: float
     ) -> float:
         """Bring every generator to `version`; returns the longest stall of generation, seconds."""
         self._newest = (buckets, version)

@@ -9,6 +9,7 @@ from common.config.bounds import check_bounds
 from common.config.names import check_names
 from common.config.sections import Config
 from common.errors import UserError
+from common.weights.registry import names_where
 
 
 def check_config(config: Config) -> None:
@@ -17,7 +18,7 @@ def check_config(config: Config) -> None:
     _check_lengths(config)
     _check_processes(config)
     _check_groups(config)
-    _check_colocated(config)
+    _check_shared_devices(config)
     _check_data(config)
     _check_rules(config)
     _check_guidance(config)
@@ -44,9 +45,10 @@ def _check_processes(config: Config) -> None:
         raise UserError(
             f"generator.min_count={fewest} must be at most generator.count={generator.count}"
         )
-    if fewest is not None and config.weights.transport != "object_store":
+    if fewest is not None and config.transport.one_collective:
+        others = names_where(lambda transport: not transport.one_collective)
         raise UserError(
-            f"generator.min_count needs weights.transport=object_store: the {generator.count} "
+            f"generator.min_count needs weights.transport={others}: the {generator.count} "
             f"generators of weights.transport={config.weights.transport} are one collective"
         )
     ranks, shards = config.learner.ranks, config.learner.shard_ranks
@@ -95,18 +97,19 @@ def _check_rules(config: Config) -> None:
         )
 
 
-def _check_colocated(config: Config) -> None:
+def _check_shared_devices(config: Config) -> None:
     generator, ranks = config.generator, config.learner.ranks
-    if not config.colocated:
+    if not config.transport.shares_devices:
         return
+    key = f"weights.transport={config.weights.transport}"
     if generator.max_staleness > 0:
         raise UserError(
-            f"weights.transport=ipc has generators and learner take turns on their devices: "
+            f"{key} has generators and learner take turns on their devices: "
             f"generator.max_staleness={generator.max_staleness} must be 0"
         )
     if generator.count != ranks or generator.devices > 1:
         raise UserError(
-            "weights.transport=ipc puts one generator and one learner rank on every device: "
+            f"{key} puts one generator and one learner rank on every device: "
             f"generator.count={generator.count} must be learner.ranks={ranks}, and "
             "generator.tensor_parallel and pipeline_parallel 1"
         )

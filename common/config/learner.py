@@ -15,6 +15,7 @@ from common.config.bounds import (
     ShareBelowOne,
 )
 from common.config.names import Names
+from common.weights.registry import TransportName
 
 OptimizerName = Annotated[
     str,
@@ -121,7 +122,7 @@ class LearnerConfig:
 class WeightsConfig:
     """How new weights reach the generators, and how that is proved."""
 
-    transport: Literal["object_store", "nccl", "ipc"] = "object_store"
+    transport: TransportName = "object_store"
     """How weights travel. `object_store` sends them through Ray, on any device; `nccl` from device
     to device. With `ipc` a generator and a learner rank share every device and take turns."""
     bucket_mib: Count = 64

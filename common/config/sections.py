@@ -33,6 +33,8 @@ from common.config.operation import (
     RestartConfig,
     SinkName,
 )
+from common.weights.registry import TRANSPORTS
+from common.weights.transport import WeightTransport
 
 __all__ = [
     "BatchConfig",
@@ -96,12 +98,9 @@ class Config:
         return int(prompts / (1.0 - rollout.prune_rate) + 1e-9) if rollout.refill else prompts
 
     @property
-    def colocated(self) -> bool:
-        """Whether a generator and a learner rank share every device and take turns.
-
-        vLLM gives its memory back while the learner steps.
-        """
-        return self.weights.transport == "ipc"
+    def transport(self) -> WeightTransport:
+        """The weight transport, with its facts."""
+        return TRANSPORTS[self.weights.transport]
 
     @property
     def completions_per_step(self) -> int:

@@ -189,7 +189,7 @@ def actor_options(config: Config, cores: CorePlan, cuda: bool) -> ActorOptions:
 
 def gpus_each(config: Config) -> tuple[float, float]:
     """CUDA devices of a generator and of a learner rank; those that take turns have half of one."""
-    share = 0.5 if config.colocated else 1.0
+    share = 0.5 if config.transport.shares_devices else 1.0
     return share * (config.generator.num_gpus or config.generator.devices), share
 
 

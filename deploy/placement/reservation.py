@@ -55,7 +55,7 @@ def wishes(config: Config, options: ActorOptions) -> list[Wish]:
         verifier.labels,
         "SPREAD",
     )
-    if config.colocated:
+    if config.transport.shares_devices:
         both = Counter(_bundle(options.generator, generator.resources))
         both.update(_bundle(options.learner, learner.resources))
         labels = generator.labels | learner.labels

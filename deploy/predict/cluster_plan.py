@@ -61,7 +61,8 @@ class ClusterPlan:
             "placement.learner_device",
             config.placement.learner_device or config.placement.generator_device,
         )
-        pools = Pools(generator.count, generator.devices, learner.ranks, config.colocated)
+        shared = config.transport.shares_devices
+        pools = Pools(generator.count, generator.devices, learner.ranks, shared)
         training = learner_memory(
             model,
             learner.shard_ranks or learner.ranks,
@@ -70,7 +71,7 @@ class ClusterPlan:
             recompute=learner.activation_checkpointing,
             state_bytes=state_bytes(learner),
         )
-        kept = training.optimiser if config.colocated else 0.0
+        kept = training.optimiser if shared else 0.0
         fraction = generator.memory_fraction
         return cls(
             config,

@@ -206,6 +206,7 @@ def learner_job(config: Config, origin: Located) -> LearnerJob:
         total_steps=config.steps,
         primary_verifier=verifier_names(config.verifier)[0],
         bucket_mib=config.weights.bucket_mib,
+        transport=config.weights.transport,
         tokens_per_microbatch=config.batch.tokens_per_microbatch,
         checkpoint_timeout_s=config.checkpoint.timeout_s,
     )

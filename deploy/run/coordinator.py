@@ -34,6 +34,7 @@ from common.supervision.calls import get_all
 from common.supervision.heartbeat import beat
 from common.supervision.loops import first_cause, until_it_ends
 from common.trajectory import GroupReceipt, batch_refs
+from common.weights.transport import Receivers
 from deploy.models.resolve import Located, check_vocabulary, resolve_model
 from deploy.placement.options import with_compute_dtype
 from deploy.placement.reservation import fewest_generators, generator_names
@@ -50,14 +51,7 @@ from deploy.run.service import Service
 from learner.loop import LearnerLoop, Schedule
 from learner.training.guards import check_logprob_gap
 from learner.training.ranks import LearnerRanks
-from learner.weights.publish import (
-    Canary,
-    DeviceToDevice,
-    OnSharedDevices,
-    Publisher,
-    ThroughObjectStore,
-    Transport,
-)
+from learner.weights.publish import Canary, Publisher
 
 _FETCH_S = 60.0
 
@@ -314,19 +308,13 @@ class Run:
     async def _publisher(
         self, learner: LearnerRanks, generators: GeneratorPool, source: PromptSource
     ) -> Publisher:
-        weights, generator = self._config.weights, self._config.generator
-        transport: Transport
-        transport = ThroughObjectStore(learner, generators, weights.publish_timeout_s)
-        if weights.transport != "object_store":
-            transport = DeviceToDevice(learner)
-            if self._config.colocated:
-                transport = OnSharedDevices(learner, generators, weights.publish_timeout_s)
-            await learner.open_transport(
-                weights.transport,
-                list(generators.handles.values()),
-                generator.devices,
-                weights.publish_timeout_s,
-            )
+        weights = self._config.weights
+        receivers = Receivers(
+            list(generators.handles.values()),
+            self._config.generator.devices,
+            weights.publish_timeout_s,
+        )
+        await learner.open_transport(receivers, weights.publish_timeout_s)
         prompts = source.some_prompts(weights.canary_sequences)
         canary = Canary.from_prompts(
             [prompt.token_ids for prompt in prompts], weights.canary_tokens
@@ -334,7 +322,7 @@ class Run:
         return Publisher(
             learner,
             generators,
-            transport,
+            self._config.transport,
             canary,
             self._config.canary_tolerance,
             weights.publish_timeout_s,

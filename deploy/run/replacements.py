@@ -40,7 +40,7 @@ class Replacements:
 
     def generators(self) -> Replacement[Generator] | None:
         """None where a new one could not get the weights."""
-        if self._factory.config.weights.transport != "object_store":
+        if not self._factory.config.transport.survives_a_death:
             return None
         return self._by(self._generator, has_place=True)
 

@@ -21,6 +21,7 @@ from common.errors import UserError
 from common.record.writer import TrajectoryLogWriter
 from common.supervision.calls import Handle, Ref, ask
 from common.supervision.waits import Waits
+from common.weights.registry import names_where
 from deploy.models.resolve import Located
 from deploy.placement.cpu_runtime import preload_libraries
 from deploy.placement.memory import check_memory
@@ -76,7 +77,7 @@ class Service:
         say(_described(config, cores))
         connect(config, cores)
         reservation, generators = None, generator_names(config)
-        if config.ray.address != "local" or config.colocated:
+        if config.ray.address != "local" or config.transport.shares_devices:
             reservation = Reservation(wishes(config, actor_options(config, cores, cuda)))
             generators = await reservation.wait(config, config.ray.placement_timeout_s, say)
         self._factory = ActorFactory(config, cores, cuda, version, origin, reservation)
@@ -137,10 +138,11 @@ def _sections(config: Config) -> object:
 def _check(config: Config) -> bool:
     """Whether the run uses CUDA. Raises `UserError` when it cannot run on this machine."""
     cuda = uses_cuda(config)
-    if config.weights.transport != "object_store" and not cuda:
+    if config.transport.needs_cuda and not cuda:
+        others = names_where(lambda transport: not transport.needs_cuda)
         raise UserError(
             f"weights.transport={config.weights.transport} moves weights between CUDA devices "
-            "and there is none: use weights.transport=object_store"
+            f"and there is none: use weights.transport={others}"
         )
     if config.learner.attention == "varlen" and not (cuda and config.model.dtype == "bfloat16"):
         raise UserError(
@@ -164,10 +166,11 @@ def _check_devices(config: Config) -> None:
     of_generator, of_rank = gpus_each(config)
     wanted = generators * of_generator + ranks * of_rank
     if wanted > here:
+        shared = names_where(lambda transport: transport.shares_devices)
         raise UserError(
             f"{generators} generator(s) and {ranks} learner rank(s) want {wanted:g} CUDA "
             f"device(s), and torch sees {here} here: lower generator.count or learner.ranks, have "
-            "them take turns on the same devices (weights.transport=ipc, "
+            f"them take turns on the same devices (weights.transport={shared}, "
             "generator.max_staleness=0), or train on the CPU (learner.device=cpu)"
         )
 

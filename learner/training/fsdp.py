@@ -216,6 +216,25 @@ def full_tensors(
         yield name, buffer.to(device or "cpu", copy=copy)
 
 
+class PolicyWeights:
+    """The policy's whole tensors, parameters in compute dtype, as weight transports see them."""
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
+        self._model = model
+        self._dtype = dtype
+
+    def shapes(self) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
+        """Name, type and shape of every tensor, in the order of `tensors`."""
+        parameters = self._model.named_parameters()
+        return [(name, self._dtype, tuple(value.shape)) for name, value in parameters] + [
+            (name, value.dtype, tuple(value.shape)) for name, value in saved_buffers(self._model)
+        ]
+
+    def tensors(self, device: torch.device | None = None) -> Iterator[tuple[str, Tensor]]:
+        """See `full_tensors`."""
+        return full_tensors(self._model, self._dtype, device)
+
+
 def clip_gradients(model: nn.Module, max_norm: float) -> float:
     """Scale gradients to a global norm of at most `max_norm`; returns the norm before."""
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from common.config.algorithm import AlgorithmConfig
 from common.config.sections import LearnerConfig, ModelConfig
+from common.weights.object_store import ObjectStore
 
 
 @dataclass(frozen=True)
@@ -28,8 +29,10 @@ class LearnerJob:
     primary_verifier: str
     """Name used in errors about rewards."""
     bucket_mib: int
-    """Largest weight bucket of `export_weights`."""
+    """Largest bucket of `export_weights`, MiB."""
     tokens_per_microbatch: int
     """Token budget of a packed row (`batch.tokens_per_microbatch`)."""
+    transport: str = ObjectStore.name
+    """Name of the weight transport."""
     checkpoint_timeout_s: float = 900.0
     """For one rank to wait for the others while a checkpoint is written."""

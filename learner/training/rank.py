@@ -8,15 +8,15 @@ another, in threads of their own.
 
 from __future__ import annotations
 
-import logging
 import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import torch
 import torch.distributed as dist
@@ -26,12 +26,12 @@ from torch.distributed.device_mesh import DeviceMesh
 from common.errors import RunError
 from common.record.credit_log import write_credit
 from common.record.schema import check_schema
-from common.supervision.calls import Handle, Ref, in_group
+from common.supervision.calls import Ref, in_group, put
 from common.supervision.faults import reached
 from common.supervision.heartbeat import HEALTH
 from common.supervision.stacks import arm
-from common.weight_transport import WeightReceiver
-from common.weights import WeightBucket, pack_tensors
+from common.weights.registry import TRANSPORTS
+from common.weights.transport import Receivers, Sender, SendingRank, Shipment
 from learner.algorithm.recipe import Recipe
 from learner.policy.model import (
     DTYPES,
@@ -58,19 +58,8 @@ from learner.training.job import LearnerJob
 from learner.training.optimizer import make_optimizers
 from learner.training.trainer import Trainer
 
-if TYPE_CHECKING:
-    from learner.weights.device_transport import DeviceTransport
-
-log = logging.getLogger(__name__)
-
 _WRITING = "writing"
 """The concurrency group in which checkpoints are written."""
-
-
-def _ray_put(value: Any) -> Any:
-    import ray
-
-    return ray.put(value)
 
 
 class LearnerRank:
@@ -87,7 +76,7 @@ class LearnerRank:
         job: LearnerJob,
         rank: int,
         cores: list[int] | None = None,
-        put: Callable[[Any], Any] = _ray_put,
+        put: Callable[[npt.NDArray[np.uint8]], Ref[npt.NDArray[np.uint8]]] = put,
         locate: Callable[[str], str] = str,
     ) -> None:
         if cores is not None:
@@ -106,7 +95,7 @@ class LearnerRank:
         self._device = torch.device("cpu")
         self._store: TCPStore | None = None
         self._trainer: Trainer | None = None
-        self._transport: DeviceTransport | None = None
+        self._sender: Sender | None = None
         self._snapshot: Snapshot | None = None
         self._writing_group: dist.ProcessGroup | None = None
 
@@ -236,50 +225,28 @@ class LearnerRank:
         reached("gradient step done")
         return metrics | staleness | {"time/fetch": fetched_s}
 
-    def export_weights(self, version: int) -> list[WeightBucket]:
-        """Put the weights into the store in compute dtype; rank 0 returns the buckets.
+    def open_transport(self, receivers: Receivers) -> None:
+        """Make this rank's end of the weight transport. Collective."""
 
-        Tied weights travel once, under the embedding's name. The other ranks return [].
-        """
-        tensors = fsdp.full_tensors(self.trainer.policy.model, self._dtype)
-        if self._rank != 0:
-            for _ in tensors:  # takes part in the gathering
-                pass
-            return []
-        buckets = [
-            replace(bucket, ref=self._put(bucket.ref))
-            for bucket in pack_tensors(tensors, self._job.bucket_mib * 2**20)
-        ]
-        log.debug("weights %d: %d buckets", version, len(buckets))
-        return buckets
+        def agree_on_address() -> tuple[str, int]:
+            address: tuple[str, int] = fsdp.gather_objects(fsdp.free_address(self._config.ranks))[0]
+            return address
 
-    def open_transport(
-        self,
-        backend: str,
-        generators: list[Handle[WeightReceiver]],
-        workers_each: int,
-        deadline_s: float,
-    ) -> None:
-        """Join vLLM's `nccl` or `ipc` weight transfer to `generators`. Collective, CUDA only."""
-        from learner.weights.device_transport import DeviceTransport, GeneratorClient
-
-        address = fsdp.gather_objects(fsdp.free_address(self._config.ranks))[0]
-        self._transport = DeviceTransport(
-            backend,
-            self.trainer.policy.model,
-            self._dtype,
-            self._device,
+        rank = SendingRank(
             self._rank,
-            address,
-            GeneratorClient(generators, workers_each, deadline_s),
-            num_workers=len(generators) * workers_each,
+            fsdp.PolicyWeights(self.trainer.policy.model, self._dtype),
+            self._device,
+            self._job.bucket_mib * 2**20,
+            self._put,
+            agree_on_address,
         )
+        self._sender = TRANSPORTS[self._job.transport].open(rank, receivers)
 
-    def send_weights(self, version: int) -> tuple[float, int]:
-        """Bring the generators to `version`: (seconds of stall, bytes). Collective."""
-        if self._transport is None:
-            raise RunError("send_weights before open_transport: please report it")
-        return self._transport.send(version)
+    def export_weights(self, version: int) -> Shipment:
+        """Send the weights on their way. Collective; rank 0's answer counts."""
+        if self._sender is None:
+            raise RunError("export_weights before open_transport: please report it")
+        return self._sender.send(version)
 
     def release_memory(self) -> None:
         """Give freed memory back to the device, for a generator that shares it."""
@@ -346,7 +313,7 @@ class LearnerRank:
 
     def shutdown(self) -> None:
         """Leave the process group and let go of the policy; `begin` may follow."""
-        self._trainer = self._transport = self._snapshot = self._writing_group = None
+        self._trainer = self._sender = self._snapshot = self._writing_group = None
         if dist.is_initialized():
             dist.destroy_process_group()
         release_freed_memory()

@@ -9,8 +9,7 @@ from typing import Any, TypeVar
 from common.supervision.calls import Call, Handle, ask, call
 from common.supervision.waits import Waits
 from common.trajectory import GroupReceipt, batch_refs
-from common.weight_transport import WeightReceiver
-from common.weights import WeightBucket
+from common.weights.transport import Receivers, Shipment
 from learner.training.job import LearnerJob
 from learner.training.rank import LearnerRank
 
@@ -62,24 +61,13 @@ class LearnerRanks:
         for handle in self.handles:
             ask(handle, LearnerRank.fetch_ahead, batch_refs([receipt]))
 
-    async def export_weights(self, version: int) -> list[WeightBucket]:
-        """The weights as buckets in the object store."""
+    async def open_transport(self, receivers: Receivers, deadline_s: float) -> None:
+        """Make every rank's end of the weight transport."""
+        await self._all(call(LearnerRank.open_transport, receivers), deadline_s)
+
+    async def export_weights(self, version: int) -> Shipment:
+        """Send the weights on their way through the transport."""
         return (await self._all(call(LearnerRank.export_weights, version)))[0]
-
-    async def open_transport(
-        self,
-        backend: str,
-        generators: list[Handle[WeightReceiver]],
-        workers_each: int,
-        deadline_s: float,
-    ) -> None:
-        """Join vLLM's own weight transfer (`nccl`, `ipc`)."""
-        asked = call(LearnerRank.open_transport, backend, generators, workers_each, deadline_s)
-        await self._all(asked, deadline_s)
-
-    async def send_weights(self, version: int) -> tuple[float, int]:
-        """Weights from device to device: (seconds generation stood still, bytes)."""
-        return (await self._all(call(LearnerRank.send_weights, version)))[0]
 
     async def release_memory(self, deadline_s: float) -> None:
         """Give memory that is kept for the next step back to devices that generators share."""

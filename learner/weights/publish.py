@@ -15,25 +15,35 @@ import asyncio
 import logging
 import time
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 from common.errors import UserError, WeightsError
 from common.supervision.faults import reached
-from common.weights import Scorer, WeightBucket
-from learner.training.ranks import LearnerRanks
+from common.weights.transport import (
+    GeneratorSide,
+    LearnerSide,
+    Scorer,
+    Shipment,
+    Sides,
+    WeightTransport,
+)
 
 log = logging.getLogger(__name__)
 
 
-class WeightReceivers(Protocol):
-    """The generators, as publishing sees them."""
+class Learner(LearnerSide, Protocol):
+    """All ranks of the learner, as publishing sees them."""
+
+    async def score(
+        self, sequences: list[list[int]], prompt_lengths: list[int]
+    ) -> list[list[float]]: ...
+
+
+class Generators(GeneratorSide, Protocol):
+    """All generators, as publishing sees them."""
 
     version: int
     """The weights all of them hold."""
-
-    async def update_weights(
-        self, buckets: list[WeightBucket], version: int, deadline_s: float
-    ) -> float: ...
 
     async def score(
         self, sequences: list[list[int]], prompt_lengths: list[int], deadline_s: float
@@ -63,95 +73,12 @@ class Canary:
         return cls(long, [max(1, len(ids) - scored_tokens) for ids in long])
 
 
-class SleepingReceivers(Protocol):
-    """Generators that share their devices with the learner."""
-
-    async def sleep(self, deadline_s: float) -> None: ...
-
-    async def wake(self, part: Literal["weights", "cache"], deadline_s: float) -> None: ...
-
-
-class Transport(Protocol):
-    """Moves weights. What needs the learner is done by `export`, the rest by `deliver`."""
-
-    shares_devices: bool
-    """Generators must stand still while the learner steps."""
-
-    async def make_room(self) -> None:
-        """The learner is about to step; with `shares_devices`, nothing is being generated."""
-        ...
-
-    async def export(self, version: int) -> Any: ...
-
-    async def deliver(self, exported: Any, version: int) -> tuple[float, int]:
-        """Bring every generator to `version`; (longest stall of generation, seconds; bytes)."""
-        ...
-
-
-@dataclass(frozen=True)
-class ThroughObjectStore:
-    """The learner puts buckets into Ray's object store, every generator takes them out."""
-
-    learner: LearnerRanks
-    receivers: WeightReceivers
-    deadline_s: float
-    shares_devices = False
-
-    async def make_room(self) -> None:
-        """There is."""
-
-    async def export(self, version: int) -> list[WeightBucket]:
-        return await self.learner.export_weights(version)
-
-    async def deliver(self, exported: list[WeightBucket], version: int) -> tuple[float, int]:
-        stall_s = await self.receivers.update_weights(exported, version, self.deadline_s)
-        return stall_s, sum(bucket.nbytes for bucket in exported)
-
-
-@dataclass(frozen=True)
-class DeviceToDevice:
-    """vLLM's own transports, which the learner group has opened: a collective of both sides."""
-
-    learner: LearnerRanks
-    shares_devices = False
-
-    async def make_room(self) -> None:
-        """There is."""
-
-    async def export(self, version: int) -> tuple[float, int]:
-        return await self.learner.send_weights(version)
-
-    async def deliver(self, exported: tuple[float, int], version: int) -> tuple[float, int]:
-        return exported
-
-
-@dataclass(frozen=True)
-class OnSharedDevices(DeviceToDevice):
-    """vLLM's `ipc`: generators sleep while the learner steps, and wake to its weights."""
-
-    receivers: SleepingReceivers
-    deadline_s: float
-    shares_devices = True
-
-    async def make_room(self) -> None:
-        await self.receivers.sleep(self.deadline_s)
-
-    async def export(self, version: int) -> tuple[float, int]:
-        """The cache comes last: until the weights are over, the device holds both copies."""
-        await self.learner.release_memory(self.deadline_s)
-        await self.receivers.wake("weights", self.deadline_s)
-        sent = await self.learner.send_weights(version)
-        await self.learner.release_memory(self.deadline_s)
-        await self.receivers.wake("cache", self.deadline_s)
-        return sent
-
-
 @dataclass(frozen=True)
 class Exported:
     """A version on its way: it no longer needs the learner."""
 
     version: int
-    weights: Any
+    shipment: Shipment
     seconds: float
 
 
@@ -164,16 +91,17 @@ class Publisher:
 
     def __init__(
         self,
-        learner: LearnerRanks,
-        receivers: WeightReceivers,
-        transport: Transport,
+        learner: Learner,
+        generators: Generators,
+        transport: WeightTransport,
         canary: Canary,
         tolerance: float,
         deadline_s: float,
         resends: int = 0,
     ) -> None:
         self._learner = learner
-        self._receivers = receivers
+        self._generators = generators
+        self._sides = Sides(learner, generators, deadline_s)
         self._transport = transport
         self._canary = canary
         self._tolerance = tolerance
@@ -193,14 +121,14 @@ class Publisher:
 
     async def make_room(self) -> None:
         """The learner is about to step."""
-        await self._transport.make_room()
+        await self._transport.make_room(self._sides)
 
     async def export(self, version: int) -> Exported:
         """Take the learner's weights and its own scores of the canary under them."""
         started = time.monotonic()
-        weights = await self._transport.export(version)
+        shipment = await self._transport.export(self._sides, version)
         await self._score(version)
-        return Exported(version, weights, time.monotonic() - started)
+        return Exported(version, shipment, time.monotonic() - started)
 
     async def _score(self, version: int) -> None:
         """The learner's scores, while it is at `version`."""
@@ -216,23 +144,23 @@ class Publisher:
                 generator does not reproduce the learner's log-probabilities.
             StallError: the deadline passed.
         """
-        started = time.monotonic()
+        started, version, shipment = time.monotonic(), exported.version, exported.shipment
         for resent in range(self._resends + 1):
             try:
-                stall_s, nbytes = await self._transport.deliver(exported.weights, exported.version)
+                stall_s = await self._transport.deliver(self._sides, shipment, version)
             except WeightsError as error:
                 if resent == self._resends:
                     raise
-                log.warning("version %d is sent again: %s", exported.version, error)
+                log.warning("version %d is sent again: %s", version, error)
             else:
                 break
-        self._receivers.version = exported.version
+        self._generators.version = version
         reached("weights delivered")
-        gap = await self._prove(exported.version)
+        gap = await self._prove(version)
         reached("weights proved")
         return {
             "publish/stall": stall_s,
-            "publish/bytes": float(nbytes),
+            "publish/bytes": float(shipment.nbytes),
             "publish/resends": float(resent),
             "canary/gap": gap,
             "time/export": exported.seconds,
@@ -273,7 +201,7 @@ class Publisher:
 
     async def _prove(self, version: int) -> float:
         sequences, lengths = self._canary.sequences, self._canary.prompt_lengths
-        theirs = await self._receivers.score(sequences, lengths, self._deadline_s)
+        theirs = await self._generators.score(sequences, lengths, self._deadline_s)
         gap = self._check(version, self._expected[version], theirs)
         self.proved = version
         self._news.set()

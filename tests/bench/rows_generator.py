@@ -9,7 +9,6 @@ import os
 import statistics
 import tempfile
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +20,9 @@ from workload import without_end
 os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"
 from actors.generation.generator import Generator
 from common.config.load import load_config
-from common.supervision.calls import Handle, ask, get_all, start_actor, stream
+from common.supervision.calls import Handle, ask, get_all, put, start_actor, stream
 from common.trajectory import GroupRequest
-from common.weights import pack_tensors
+from common.weights.buckets import pack_tensors
 from deploy.models.resolve import Located, resolve_model
 from deploy.placement.cpu_runtime import preload_libraries
 from deploy.placement.options import actor_options, plan_here
@@ -162,7 +161,7 @@ def publish_stalls(
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32")
     tensors = [(n, p.detach()) for n, p in model.named_parameters()]
     buckets = list(pack_tensors(iter(tensors), 2**26))
-    stored = [replace(bucket, ref=ray.put(bucket.ref)) for bucket in buckets]
+    stored = [bucket.at(put(bucket.buffer)) for bucket in buckets]
     stalls, copies = [], []
     for version in range(1, REPEATS + 2):
         streams = ask_groups(generator, prompts, 1000 * version)
@@ -172,7 +171,7 @@ def publish_stalls(
             list(each)
         started = time.perf_counter()
         for bucket in buckets:
-            np.array(np.frombuffer(bucket.ref, np.uint8))
+            np.array(np.frombuffer(bucket.buffer, np.uint8))
         copied = time.perf_counter() - started
         if version > 1:
             stalls.append(stall)

@@ -50,7 +50,7 @@ from common.record.writer import TrajectoryLogClient, TrajectoryLogWriter
 from common.supervision.calls import Handle, start_actor
 from common.supervision.waits import Waits
 from common.trajectory import GroupRequest
-from common.weights import WeightBucket
+from common.weights.transport import StoredBucket
 
 STEPS, SKIPPED, PROMPTS = 14, 4, 64
 """With a staleness of 1, 128 groups under way: two for each of 64 generators."""
@@ -76,7 +76,7 @@ class ScriptedGenerator:
     async def take_batch(self, number: int) -> pa.RecordBatch:
         return self._batches.pop(number)
 
-    async def update_weights(self, buckets: list[WeightBucket], version: int) -> float:
+    async def update_weights(self, buckets: list[StoredBucket], version: int) -> float:
         return 0.0
 
     async def score(self, sequences: list[list[int]], lengths: list[int]) -> list[list[float]]:

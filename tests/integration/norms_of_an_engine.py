@@ -15,6 +15,7 @@ from vllm.ir.op import IrOp
 
 from actors.generation.engine import Engine
 from common.config.load import load_config
+from common.weights.object_store import ObjectStore
 from deploy.models.resolve import resolve_model
 
 CONFIGS = Path(__file__).resolve().parents[2] / "deploy" / "configs"
@@ -32,7 +33,7 @@ async def main() -> None:
     folder = resolve_model("builtin:tiny-chain-sum")
     keys = [f"model.path={folder}", "model.dtype=float32"]
     config = load_config([CONFIGS / "tiny.yaml"], keys, CONFIGS / "recipes")
-    engine = await Engine.start(config.model, config.generator, "object_store", seed=0)
+    engine = await Engine.start(config.model, config.generator, ObjectStore(), seed=0)
     IrOp.dispatch = counted
     completion = await engine.generate("one", [5, 6, 7], {"temperature": 1.0, "max_tokens": 4})
     engine.shutdown()

@@ -24,7 +24,7 @@ from common.supervision.faults import MARK, VARIABLE
 from common.supervision.replacement import Replacement
 from common.supervision.waits import Waits
 from common.trajectory import GroupRequest
-from common.weights import Scorer
+from common.weights.transport import Scorer
 from tests.integration.mortal import Mortal, SecondTime, Stillborn
 
 pytestmark = pytest.mark.usefixtures("local_ray")

@@ -8,13 +8,10 @@ from typing import Any
 import pytest
 
 from common.errors import UserError, WeightsError
-from learner.weights.publish import (
-    Canary,
-    OnSharedDevices,
-    Publisher,
-    ThroughObjectStore,
-    largest_gap,
-)
+from common.weights.device_to_device import Ipc
+from common.weights.object_store import ObjectStore
+from common.weights.transport import Shipment, Sides
+from learner.weights.publish import Canary, Publisher, largest_gap
 
 CANARY = Canary.from_prompts([[1, 2, 3, 4], [5, 6]], scored_tokens=2)
 SCORES = [[-1.0, -2.0], [-3.0]]
@@ -24,9 +21,9 @@ class FakeLearner:
     def __init__(self) -> None:
         self.exported: list[int] = []
 
-    async def export_weights(self, version: int) -> list[Any]:
+    async def export_weights(self, version: int) -> Shipment:
         self.exported.append(version)
-        return []
+        return Shipment(nbytes=8)
 
     async def score(self, sequences: list[list[int]], lengths: list[int]) -> list[list[float]]:
         return SCORES
@@ -51,8 +48,15 @@ class FakeGenerators:
 def publisher_between(
     learner: FakeLearner, generators: FakeGenerators, tolerance: float = 0.1, resends: int = 0
 ) -> Publisher:
-    send = ThroughObjectStore(learner, generators, 1.0)  # type: ignore[arg-type]
-    return Publisher(learner, generators, send, CANARY, tolerance, 1.0, resends)  # type: ignore[arg-type]
+    return Publisher(
+        learner,  # type: ignore[arg-type]
+        generators,  # type: ignore[arg-type]
+        ObjectStore(),
+        CANARY,
+        tolerance,
+        1.0,
+        resends,
+    )
 
 
 def publish(scores: dict[str, list[list[float]]], tolerance: float = 0.1) -> dict[str, float]:
@@ -98,16 +102,16 @@ def test_on_shared_devices_the_weights_are_there_before_the_cache() -> None:
         async def release_memory(self, deadline_s: float) -> None:
             calls.append("release")
 
-        async def send_weights(self, version: int) -> tuple[float, int]:
+        async def export_weights(self, version: int) -> Shipment:
             calls.append(f"send {version}")
-            return 0.5, 8
+            return Shipment(nbytes=8, stall_s=0.5)
 
-    async def main() -> tuple[float, int]:
-        transport = OnSharedDevices(Both(), Both(), 1.0)  # type: ignore[arg-type]
-        await transport.make_room()
-        return await transport.deliver(await transport.export(4), 4)
+    async def main() -> float:
+        transport, sides = Ipc(), Sides(Both(), Both(), 1.0)  # type: ignore[arg-type]
+        await transport.make_room(sides)
+        return await transport.deliver(sides, await transport.export(sides, 4), 4)
 
-    assert asyncio.run(main()) == (0.5, 8)
+    assert asyncio.run(main()) == 0.5
     assert calls == [
         *("sleep", "release", "wake weights", "send 4", "release", "wake cache"),
     ]

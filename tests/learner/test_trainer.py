@@ -24,7 +24,8 @@ from common.config.algorithm import AlgorithmConfig
 from common.config.sections import LearnerConfig, ModelConfig
 from common.errors import RunError, UserError, WeightsError
 from common.record.credit_log import read_credit
-from common.weights import check_bucket, pack_tensors, unpack_tensors
+from common.weights.buckets import check_bucket, pack_tensors, unpack_tensors
+from common.weights.transport import Receivers
 from learner.policy.logprobs import LogitTransform
 from learner.policy.model import Policy, check_policy, load_policy
 from learner.policy.packing import StepBatch
@@ -77,7 +78,9 @@ def worker(folder: Path, **changes: Any) -> Iterator[LearnerRank]:
 
 
 def weights(of: LearnerRank) -> dict[str, torch.Tensor]:
-    pairs = [pair for bucket in of.export_weights(0) for pair in unpack_tensors(bucket, bucket.ref)]
+    of.open_transport(Receivers([], 1, 1.0))
+    buckets = of.export_weights(0).buckets
+    pairs = [pair for bucket in buckets for pair in unpack_tensors(bucket, bucket.buffer)]
     return {name: tensor.clone() for name, tensor in pairs}
 
 
@@ -429,8 +432,8 @@ def test_buckets_reassemble_to_the_model(folder: Path) -> None:
     expected = dict(tiny_model("llama_tied").named_parameters())
     tensors = [(name, p.to(torch.bfloat16)) for name, p in expected.items()]
     buckets = list(pack_tensors(tensors, 20_000))
-    assert len(buckets) > 3 and all(b.ref.nbytes == b.nbytes <= 20_000 for b in buckets)
-    found = dict(pair for b in buckets for pair in unpack_tensors(b, b.ref))
+    assert len(buckets) > 3 and all(b.buffer.nbytes == b.nbytes <= 20_000 for b in buckets)
+    found = dict(pair for b in buckets for pair in unpack_tensors(b, b.buffer))
     assert list(found) == list(expected)
     assert all(torch.equal(found[name], tensor) for name, tensor in tensors)
     assert "lm_head.weight" not in found
@@ -438,10 +441,10 @@ def test_buckets_reassemble_to_the_model(folder: Path) -> None:
 
 def test_a_damaged_bucket_is_refused() -> None:
     (bucket,) = pack_tensors([("a", torch.arange(6.0)), ("b", torch.tensor(1.0))], 10**6)
-    assert dict(unpack_tensors(bucket, bucket.ref))["b"].shape == ()
-    bucket.ref[3] ^= 1
+    assert dict(unpack_tensors(bucket, bucket.buffer))["b"].shape == ()
+    bucket.buffer[3] ^= 1
     with pytest.raises(WeightsError, match="damaged"):
-        check_bucket(bucket, bucket.ref)
+        check_bucket(bucket, bucket.buffer)
 
 
 @pytest.mark.parametrize("architecture", ["gemma2", "granite", "gpt_neox", "llama_untied"])

@@ -21,7 +21,7 @@ FAST = (
     "integration/test_replacement",
     "common/test_disks",
     "common/test_ledger",
-    "actors/test_lending",
+    "common/test_lending",
     "common/test_trajectory_log",
     "learner/test_publish",
     "deploy/test_run_directory",

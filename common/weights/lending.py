@@ -1,6 +1,6 @@
-"""How a buffer of the generator reaches vLLM's worker: both sides of one naming.
+"""Lending a buffer to vLLM's worker: both sides of one naming.
 
-Lent          by name, for a worker in this very process: no copy
+NamedBuffer   by name, for a worker in this very process: no copy
 MemoryFile    by the path of a file in memory, for a worker in a process of its own: one copy
 buffer_at     the worker's side of both
 """
@@ -21,13 +21,13 @@ _buffers: dict[str, npt.NDArray[np.uint8]] = {}
 _numbers = itertools.count()
 
 
-def lend(buffer: npt.NDArray[np.uint8], in_process: bool) -> Lent | MemoryFile:
+def lend(buffer: npt.NDArray[np.uint8], in_process: bool) -> NamedBuffer | MemoryFile:
     """Make `buffer` known to the worker, which is `in_process` or not, while the context lasts."""
-    return Lent(buffer) if in_process else MemoryFile(buffer)
+    return NamedBuffer(buffer) if in_process else MemoryFile(buffer)
 
 
-class Lent:
-    """As a context, the name of a buffer under which this process finds it."""
+class NamedBuffer:
+    """A buffer that this process finds by a name; as a context, the name."""
 
     def __init__(self, buffer: npt.NDArray[np.uint8]) -> None:
         self._name = f"{_LENT}{next(_numbers)}"

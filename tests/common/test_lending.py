@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 import torch
 
-from actors.generation.lending import MemoryFile, buffer_at, lend
 from common.errors import WeightsError
-from common.weights import WeightBucket, check_bucket, pack_tensors, unpack_tensors
+from common.weights.buckets import Buffer, WeightBucket, check_bucket, pack_tensors, unpack_tensors
+from common.weights.lending import MemoryFile, buffer_at, lend
 
 TENSORS = {"a": torch.arange(5.0), "b": torch.ones(3, 7, dtype=torch.bfloat16)}
 
 
-def bucket() -> WeightBucket:
+def bucket() -> WeightBucket[Buffer]:
     (made,) = pack_tensors(TENSORS.items(), 2**20)
     return made
 
@@ -25,7 +25,7 @@ def bucket() -> WeightBucket:
 def test_what_was_lent_is_what_the_worker_loads(in_process: bool) -> None:
     packed = bucket()
     open_before = len(os.listdir("/proc/self/fd"))
-    with lend(packed.ref, in_process) as place:
+    with lend(packed.buffer, in_process) as place:
         loaded = {name: t.clone() for name, t in unpack_tensors(packed, buffer_at(place))}
     assert loaded.keys() == TENSORS.keys()
     for name, tensor in TENSORS.items():
@@ -35,7 +35,7 @@ def test_what_was_lent_is_what_the_worker_loads(in_process: bool) -> None:
 
 
 def test_a_loan_ends_with_its_context() -> None:
-    with lend(bucket().ref, in_process=True) as place:
+    with lend(bucket().buffer, in_process=True) as place:
         pass
     with pytest.raises(WeightsError, match="not lent"):
         buffer_at(place)
@@ -52,14 +52,14 @@ def test_an_empty_file_is_refused() -> None:
 @pytest.mark.parametrize("byte", [0, 19, -1])
 def test_one_changed_byte_is_seen(byte: int) -> None:
     packed = bucket()
-    packed.ref[byte] ^= 1
+    packed.buffer[byte] ^= 1
     with pytest.raises(WeightsError, match="arrived damaged"):
-        check_bucket(packed, packed.ref)
+        check_bucket(packed, packed.buffer)
 
 
 def test_a_shorter_buffer_and_another_buckets_are_refused() -> None:
     packed = bucket()
     with pytest.raises(WeightsError, match="arrived damaged"):
-        check_bucket(packed, packed.ref[:-64])
+        check_bucket(packed, packed.buffer[:-64])
     with pytest.raises(WeightsError, match="arrived damaged"):
-        check_bucket(replace(packed, checksum=packed.checksum + 1), packed.ref)
+        check_bucket(replace(packed, checksum=packed.checksum + 1), packed.buffer)

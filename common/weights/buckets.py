@@ -1,19 +1,17 @@
 """Model weights on the wire: tensors packed into byte buckets.
 
-The learner packs tensors into contiguous byte buffers of bounded size and puts each into an
-object store; a `WeightBucket` travels in its place and says where every tensor lies. Readers
-get views of the buffer, without a copy.
-
-This module knows no object store: `ref` is whatever the store gave back.
+The learner packs tensors into contiguous byte buffers of bounded size. A `WeightBucket` says where
+every tensor lies in its buffer, or in what stands for it: a reference, or a place. Readers get
+views of the buffer, without a copy.
 """
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Awaitable, Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -25,20 +23,17 @@ from common.errors import WeightsError
 _ALIGNMENT = 64
 """Bytes; every tensor starts at a multiple, so that any dtype can be viewed in place."""
 
-Scorer = Callable[[list[list[int]], list[int]], Awaitable[list[list[float]]]]
-"""Sequences and prompt lengths in, log-probabilities behind the prompts out, in nats."""
-
-Proof = Callable[[str, int, Scorer], Awaitable[None]]
-"""Given a generator's name, the version it should hold, and what asks it to score; raises
-`WeightsError` unless it scores as the learner does."""
+Buffer = npt.NDArray[np.uint8]
+B = TypeVar("B")
+C = TypeVar("C")
 
 
 @dataclass(frozen=True)
-class WeightBucket:
+class WeightBucket(Generic[B]):
     """Some tensors of one weight version. The sequences run over the bucket's tensors.
 
     Attributes:
-        ref: the stored buffer (an object reference), or the buffer itself.
+        buffer: the bytes, or what stands for them.
         names: parameter names as in a Hugging Face checkpoint.
         dtypes: torch dtype names, e.g. `bfloat16`.
         shapes: full (unsharded) shapes.
@@ -47,7 +42,7 @@ class WeightBucket:
         checksum: XXH3 of the buffer, 64 bits.
     """
 
-    ref: Any
+    buffer: B
     names: tuple[str, ...]
     dtypes: tuple[str, ...]
     shapes: tuple[tuple[int, ...], ...]
@@ -55,11 +50,16 @@ class WeightBucket:
     nbytes: int
     checksum: int
 
+    def at(self, buffer: C) -> WeightBucket[C]:
+        """Return this bucket with another buffer, or another stand-in for it."""
+        fields: dict[str, Any] = vars(self) | {"buffer": buffer}
+        return WeightBucket(**fields)
+
 
 def pack_tensors(
     tensors: Iterable[tuple[str, torch.Tensor]], bucket_bytes: int
-) -> Iterator[WeightBucket]:
-    """Buckets whose `ref` is a fresh uint8 buffer of at most `bucket_bytes`, in order.
+) -> Iterator[WeightBucket[Buffer]]:
+    """Buckets in fresh buffers of at most `bucket_bytes`, in order.
 
     A tensor larger than `bucket_bytes` has a bucket of its own. Tensors are consumed one by one.
     """
@@ -76,7 +76,7 @@ def pack_tensors(
         yield _bucket(pending, filled)
 
 
-def check_bucket(bucket: WeightBucket, buffer: npt.NDArray[np.uint8]) -> None:
+def check_bucket(bucket: WeightBucket[Any], buffer: Buffer) -> None:
     """Raise `WeightsError` when `buffer` is not what the learner packed."""
     found = xxhash.xxh3_64_intdigest(buffer.data)
     if buffer.nbytes != bucket.nbytes or found != bucket.checksum:
@@ -87,9 +87,7 @@ def check_bucket(bucket: WeightBucket, buffer: npt.NDArray[np.uint8]) -> None:
         )
 
 
-def unpack_tensors(
-    bucket: WeightBucket, buffer: npt.NDArray[np.uint8]
-) -> Iterator[tuple[str, torch.Tensor]]:
+def unpack_tensors(bucket: WeightBucket[Any], buffer: Buffer) -> Iterator[tuple[str, torch.Tensor]]:
     """(name, tensor) views of `buffer`, which may be read-only memory: do not write to them."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
@@ -108,7 +106,7 @@ def _aligned(nbytes: int) -> int:
     return -(-nbytes // _ALIGNMENT) * _ALIGNMENT
 
 
-def _bucket(tensors: list[tuple[str, torch.Tensor]], nbytes: int) -> WeightBucket:
+def _bucket(tensors: list[tuple[str, torch.Tensor]], nbytes: int) -> WeightBucket[Buffer]:
     buffer = np.empty(nbytes, dtype=np.uint8)  # what lies between tensors is never read
     target = torch.from_numpy(buffer)
     offsets = []
@@ -119,7 +117,7 @@ def _bucket(tensors: list[tuple[str, torch.Tensor]], nbytes: int) -> WeightBucke
         offsets.append(offset)
         offset += _aligned(flat.numel())
     return WeightBucket(
-        ref=buffer,
+        buffer=buffer,
         names=tuple(name for name, _ in tensors),
         dtypes=tuple(str(tensor.dtype).removeprefix("torch.") for _, tensor in tensors),
         shapes=tuple(tuple(tensor.shape) for _, tensor in tensors),
