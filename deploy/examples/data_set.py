@@ -1,4 +1,4 @@
-"""A data set of one's own: a JSON object a line, with columns of any name.
+"""A data set of your own: a JSON object on each line, with columns of any name.
 
     .venv/bin/python deploy/examples/data_set.py products.jsonl
     .venv/bin/grpo-lambda train --config deploy/configs/tiny.yaml data.source=file \
@@ -19,7 +19,7 @@ from pathlib import Path
 
 
 def rows(seed: int = 0) -> Iterator[dict[str, str]]:
-    """Every product of two numbers up to 30 once, in an order of `seed`."""
+    """Every product of two numbers up to 30, once, in an order that `seed` gives."""
     pairs = [(a, b) for a in range(1, 31) for b in range(1, 31)]
     random.Random(seed).shuffle(pairs)
     for a, b in pairs:

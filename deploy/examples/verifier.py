@@ -1,4 +1,4 @@
-"""A verifier of one's own: full reward for a right answer, less for one that talks.
+"""A verifier of your own: full reward for a right answer, less for one that talks.
 
     .venv/bin/grpo-lambda train --config deploy/configs/tiny.yaml \
         verifier.rules='[{name: deploy.examples.verifier:right_and_short, args: {limit: 12}}]'
@@ -16,7 +16,7 @@ _NUMBER = re.compile(r"-?\d+")
 
 
 def right_and_short(text: str, reference: dict[str, Any], limit: int = 12) -> float:
-    """1 for the right last number within `limit` characters, 0.5 behind them, 0 for a wrong one.
+    """1 where a short text ends with the right number, 0.5 where a long one does, else 0.
 
     Args:
         text: the completion.

@@ -23,7 +23,7 @@ class Account:
     groups: int
     tickets: int
     dispatched: int
-    """Completions asked for."""
+    """Completions that generators were asked for."""
     generated: int
     """Tokens in the trajectory log, as each group was logged."""
     completions: dict[Outcome, int]
@@ -42,7 +42,9 @@ class Account:
 
 
 def inspect_ledger(run: Path) -> int:
-    """Print the account; the exit status: 0 when it closes, or may yet because the run goes on.
+    """Print the account, and return the exit status.
+
+    It is 0 when the account closes, or may yet close because the run goes on.
 
     Raises:
         UserError: no run, or no ledger, in `run`.
@@ -81,7 +83,7 @@ def is_live(run: Path) -> bool:
 
 
 def log_problems(run: Path) -> list[str]:
-    """Groups whose tokens in the trajectory log are not those of the ledger.
+    """List groups whose tokens in the trajectory log are not those of the ledger.
 
     The ledger is read first: what is logged meanwhile is no contradiction.
     """
@@ -120,7 +122,7 @@ def describe(account: Account, live: bool) -> str:
 
 
 def account_of(path: Path) -> Account:
-    """Add a ledger up and check it. It may be written meanwhile.
+    """Add a ledger up and check it. A run may be writing it meanwhile.
 
     Raises:
         UserError: there is no ledger, or the file is not one.
@@ -130,7 +132,10 @@ def account_of(path: Path) -> Account:
 
 
 def logged_tokens(path: Path) -> dict[int, int]:
-    """Tokens by group, of the groups that are in the trajectory log. Raises as `account_of`."""
+    """Tokens of every group that is in the trajectory log, by its number.
+
+    Raises what `account_of` raises.
+    """
     with reading(path) as db:
         return dict(db.execute("SELECT group_id, tokens FROM groups WHERE tokens > 0"))
 

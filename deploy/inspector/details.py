@@ -1,4 +1,4 @@
-"""One group with all its tokens, as JSON: the trajectory log's side and the credit log's, joined.
+"""One group with all its tokens as JSON, joined from the trajectory log and the credit log.
 
 Numbers are the logged ones: float32 values in the fewest digits that give the same float32, and
 null where they are not finite (a token outside the loss, one that guidance put there).
@@ -31,7 +31,7 @@ def details(
     texts: TokenTexts | None,
     others: dict[str, Credit] | None = None,
 ) -> dict[str, Any]:
-    """The group's own facts and its completions, each with `tokens`: one list a quantity.
+    """The group's own facts and its completions. Each has `tokens`, with one list for a quantity.
 
     Args:
         batch: the group, under the trajectory schema.
@@ -59,8 +59,7 @@ def details(
 
 
 def other_credit(run: Path, group_id: int, step: int | None) -> dict[str, Credit]:
-    """A group's credit under every other rule that was asked about its step
-    (`deploy.inspector.replay`)."""
+    """A group's credit under the other rules that `deploy.inspector.replay` was asked about."""
     if step is None:
         return {}
     rules = credit_rules(run, step)
@@ -135,7 +134,7 @@ def _completion(
 
 
 def _under(given: dict[str, pa.Scalar], length: int) -> dict[str, Any]:
-    """What a rule would have given a completion."""
+    """What another rule would have given to a completion."""
     return {
         "advantage": given["advantage"].as_py(),
         "trained": given["trained"].as_py(),
@@ -147,7 +146,7 @@ def _under(given: dict[str, pa.Scalar], length: int) -> dict[str, Any]:
 
 
 def _tokenwise(values: pa.Scalar | None, length: int) -> list[float | None] | None:
-    """[T] values; None where the completion has none.
+    """[T] values, one a token; None where the completion has none.
 
     Raises:
         UserError: their number is not that of the completion's tokens.
@@ -164,7 +163,7 @@ def _tokenwise(values: pa.Scalar | None, length: int) -> list[float | None] | No
 
 
 def _shortest(values: pa.ListScalar) -> list[float | None]:
-    """[T] float32 in the fewest digits that name it, null where not finite."""
+    """[T] float32 values in the fewest digits that name them; null where not finite."""
     array = values.values.to_numpy(zero_copy_only=False).astype(np.float32)
     digits = array.astype("U16")  # NumPy prints the shortest decimal that reads back the same
     return [

@@ -1,4 +1,4 @@
-"""What the ledger knows of every group: its tokens, its step, what became of it."""
+"""The ledger's side of the inspector: tokens, step and state of every group."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ FROM groups AS g
 
 
 def read_groups(path: Path) -> pa.Table:
-    """Every group of the ledger `path` under `BOOKED`; none when there is no ledger.
+    """Every group of the ledger at `path`, under `BOOKED`. Without a ledger there is none.
 
     The state of a closed group is its outcome; of one with several, the one that is not `failed`.
 
@@ -50,7 +50,12 @@ def read_groups(path: Path) -> pa.Table:
 
 
 def read_fate(path: Path, group_id: int) -> dict[str, Any]:
-    """`outcomes` (completions and tokens by outcome), `again` and `reason` of one group."""
+    """What became of one group.
+
+    Returns:
+        `outcomes`, completions and tokens by outcome; `again`, whether its ticket is served again;
+        `reason`.
+    """
     nothing = {"outcomes": {}, "again": False, "reason": ""}
     if not path.is_file():
         return nothing

@@ -1,4 +1,4 @@
-"""What the table of groups may be asked, and the answer by Arrow compute."""
+"""Queries to the table of groups, answered by Arrow compute."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ COLUMNS: dict[Column, str] = {
     "state": "state",
     "completions": "completions",
 }
-"""A column of the page and the one of the table behind it."""
+"""The column of the Arrow table that a column of the page shows."""
 RANGES: tuple[Column, ...] = ("reward", "length", "staleness", "step")
 PAGE_SIZE, LARGEST_PAGE = 50, 500
 EXCERPT = (50, 110)
-"""Characters that a row has of a long question, of its beginning and of its end: many data sets
-begin every question with the same words."""
+"""Characters of a long question that a row shows, from its beginning and from its end. Many data
+sets begin every question with the same words."""
 
 Bound = Field(None, allow_inf_nan=False)
 
 
 class GroupQuery(BaseModel):
-    """Sort, filters and page, as in the page's address. Bounds are inclusive."""
+    """How the table is sorted, filtered and cut into pages. Bounds are inclusive."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -53,7 +53,7 @@ class GroupQuery(BaseModel):
 
 
 def select(groups: pa.Table, query: GroupQuery) -> pa.Table:
-    """The groups within every range, sorted; where the sorted value is missing, last.
+    """The groups within every range, sorted. Those without the sorted value come last.
 
     A group without a value is in no range over it. Ties are in the order of the group.
     """
@@ -76,7 +76,7 @@ def select(groups: pa.Table, query: GroupQuery) -> pa.Table:
 
 
 def rows(groups: pa.Table) -> list[dict[str, Any]]:
-    """Rows of the page's table, questions cut to an excerpt."""
+    """Rows of the page's table, with long questions cut to an excerpt."""
     shown: dict[str, Any] = {name: groups[column] for name, column in COLUMNS.items()}
     shown["scored"] = groups["scored"]
     shown["logged"] = pc.is_valid(groups["segment"])
@@ -92,5 +92,5 @@ def _excerpt(text: str | None) -> str | None:
 
 
 def page_of(groups: pa.Table, query: GroupQuery) -> pa.Table:
-    """The rows of one page; none behind the last."""
+    """The rows of one page. Pages behind the last have none."""
     return groups.slice((query.page - 1) * query.size, query.size)

@@ -1,4 +1,4 @@
-"""`grpo-lambda replay RUN --step N`: a learner step computed again, from the log and a checkpoint.
+"""`grpo-lambda replay RUN --step N` computes a learner step again, from the log and a checkpoint.
 
 The policy before step N is that of the newest checkpoint behind it, trained on through the steps
 between from the trajectory log. On the machine of the run, with as many threads, every number comes
@@ -44,7 +44,7 @@ Batches = list[pa.RecordBatch]
 
 @dataclass(frozen=True)
 class Difference:
-    """A number of the record that the replay did not give."""
+    """A number on record that came out differently in the replay."""
 
     name: str
     recorded: float
@@ -60,30 +60,30 @@ class Difference:
 
 @dataclass(frozen=True)
 class Replay:
-    """A step, again."""
+    """One learner step computed again, compared with the record of the run."""
 
     step: int
     from_step: int
-    """The checkpoint it began from."""
+    """Step of the checkpoint that the replay began from."""
     ranks: int
-    """How many the run had; the replay has one."""
+    """Learner ranks of the run. The replay has one."""
     metrics: dict[str, float]
     compared: int
     """Numbers of the record that were compared."""
     differences: list[Difference]
     credit: pa.Table
-    other: Other | None
+    other: OtherRule | None
 
 
 @dataclass(frozen=True)
-class Other:
-    """What another rule would have done."""
+class OtherRule:
+    """What another credit rule would have done with the same completions."""
 
     name: str
     metrics: dict[str, float]
     credit: pa.Table
     logged: Path
-    """Where its credit was written, beside that of the run."""
+    """The file with this rule's credit, beside that of the run."""
 
 
 def replay(run: Path, step: int, other: tuple[str, Config] | None = None) -> Replay:
@@ -146,7 +146,7 @@ def other_rule(run: Path, overrides: Sequence[str], recipes: Path) -> tuple[str,
 
 
 def step_batches(run: Path, steps: Sequence[int]) -> dict[int, Batches]:
-    """The groups of each step, in the learner's order.
+    """The groups of each step, in the order in which the learner took them.
 
     Raises:
         UserError: a step was not trained, or a group of it is not in the trajectory log.
@@ -173,7 +173,7 @@ def step_batches(run: Path, steps: Sequence[int]) -> dict[int, Batches]:
 
 
 def _place(batch: pa.RecordBatch) -> tuple[int, int]:
-    """The order in which the learner takes groups (`common.budget`)."""
+    """Sorting key for the order in which the learner takes groups (`common.budget`)."""
     first = {name: batch.column(name)[0].as_py() for name in ("dispatch_version", "ticket")}
     return first["dispatch_version"], first["ticket"]
 
@@ -229,7 +229,7 @@ def _judge(
     run: Path,
     step: int,
     other: tuple[str, Config],
-) -> Other:
+) -> OtherRule:
     name, config = other
     length = config.generator.max_completion_tokens
     recipe = Recipe(config.algorithm, config.correction_kind, length)
@@ -237,7 +237,7 @@ def _judge(
     metrics = replace(trainer, recipe=recipe).probe(batch, sheet)
     credit = _table(sheet, step, groups)
     write_credit(run, step, credit.combine_chunks().to_batches()[0], name)
-    return Other(name, metrics, credit, credit_path(run, step, name))
+    return OtherRule(name, metrics, credit, credit_path(run, step, name))
 
 
 def _table(sheet: CreditSheet, step: int, groups: Batches) -> pa.Table:
@@ -249,7 +249,7 @@ def _table(sheet: CreditSheet, step: int, groups: Batches) -> pa.Table:
 def _pairs(
     record: Mapping[str, float], found: Mapping[str, float]
 ) -> dict[str, tuple[float, float]]:
-    """What both have; a record's null was not finite."""
+    """Pairs of numbers that both have. A null on record was not finite."""
     return {
         name: (math.nan if record[name] is None else record[name], value)
         for name, value in found.items()
@@ -258,7 +258,7 @@ def _pairs(
 
 
 def _credit_pairs(recorded: pa.Table, found: pa.Table) -> dict[str, tuple[float, float]]:
-    """Per column of the credit log the first pair of numbers that differ, else any."""
+    """A pair of numbers for each column of the credit log: the first that differs, if any does."""
     pairs = {}
     for name in ("reward", "advantage", "token_weight", "trace_weights", "advantages", "logprobs"):
         mine, theirs = (_numbers(table.column(name)) for table in (recorded, found))

@@ -22,12 +22,16 @@ _METRICS = (
 
 
 def describe(replay: Replay, rule: str) -> str:
-    """`rule`: what the run's own credit rule is called."""
+    """The text that `grpo-lambda replay` prints.
+
+    Args:
+        rule: name of the run's own credit rule.
+    """
     return "\n".join([*_verdict(replay), *_comparison(replay, rule)])
 
 
 def name_of(run: Path) -> str:
-    """The run's recipe, as it was named."""
+    """Name of the run's recipe."""
     return Path(run_config(run).recipe or "the run").stem
 
 
@@ -85,7 +89,7 @@ def early_share(table: pa.Table) -> float:
 
 
 def cosine(mine: pa.Table, theirs: pa.Table) -> float:
-    """Between the advantages that two rules give all tokens; a rule without credit gives 0."""
+    """Cosine between the advantages of all tokens under two rules. Without credit it is 0."""
     products = np.zeros(3)
     for a, b in zip(_rows(mine), _rows(theirs), strict=True):
         if a is None and b is None:

@@ -1,4 +1,4 @@
-"""A run directory as the inspector sees it: one state at a time, renewed when a file changed."""
+"""A run directory as the inspector sees it: one state, read again when a file has changed."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ from deploy.run.directory import LEDGER
 METRICS = "metrics.jsonl"
 NOT_LOGGED = "the trajectory log does not have this group: it was not, or not yet, verified"
 SEARCH_S = 2.0
-"""How long one request may search texts; what is left is searched by the next."""
+"""Time for one request to search texts, in seconds. The next request goes on from there."""
 _SEARCHES = 8
-"""Searches that are remembered."""
+"""How many searches are remembered."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class RunData:
         self.state = self._read(self._signature())
 
     def refresh(self) -> State:
-        """The state now; read again only when a file changed."""
+        """The present state. It is read again only when a file has changed."""
         with self._lock:
             signature = self._signature()
             if signature != self.state.version:
@@ -79,7 +79,7 @@ class RunData:
             return self.state
 
     def facts(self) -> dict[str, Any]:
-        """What the page's head says of the run."""
+        """Facts of the run for the head of the page."""
         state = self.state
         groups = state.groups
         logged = groups.filter(pc.is_valid(groups["segment"]))
@@ -97,7 +97,7 @@ class RunData:
         }
 
     def series(self, keys: list[str]) -> dict[str, list[list[float | None]]]:
-        """[[step, value], ...] by key, where the key stands in the record. Unknown keys: empty."""
+        """The curve of each metric as [[step, value], ...]. An unknown metric has an empty one."""
         return {
             key: [[record["step"], record[key]] for record in self.state.metrics if key in record]
             for key in keys
@@ -118,7 +118,7 @@ class RunData:
         return {"total": groups.num_rows, "searched": searched, "rows": rows(page)}
 
     def group(self, group_id: int) -> dict[str, Any] | None:
-        """A group with all its tokens; None when neither log nor ledger has it."""
+        """One group with all its tokens; None when neither log nor ledger has it."""
         groups = self.state.groups
         place = pc.index(groups["group_id"], group_id).as_py()
         if place < 0:
@@ -140,14 +140,14 @@ class RunData:
         return summary | fate | {"note": note} | details(batch, credit, texts, others)
 
     def _tokenizer(self) -> TokenTexts | None:
-        """Asked for again while there is none: the first checkpoint brings one."""
+        """The tokenizer, looked for again until the first checkpoint brings one."""
         if self._texts is None:
             model = OmegaConf.select(OmegaConf.create(self.config), "model.path")
             self._texts, self._texts_from = load_tokenizer(self.run, str(model))
         return self._texts
 
     def _notes(self) -> list[str]:
-        """What is missing, in words."""
+        """Sentences about what this run lacks."""
         with self._lock:
             missing = self._tokenizer() is None
         notes = [f"Tokens are shown by their ids: {self._texts_from}."] if missing else []
@@ -168,7 +168,7 @@ class RunData:
             return search.go_on(self._log, SEARCH_S)
 
     def _signature(self) -> str:
-        """Of the sizes and times of all files that count, and of whether the run goes on."""
+        """Digest of the sizes and times of all files that count, and of whether the run goes on."""
         names = [METRICS, LEDGER, f"{LEDGER}-wal", CREDIT]
         paths = [self.run / name for name in names]
         paths += sorted((self.run / "trajectories").glob("segment-*.arrow"))
@@ -193,7 +193,7 @@ class RunData:
 
 
 class _Search:
-    """A text looked for segment by segment, the newest first; goes on where it stopped."""
+    """A search for a text, segment by segment, the newest first. It goes on where it stopped."""
 
     def __init__(self, text: str) -> None:
         self._text = text
@@ -201,7 +201,7 @@ class _Search:
         self._found: dict[int, list[npt.NDArray[np.int64]]] = {}
 
     def go_on(self, log: LogIndex, seconds: float) -> tuple[npt.NDArray[np.int64], float]:
-        """(ids of groups found so far, share of the log that was searched).
+        """Search on; returns the ids of all groups found so far and the share of the log searched.
 
         At least one segment is searched, however long that takes: it has a bounded size.
         """

@@ -1,4 +1,4 @@
-"""The trajectory log's groups without their tokens: scalar columns alone, by column.
+"""An index of the groups in the trajectory log, made from its scalar columns alone.
 
 A closed segment is indexed from its Parquet twin; one that has none yet from its Arrow stream,
 from where the last look ended. Lengths are not read here: Parquet has the length of a list only in
@@ -52,7 +52,7 @@ INDEX = pa.schema(
 
 
 class Segment:
-    """One segment: `groups` has a row per whole group, under `INDEX`, in the order of the log."""
+    """One segment of the log. `groups` has a row for each whole group in it, under `INDEX`."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -64,7 +64,7 @@ class Segment:
         self._has_twin = False
 
     def refresh(self) -> bool:
-        """Take in what was appended since; whether there was anything.
+        """Read what was appended since the last time; returns whether there was anything.
 
         Raises:
             UserError: another release wrote the segment.
@@ -135,7 +135,7 @@ class Segment:
             return file.read(columns)
 
     def _new_batches(self) -> Iterator[pa.RecordBatch]:
-        """Whole batches behind those that were read; a torn tail ends them, for this time."""
+        """Whole batches behind those that were read. A torn tail ends them for this time."""
         with pa.memory_map(str(self.path)) as source:
             source.seek(self._end)
             try:
@@ -162,7 +162,10 @@ class LogIndex:
         self.segments: list[Segment] = []
 
     def refresh(self) -> None:
-        """Take in new segments and what was appended. Raises as `Segment.refresh`."""
+        """Read new segments, and what was appended to the others.
+
+        Raises what `Segment.refresh` raises.
+        """
         known = {segment.path for segment in self.segments}
         self.segments += [Segment(path) for path in segments(self._folder) if path not in known]
         for segment in self.segments:
@@ -188,7 +191,7 @@ def _check(schema: pa.Schema, path: Path) -> None:
 
 
 def _index(rows: pa.Table) -> pa.Table:
-    """One row a group from one row a completion; a group's completions follow each other."""
+    """Rows of groups from rows of completions. Those of a group follow each other."""
     ids = rows["group_id"].to_numpy()
     starts = np.concatenate([[0], np.flatnonzero(np.diff(ids)) + 1]) if len(ids) else np.arange(0)
     place = np.repeat(np.arange(len(starts)), np.diff([*starts, len(ids)]))

@@ -1,4 +1,4 @@
-"""The inspector's page and its data, on loopback alone.
+"""The inspector's server: the page and its data, on the loopback address alone.
 
     GET /                    the page; its parts under /static/
     GET /api/run             facts of the run, with its version as ETag: a poll costs nothing
@@ -46,7 +46,7 @@ _LARGEST_PORT = 65_535
 
 
 def build_app(data: RunData) -> FastAPI:
-    """The server of one run."""
+    """The web application that shows one run."""
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     app.mount("/static", StaticFiles(directory=STATIC))
     _add_errors(app)
@@ -112,7 +112,7 @@ def _error(status: int, message: str) -> JSONResponse:
 
 
 def serve(run: Path, port: int) -> None:
-    """Serve the page until Ctrl-C; prints its address.
+    """Print the page's address and serve it until Ctrl-C.
 
     Args:
         run: run directory.

@@ -23,7 +23,7 @@ from deploy.inspector.run_data import RunData
 
 STATIC = Path(__file__).resolve().parent / "static"
 STEPS, GROUPS, POINTS = 20, 200, 2000
-"""Bounds of the sample: newest steps, groups of those, points of a curve."""
+"""Bounds of the sample: the newest steps, their groups, and the points of a curve."""
 
 _IMPORT = re.compile(r'^import \{[^}]*\} from "\./([\w-]+\.js)";\n', re.MULTILINE)
 _EXPORT = re.compile(r"^export ", re.MULTILINE)
@@ -47,7 +47,7 @@ def write_html(run: Path, file: Path, steps: int = STEPS, groups: int = GROUPS) 
 
 
 def sample(data: RunData, steps: int, groups: int) -> dict[str, Any]:
-    """What the file embeds: facts, curves, rows of the table and the groups behind them."""
+    """The data that the file embeds: facts, curves, rows of the table, and their groups."""
     facts = data.facts()
     chosen = newest(data.state.groups, steps, groups)
     details = [data.group(group_id) for group_id in chosen["group_id"].to_pylist()]
@@ -78,7 +78,7 @@ def newest(table: pa.Table, steps: int, groups: int) -> pa.Table:
 
 
 def single_file(embedded: dict[str, Any]) -> str:
-    """The HTML text. Its security policy lets exactly its own script and style run."""
+    """The HTML text. Its security policy allows its own script and style, and nothing else."""
     style = (STATIC / "style.css").read_text(encoding="utf-8")
     script = bundle("main.js")
     policy = (
@@ -100,7 +100,7 @@ def single_file(embedded: dict[str, Any]) -> str:
 
 
 def as_inert_json(value: Any) -> str:
-    """JSON that no HTML parser sees markup in: `<`, `>` and `&` as escapes, all else ASCII."""
+    """JSON in which no HTML parser sees markup: ASCII, with `<`, `>` and `&` as escapes."""
     text = json.dumps(value, allow_nan=False, separators=(",", ":"))
     for sign in "<>&":
         text = text.replace(sign, f"\\u{ord(sign):04x}")
@@ -108,7 +108,7 @@ def as_inert_json(value: Any) -> str:
 
 
 def bundle(entry: str) -> str:
-    """All modules that `entry` imports, and itself, as one script."""
+    """One script out of `entry` and all modules that it imports."""
     order: list[str] = []
 
     def visit(name: str) -> None:

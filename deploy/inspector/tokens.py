@@ -1,4 +1,4 @@
-"""Texts of single tokens, by the tokenizer the run itself has.
+"""The text of single tokens, by the tokenizer of the run itself.
 
 `tokenizer.json` is looked for in the newest checkpoint, then where the configuration's model is:
 its folder, the folder of built models, the hub's cache. Nothing is downloaded, built or run.
@@ -15,15 +15,15 @@ from deploy.models.resolve import BUILTIN, cache_folder
 
 FILE = "tokenizer.json"
 REPLACEMENT = "\ufffd"
-"""What a decoder gives for bytes that are not a whole character."""
+"""The sign that a decoder gives for bytes that are no whole character."""
 _LONGEST_CHARACTER = 4
-"""Bytes of UTF-8, hence tokens, that one character may take."""
+"""The most bytes of UTF-8, and so the most tokens, that one character takes."""
 _WORD_START = "\u2581"
 """SentencePiece's mark of a leading space, which decoding a token alone drops."""
 
 
 class Decoder(Protocol):
-    """The part of `tokenizers.Tokenizer` that is needed here."""
+    """The methods of `tokenizers.Tokenizer` that are used here."""
 
     def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str: ...
 
@@ -33,17 +33,19 @@ class Decoder(Protocol):
 
 
 class TokenTexts:
-    """Texts of tokens, each remembered."""
+    """Looks up the text of tokens, and remembers it."""
 
     def __init__(self, tokenizer: Decoder) -> None:
         self._tokenizer = tokenizer
         self._alone: dict[int, str] = {}
         self._replacement = tokenizer.encode(REPLACEMENT, add_special_tokens=False).ids
-        """A text may hold U+FFFD itself, which decodes as bytes that make up nothing do."""
+        """Tokens of U+FFFD. A text may hold it, and it decodes like bytes that make up nothing."""
 
     def texts(self, ids: list[int]) -> list[str]:
-        """A text for each token. A character that several tokens make up stands at the first,
-        and the others have none; bytes that make up no character are U+FFFD.
+        """A text for each token.
+
+        A character that several tokens make up stands at the first of them, and the others have
+        an empty text. Bytes that make up no character are U+FFFD.
         """
         texts = [self._text(token) for token in ids]
         start = 0
@@ -58,7 +60,7 @@ class TokenTexts:
         return texts
 
     def _character(self, ids: list[int], texts: list[str], start: int) -> int | None:
-        """Where the tokens end that from `start` on make up whole characters."""
+        """End of the shortest span from `start` whose tokens make up whole characters."""
         itself = start + len(self._replacement)
         if self._replacement and ids[start:itself] == self._replacement:
             return itself

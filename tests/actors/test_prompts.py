@@ -1,4 +1,4 @@
-"""Data that are wrong, templates, the split, and a cursor that loses and repeats nothing."""
+"""Prompts: wrong data, templates, the split, and a cursor that loses and repeats nothing."""
 
 from __future__ import annotations
 

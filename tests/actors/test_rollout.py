@@ -1,4 +1,4 @@
-"""What becomes of a group: trained on, filtered or abandoned; the slot of a dropped one is free."""
+"""A group is trained on, filtered or abandoned, and a dropped one frees its slot."""
 
 from __future__ import annotations
 

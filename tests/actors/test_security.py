@@ -1,4 +1,4 @@
-"""What the sources must not do: load code from data, open doors, run shells."""
+"""The sources load no code from data, listen on no outside address, and run no shell."""
 
 from __future__ import annotations
 

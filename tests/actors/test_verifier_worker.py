@@ -1,4 +1,4 @@
-"""Rollout batches in, trajectory batches out."""
+"""The verifier worker: it takes rollout batches and gives trajectory batches."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Signs of life: all are asked, in turns of their own, and silence is an error."""
+"""Signs of life: every process is asked in its own time, and silence is an error."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Weights on the last stretch: lent by name or by file, and what the worker refuses."""
+"""How a generator lends weights to its worker, by name or by file, and what the worker refuses."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the tests of deploy/ share."""
+"""Fixtures that the tests of deploy/ share."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Copies of a run on another file system: what a resume there finds."""
+"""Copies of a run on another file system, and what a resume finds there."""
 
 from __future__ import annotations
 

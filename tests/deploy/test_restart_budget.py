@@ -1,4 +1,4 @@
-"""RestartBudget: which errors they answer, how long they wait, and when they stop."""
+"""The budget of restarts: which errors are worth one, how long a run waits, and when it stops."""
 
 from __future__ import annotations
 

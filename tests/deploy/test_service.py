@@ -1,4 +1,4 @@
-"""What is refused before any process starts."""
+"""Settings that are refused before any process starts."""
 
 from __future__ import annotations
 

@@ -1,5 +1,7 @@
-"""Hours of murder: a run of the tiny preset whose processes, the first of them included, are killed
-or stopped at random, again and again; then it ends its work, and the account must close.
+"""A long run whose processes are killed or stopped at random, again and again.
+
+The first process, the coordinator, is among them. At the end the run finishes its work, and the
+account must close.
 
     make soak ARGS='--minutes 20'
 

@@ -1,4 +1,4 @@
-"""What the tests on real Ray share."""
+"""Fixtures that the tests on real Ray share."""
 
 from __future__ import annotations
 

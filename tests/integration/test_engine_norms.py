@@ -1,4 +1,4 @@
-"""Which norms a real engine on CPU runs."""
+"""A real engine on CPU runs the compiled norms."""
 
 from __future__ import annotations
 
