@@ -39,7 +39,8 @@ from common.errors import RunError, UserError, VerifierError
 from common.record.schema import ERROR, TIMEOUT
 
 MAX_PROCESSES = 32
-"""Of a rule, at one time. The kernel's own limit counts a whole user's, and not root's."""
+"""How many processes a rule may hold at one time. The kernel's own limit is no help here. It counts
+those of a whole user, and none of root's."""
 START_TIMEOUT_S = 120.0
 _HAND_OVER_TIMEOUT_S = 30.0
 _HAND_OVERS = 3
