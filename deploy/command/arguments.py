@@ -11,7 +11,10 @@ Verbs: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Options and `key=value` in any order, which argparse alone does not take."""
+    """Read the words of a command line: options and `key=value`, in any order.
+
+    argparse alone does not take the two mixed.
+    """
     every = parser()
     options, rest = every.parse_known_args(arguments)
     if wrong := [word for word in rest if word.startswith("-") or "overrides" not in options]:
@@ -38,8 +41,12 @@ def parser() -> argparse.ArgumentParser:
         )
         sub.add_argument("overrides", nargs="*", metavar="key=value", help="configuration keys")
         if verb == "plan":
-            sub.add_argument("--lengths", type=Path, help="a run whose lengths a prediction takes")
-            sub.add_argument("--costs", type=Path, help="JSON of measured costs to predict with")
+            sub.add_argument(
+                "--lengths", type=Path, help="run whose lengths of completions the prediction takes"
+            )
+            sub.add_argument(
+                "--costs", type=Path, help="JSON file with measured costs to predict with"
+            )
     _add_inspect(verbs)
     _add_replay(verbs)
     _add_eval(verbs)
@@ -60,12 +67,12 @@ def _add_inspect(verbs: Verbs) -> None:
         action="store_true",
         help="print what became of every completion; fails when the account does not close",
     )
-    sub.add_argument("--port", type=int, help="of the page, on loopback; 0 takes a free one")
+    sub.add_argument("--port", type=int, help="port of the page, on loopback; 0 takes a free one")
     sub.add_argument(
         "--html", type=Path, metavar="FILE", help="write the page and a sample into one file"
     )
-    sub.add_argument("--steps", type=int, help="with --html: of the newest N steps")
-    sub.add_argument("--groups", type=int, help="with --html: at most N groups")
+    sub.add_argument("--steps", type=int, help="with --html: take the newest N steps")
+    sub.add_argument("--groups", type=int, help="with --html: take at most N groups")
 
 
 def _add_replay(verbs: Verbs) -> None:
@@ -85,13 +92,20 @@ def _add_eval(verbs: Verbs) -> None:
     sub.add_argument("model", metavar="MODEL", help="folder, hub name, or builtin:NAME")
     sub.add_argument("overrides", nargs="*", metavar="key=value", help="configuration keys")
     sub.add_argument(
-        "--suite", action="append", required=True, help="of deploy/configs/suites, or a YAML file"
+        "--suite",
+        action="append",
+        required=True,
+        help="name in deploy/configs/suites, or a YAML file",
     )
-    sub.add_argument("--samples", type=int, help="a problem (default: the suite's; 1 is greedy)")
-    sub.add_argument("--temperature", type=float, help="(default: the suite's)")
-    sub.add_argument("--max-tokens", type=int, help="of an answer (default: the suite's)")
-    sub.add_argument("--limit", type=int, help="only so many problems, the first ones")
+    sub.add_argument(
+        "--samples", type=int, help="samples of each problem (default: the suite's; 1 is greedy)"
+    )
+    sub.add_argument("--temperature", type=float, help="of sampling (default: the suite's)")
+    sub.add_argument("--max-tokens", type=int, help="longest answer (default: the suite's)")
+    sub.add_argument("--limit", type=int, help="take the first N problems only")
     sub.add_argument("--data", help="a .jsonl or .parquet file in place of the hub's data set")
     sub.add_argument(
-        "--out", type=Path, help="folder (default: runs/eval-MODEL-SUITE; of several, their parent)"
+        "--out",
+        type=Path,
+        help="folder for results (default: runs/eval-MODEL-SUITE; of several suites, their parent)",
     )

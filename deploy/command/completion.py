@@ -1,8 +1,8 @@
 """`grpo-lambda completion SHELL`: a script that completes verbs, options, keys and their values.
 
 The words are written into the script, so that completing starts no Python process. They come from
-the parser, the configuration's dataclasses and the folders of presets and recipes; argparse
-libraries (shtab, argcomplete) know nothing of `key=value`, which is nearly all there is to type.
+the parser, the configuration's dataclasses and the folders of presets and recipes. Libraries for
+argparse (shtab, argcomplete) know nothing of `key=value`, which is nearly all there is to type.
 """
 
 from __future__ import annotations
@@ -10,11 +10,10 @@ from __future__ import annotations
 import argparse
 import shlex
 from collections.abc import Iterator
-from dataclasses import fields, is_dataclass
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin
 
+from common.config.keys import hints_of_keys
 from common.config.names import names_in
-from common.config.sections import Config
 from deploy.command.presets import CONFIGS, RECIPES, described
 
 _FILES = ("data.path", "data.eval_path", "model.path", "resume", "runs_dir")
@@ -22,12 +21,12 @@ _FILES = ("data.path", "data.eval_path", "model.path", "resume", "runs_dir")
 
 
 def script(shell: str, parser: argparse.ArgumentParser) -> str:
-    """The script for bash, zsh or fish."""
+    """Make the script for `shell`: bash, zsh or fish."""
     return {"bash": _bash, "zsh": _zsh, "fish": _fish}[shell](_Words(parser))
 
 
 class _Words:
-    """What there is to complete."""
+    """All words that can be completed, by kind."""
 
     def __init__(self, parser: argparse.ArgumentParser) -> None:
         (actions,) = (a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
@@ -35,7 +34,7 @@ class _Words:
         self.options = {name: list(_options(sub)) for name, sub in actions.choices.items()}
         self.shells = ["bash", "zsh", "fish"]
         self.presets = [str(entry.path) for entry in described(CONFIGS)]
-        self.keys: dict[str, list[str]] = dict(keys_of(Config))
+        self.keys = {key: values_of(hint) for key, hint in hints_of_keys()}
         self.keys["recipe"] = [entry.name for entry in described(RECIPES)]
 
 
@@ -44,25 +43,22 @@ def _options(parser: argparse.ArgumentParser) -> Iterator[str]:
         yield from (option for option in action.option_strings if option.startswith("--"))
 
 
-def keys_of(cls: type, prefix: str = "") -> Iterator[tuple[str, list[str]]]:
-    """Every key with the values that its type lists: of a Literal, true and false, or of rules."""
-    hints = get_type_hints(cls, include_extras=True)
-    for field in fields(cls):
-        hint: Any = hints[field.name]
-        name = f"{prefix}{field.name}"
-        if names := names_in(hint):
-            yield name, list(names)
-        elif is_dataclass(hint):
-            assert isinstance(hint, type)
-            yield from keys_of(hint, f"{name}.")
-        elif get_origin(hint) is Literal:
-            yield name, list(get_args(hint))
-        else:
-            yield name, ["true", "false"] if hint is bool else []
+def values_of(hint: Any) -> list[str]:
+    """The values that a type lists: those of a Literal, names of rules, true and false.
+
+    A key that may also be left out takes `null`.
+    """
+    if names := names_in(hint):
+        return list(names)
+    if get_origin(hint) is Literal:
+        return list(get_args(hint))
+    if hint is bool:
+        return ["true", "false"]
+    return ["null"] if type(None) in get_args(hint) else []
 
 
 def _cases(words: _Words, row: str) -> str:
-    """A line of a shell's `case` for every key that has values."""
+    """Lines for a shell's `case`, one for every key that has values."""
     return "\n".join(
         row.format(key=key, values=" ".join(values)) for key, values in words.keys.items() if values
     )

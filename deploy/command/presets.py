@@ -23,7 +23,7 @@ DEFAULT = "smollm2"
 
 @dataclass(frozen=True)
 class Described:
-    """A YAML file and its first line."""
+    """A YAML file that says in its first line what it is."""
 
     name: str
     path: Path
@@ -31,7 +31,7 @@ class Described:
 
 
 def described(folder: Path) -> list[Described]:
-    """The YAML files of `folder` by name."""
+    """List the YAML files of `folder`, by name."""
     return [
         Described(path.stem, path, path.open(encoding="utf-8").readline().lstrip("# ").rstrip())
         for path in sorted(folder.glob("*.yaml"))
@@ -39,7 +39,7 @@ def described(folder: Path) -> list[Described]:
 
 
 def listing() -> str:
-    """Every recipe and preset with its line."""
+    """List all recipes and presets as text, a line each."""
     lines = []
     for title, folder in (
         ("Recipes (recipe=NAME)", RECIPES),
@@ -52,7 +52,7 @@ def listing() -> str:
 
 
 def choose(ask: Callable[[str], str] = input, say: Callable[[str], None] = print) -> Path:
-    """Let a person choose a preset by its number; Enter takes the default.
+    """Ask a person for a preset by its number; Enter takes the default.
 
     Raises:
         UserError: the input ended.
@@ -73,7 +73,11 @@ def choose(ask: Callable[[str], str] = input, say: Callable[[str], None] = print
 
 
 def load(path: Path | None, overrides: Sequence[str]) -> Config:
-    """The checked configuration of a file, or of the run that `resume=` names.
+    """Read and check the configuration of a file, or of the run that `resume=` names.
+
+    Args:
+        path: a YAML file; None is the default preset, or the run's own file.
+        overrides: `key=value`, as on the command line.
 
     Raises:
         UserError: wrong input, with the key and the remedy.
@@ -82,7 +86,7 @@ def load(path: Path | None, overrides: Sequence[str]) -> Config:
 
 
 def load_with_origins(path: Path | None, overrides: Sequence[str]) -> Loaded:
-    """The configuration of `load`, and which layer each of its values came from.
+    """Read and check as `load` does, and say which layer each value came from.
 
     Raises:
         UserError: wrong input, with the key and the remedy.

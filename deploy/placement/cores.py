@@ -1,4 +1,4 @@
-"""The cores of this machine that a run may have: by number, by neighbourhood and by quota."""
+"""Cores of this machine that a run may have: which, in what order, and for how much time."""
 
 from __future__ import annotations
 
@@ -9,14 +9,16 @@ _ROOT = Path("/")
 
 
 def available_cores(root: Path = _ROOT) -> list[int]:
-    """Cores this process may run on; hardware threads of one physical core follow each other, so
-    that halves of the list share none."""
+    """Numbers of the cores that this process may run on.
+
+    Hardware threads of one physical core follow each other, so halves of the list share none.
+    """
     allowed = os.sched_getaffinity(0)
     return sorted(allowed, key=lambda core: (_physical(core, root), core))
 
 
 def _physical(core: int, root: Path) -> int:
-    """The lowest number among the hardware threads of its physical core."""
+    """Number of a physical core: the lowest among its hardware threads."""
     path = root / f"sys/devices/system/cpu/cpu{core}/topology/thread_siblings_list"
     try:
         return int(path.read_text().replace(",", "-").split("-")[0])
@@ -25,7 +27,7 @@ def _physical(core: int, root: Path) -> int:
 
 
 def core_quota(root: Path = _ROOT) -> int | None:
-    """Whole cores' worth of time that this process's control groups give it; None: no limit.
+    """Core time that this process's control groups give it, in whole cores; None is no limit.
 
     `docker --cpus` and Kubernetes' limits set one: all cores are there, but not all the time.
     """
@@ -34,7 +36,7 @@ def core_quota(root: Path = _ROOT) -> int | None:
 
 
 def _limits_v2(root: Path) -> list[float]:
-    """Of the group and of all around it, in cores."""
+    """Limits of this process's group and of all groups around it, in cores."""
     top = root / "sys/fs/cgroup"
     lines = (_text(root / "proc/self/cgroup") or "").splitlines()
     inside = next((line[3:].strip("/") for line in lines if line.startswith("0::")), "")

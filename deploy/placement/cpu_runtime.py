@@ -1,4 +1,4 @@
-"""Libraries that make vLLM fast on CPU, when they are there."""
+"""Libraries that make vLLM faster on a CPU, where they are installed."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from pathlib import Path
 
 _SYSTEM_FOLDERS = ("/usr/lib", "/usr/lib64", "/usr/local/lib", "/lib")
 _ALLOCATORS = ("libtcmalloc_minimal.so*", "libtcmalloc.so*")
-"""The first without the heap profiler, which nothing here uses."""
+"""Files of tcmalloc; the first has no heap profiler, which nothing here uses."""
 
 
 def preload_libraries(folders: Sequence[str] = _SYSTEM_FOLDERS) -> list[str]:
-    """Paths for LD_PRELOAD: the allocator tcmalloc, where it is installed.
+    """Find what to put into LD_PRELOAD: the allocator tcmalloc, where it is installed.
 
     Intel's OpenMP, which vLLM's CPU package brings, is left out: it gave the same speed here, and
     leaves a file in shared memory behind for every process that is killed.

@@ -1,4 +1,4 @@
-"""How much memory a run needs, estimated before anything starts.
+"""Memory that a run needs, estimated before anything starts.
 
     learner, all ranks   float32 weights and gradients and what the optimiser keeps, which makes 16
                          bytes a parameter with AdamW's two moments; plus the gathered compute copy,
@@ -29,12 +29,12 @@ from learner.training.optimizer import state_bytes
 GIB = 2**30
 _FLOAT32 = 4
 _PROCESS_BYTES = {"learner": 0.5 * GIB, "generator": 1.5 * GIB, "others": 1.5 * GIB}
-"""Allowance for the imports, rounded up from process listings; not measured with care."""
+"""Bytes of the libraries a process imports, rounded up from process listings."""
 
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes, by what needs them, on a machine that holds the whole run."""
+    """Memory in bytes, by what needs it, on a machine that holds the whole run."""
 
     parameters: int
     learner: float
@@ -48,7 +48,7 @@ class MemoryEstimate:
         return self.learner + self.checkpoint + self.generators + self.transfer + self.others
 
     def lines(self) -> list[str]:
-        """For people."""
+        """The estimate as lines of text, in GiB."""
         rows = {
             "learner": self.learner,
             "checkpoint": self.checkpoint,
@@ -61,7 +61,7 @@ class MemoryEstimate:
 
 
 def estimate(config: Config, parameters: int) -> MemoryEstimate:
-    """Memory of a run on the CPU with a model of `parameters`."""
+    """Estimate the memory of a run on a CPU with a model of `parameters`."""
     width = 2 if config.model.dtype == "bfloat16" else 4
     ranks, generators = config.learner.ranks, config.generator.count
     compute = parameters * width
@@ -82,7 +82,7 @@ def estimate(config: Config, parameters: int) -> MemoryEstimate:
 
 
 def count_parameters(folder: Path) -> int:
-    """Parameters of a model folder, from the headers of its safetensors files."""
+    """Count the parameters of a model folder, from the headers of its safetensors files."""
     total = 0
     for path in folder.glob("*.safetensors"):
         with path.open("rb") as file:
@@ -96,7 +96,7 @@ def count_parameters(folder: Path) -> int:
 
 
 def available_bytes() -> int:
-    """Memory that can be had without swapping (Linux); 0 where that is not known."""
+    """Bytes that can be had without swapping (Linux); 0 where that is not known."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:

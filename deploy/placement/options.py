@@ -1,12 +1,13 @@
-"""Who runs where: cores on a CPU machine, Ray resources everywhere.
+"""Cores and Ray resources of every actor.
 
-With `max_staleness: 0` generator and learner take turns, so each may use every core. With
-asynchronous operation both work at once: from four cores on they get disjoint sets, so that they
-never fight for one by accident. On fewer, the cores are one shared resource: both use all of them,
-their threads sleep instead of spinning while they wait, and the operating system divides the time.
-On two cores, SmolLM2, a step took 10.4 s that way, 12.4 s in turns, about 15 s with a core each,
-because the learner has twice the work (AVX-512, means of four steps, one run each); with AVX2 alone
-28, 38 and 32 s (medians of four steps, one run each, on a noisy machine).
+With `max_staleness: 0` generators and learner take turns, so each may use every core. Otherwise
+both work at once. From four cores on they get disjoint ones, so that they never fight for one. On
+fewer both use all of them. Threads sleep while they wait instead of spinning, and the operating
+system divides the time.
+
+SmolLM2 on two cores: a step took 10.4 s with shared cores, 12.4 s in turns, about 15 s with a core
+each, because the learner has twice the work (AVX-512, means of four steps, one run each). With AVX2
+it took 28, 38 and 32 s (medians of four steps, one run each, on a noisy machine).
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from deploy.placement.cores import available_cores, core_quota
 MIB = 2**20
 _FEWEST_TO_DIVIDE = 4
 _CLUSTER_THREADS = 4
-"""Of an actor on a cluster, unless the configuration says more: its work is on a GPU there."""
+"""CPU threads of an actor on a cluster, where its work is on a GPU."""
 LOG_OPTIONS: dict[str, object] = {"num_cpus": 0.1}
 
 
@@ -41,10 +42,10 @@ class CorePlan:
 
 
 def plan_here(config: Config, preload: list[str]) -> CorePlan:
-    """`plan_cores` on this machine.
+    """Divide the cores of this machine, as `plan_cores` does.
 
-    Under a quota below the number of cores nothing is bound to any: others may have been given
-    the same ones. The parts then have threads as if there were as many cores as the quota.
+    Under a quota below the number of cores nothing is bound to a core, since others may have been
+    given the same ones. There are then as many threads as if the quota were the number of cores.
     """
     cores, quota = available_cores(), core_quota()
     if quota is None or quota >= len(cores):
@@ -59,7 +60,7 @@ def plan_here(config: Config, preload: list[str]) -> CorePlan:
 
 
 def plan_cores(config: Config, cores: list[int], preload: list[str]) -> CorePlan:
-    """Divide `cores` between generators and learner ranks; those of a cluster are Ray's to give."""
+    """Divide `cores` between generators and learner ranks; on a cluster Ray gives them."""
     generators, ranks = config.generator.count, config.learner.ranks
     if config.ray.address != "local":
         return CorePlan(
@@ -104,7 +105,7 @@ def _deal(cores: list[int], parts: int) -> list[list[int]]:
 
 
 def _threads(cores: list[list[int]], sharing: int) -> int:
-    """Threads of each of `sharing` processes of one kind; none has more than cores."""
+    """Threads of each of `sharing` processes of one kind, at most one a core."""
     shared = sharing > 1 and cores[0] == cores[1]
     fewest = min(map(len, cores))
     return max(1, fewest // sharing if shared else fewest)
@@ -120,7 +121,7 @@ def uses_cuda(config: Config) -> bool:
 
 
 def with_compute_dtype(config: Config) -> Config:
-    """`config` with `model.dtype: auto` resolved for this machine."""
+    """Resolve `model.dtype: auto` for this machine."""
     if config.model.dtype != "auto":
         return config
     native = uses_cuda(config) or cpu_multiplies_bfloat16()
@@ -129,7 +130,10 @@ def with_compute_dtype(config: Config) -> Config:
 
 
 def cpu_multiplies_bfloat16() -> bool:
-    """Without such instructions a bfloat16 product took 6 to 8 times the float32 one (AVX2)."""
+    """Whether this CPU has instructions that multiply bfloat16.
+
+    Without them a bfloat16 product took 6 to 8 times the float32 one (AVX2).
+    """
     import torch
 
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
@@ -137,7 +141,7 @@ def cpu_multiplies_bfloat16() -> bool:
 
 @dataclass(frozen=True)
 class ActorOptions:
-    """`ray.remote(...).options` of each kind of actor."""
+    """Arguments of `ray.remote(...).options` for each kind of actor."""
 
     generator: dict[str, object]
     learner: dict[str, object]
@@ -145,7 +149,7 @@ class ActorOptions:
 
 
 def actor_options(config: Config, cores: CorePlan, cuda: bool) -> ActorOptions:
-    """Resources and environment of the actors."""
+    """Give the actors their Ray resources and environment variables."""
     generator_environment = {
         "OMP_NUM_THREADS": str(cores.generator_threads),
         "OMP_WAIT_POLICY": "PASSIVE",
@@ -154,8 +158,8 @@ def actor_options(config: Config, cores: CorePlan, cuda: bool) -> ActorOptions:
         "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "WARNING"),
         "VLLM_NO_USAGE_STATS": "1",
         "TOKENIZERS_PARALLELISM": "false",
-        # oneDNN keeps a compiled matmul of a quarter MiB for each size of vLLM's batch. Its 1024
-        # made generators grow by 240 MiB over 500 steps; with 256 the tiny one used no more CPU.
+        # oneDNN keeps a compiled product of a quarter MiB for each size of vLLM's batch. Its
+        # default of 1024 let generators grow by 240 MiB over 500 steps; 256 cost no CPU time.
         "ONEDNN_PRIMITIVE_CACHE_CAPACITY": os.environ.get("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256"),
     }
     if cores.preload and not cuda:
@@ -164,10 +168,10 @@ def actor_options(config: Config, cores: CorePlan, cuda: bool) -> ActorOptions:
         "OMP_NUM_THREADS": str(cores.learner_threads),
         "OMP_WAIT_POLICY": "PASSIVE",
         "TOKENIZERS_PARALLELISM": "false",
-        # Steps run in a thread of their own, beside that which writes checkpoints. An arena of
-        # their own could not keep freed blocks of more than 64 MiB (`learner.training.heap`).
+        # Steps and checkpoints run in two threads. A thread's own arena could not keep freed blocks
+        # of more than 64 MiB, so there is one for all (`learner.training.heap`).
         "MALLOC_ARENA_MAX": "1",
-        # Huge pages where the kernel gives them to who asks: 6 % of a training step on two cores.
+        # Huge pages, where the kernel gives them on request: 6 % of a training step on two cores.
         "GLIBC_TUNABLES": os.environ.get("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1"),
     }
     of_generator, of_rank = gpus_each(config) if cuda else (0.0, 0.0)
@@ -188,13 +192,13 @@ def actor_options(config: Config, cores: CorePlan, cuda: bool) -> ActorOptions:
 
 
 def gpus_each(config: Config) -> tuple[float, float]:
-    """CUDA devices of a generator and of a learner rank; those that take turns have half of one."""
+    """CUDA devices of a generator and of a learner rank; where they take turns, half of one."""
     share = 0.5 if config.transport.shares_devices else 1.0
     return share * (config.generator.num_gpus or config.generator.devices), share
 
 
 def cpus_needed(config: Config, cores: CorePlan) -> int:
-    """Logical CPUs of a cluster of our own: actors that take turns count twice."""
+    """Logical CPUs of a cluster of our own, where actors that take turns count twice."""
     needed = (
         config.generator.count * cores.generator_threads
         + config.learner.ranks * cores.learner_threads
@@ -205,7 +209,7 @@ def cpus_needed(config: Config, cores: CorePlan) -> int:
 
 
 def object_store_bytes(config: Config) -> int:
-    """Object store of a cluster of our own, within what shared memory can hold."""
+    """Bytes of the object store of a cluster of our own, within what shared memory can hold."""
     wanted = int(config.ray.object_store_gib * 1024 * MIB)
     shared_memory = Path("/dev/shm")
     if shared_memory.exists():

@@ -1,8 +1,8 @@
-"""Room on a cluster: a placement group for each part of a run, or an error saying what is missing.
+"""Reserve room on a cluster: a placement group for each part of a run.
 
-The learner's ranks are packed onto as few nodes as hold them, verifiers are spread, and every
-generator has a group of its own, so that one can come or go alone. A group for which there is no
-room yet stays pending: that is what an autoscaler sees.
+The learner's ranks are packed onto as few nodes as hold them, and verifiers are spread. Every
+generator has a group of its own, so that it can come and go alone. A group without room stays
+pending, which is what an autoscaler sees. After a deadline an error says what is missing.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ LEARNER, VERIFIERS = "learner", "verifiers"
 
 @dataclass(frozen=True)
 class Wish:
-    """`count` times `bundle`, on nodes with `labels`."""
+    """Room that is asked for: `count` times the resources of `bundle`, on nodes with `labels`."""
 
     name: str
     bundle: dict[str, float]
@@ -75,6 +75,7 @@ def wishes(config: Config, options: ActorOptions) -> list[Wish]:
 
 
 def generator_names(config: Config) -> list[str]:
+    """Names of the generators, which are also those of their places."""
     return [f"generator-{index}" for index in range(config.generator.count)]
 
 
@@ -84,9 +85,9 @@ def _bundle(options: dict[str, Any], resources: dict[str, float]) -> dict[str, f
 
 
 class Reservation:
-    """The placement groups of one run; gone with its connection to Ray.
+    """Placement groups of one run; Ray takes them back when its connection ends.
 
-    A generator that has no wish of its own stands where the learner's rank of its number does.
+    A generator without a wish of its own stands where the learner's rank of its number does.
     """
 
     def __init__(self, wanted: Sequence[Wish]) -> None:
@@ -101,14 +102,16 @@ class Reservation:
         }
 
     def is_ready(self, name: str) -> bool:
-        """Whether its place is kept."""
+        """Whether a place is kept for the part called `name`."""
         place = name if name in self._groups else LEARNER
         return bool(self._groups[place].wait(0))
 
     async def wait(
         self, config: Config, deadline_s: float, say: Callable[[str], None]
     ) -> list[str]:
-        """The generators that have a place, once all that the run cannot do without has one.
+        """Wait until all that the run cannot do without has a place.
+
+        Returns the names of the generators that have one.
 
         Raises:
             UserError: something has none after `deadline_s`; it names what is missing.
@@ -130,12 +133,12 @@ class Reservation:
             await asyncio.sleep(_LOOK_S)
 
     async def room(self, name: str) -> None:
-        """Returns when a place is kept. No deadline: who cannot go on meanwhile has one."""
+        """Wait for a place. It has no deadline: who cannot go on meanwhile has one."""
         while not await asyncio.to_thread(self.is_ready, name):
             await asyncio.sleep(_LOOK_S)
 
     def options(self, name: str, index: int = 0) -> dict[str, Any]:
-        """For `.options` of the actor that takes the place, besides its own.
+        """Arguments of `.options` that put an actor into its place, besides its own.
 
         Places that follow each other are on one node as far as there is room: `learner.shard_ranks`
         ranks in a row gather their layers from each other.
@@ -160,7 +163,7 @@ def _custom(bundle: dict[str, float]) -> dict[str, float]:
 
 
 def fewest_generators(config: Config) -> int:
-    """Without so many a run waits."""
+    """Generators without which a run waits."""
     fewest = config.generator.min_count
     return config.generator.count if fewest is None else fewest
 
@@ -171,7 +174,7 @@ def missing(
     free: dict[str, float],
     waited_s: float,
 ) -> str:
-    """What a cluster does not have, for people.
+    """Say what a cluster does not have.
 
     Args:
         nodes: as `ray.nodes()` gives them.

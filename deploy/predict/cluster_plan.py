@@ -33,10 +33,11 @@ from deploy.predict.simulate import (
 from learner.training.optimizer import state_bytes
 
 _MEDIAN, _SPREAD = 0.3, 0.6
-"""Of completions, where no log is given: the median as a share of the longest, and sigma."""
+"""Lengths of completions where no log is given: median as a share of the longest, and sigma."""
 _STEPS = 24
+"""Learner steps of a simulation."""
 _PROMPT = 0.25
-"""Length of a prompt where no log is given, as a share of what the context leaves for it."""
+"""Length of a prompt where no log is given, as a share of the context beside the completion."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class ClusterPlan:
 
     @classmethod
     def of(cls, config: Config) -> ClusterPlan:
-        """Raises `UserError` for a device or a model whose figures are not known."""
+        """Plan the run of `config`. Raises `UserError` for an unknown device or model."""
         generator, learner = config.generator, config.learner
         model = model_shape(config.model.path)
         device = _device("placement.generator_device", config.placement.generator_device)
@@ -85,7 +86,7 @@ class ClusterPlan:
 
     @property
     def problems(self) -> list[str]:
-        """What does not fit, and what to change."""
+        """What does not fit and what to change, a sentence each; empty where all fits."""
         found, mine, theirs = [], self.learner_memory, self.generator_memory
         if not fits(mine, self.learner_device):
             found.append(
@@ -103,7 +104,7 @@ class ClusterPlan:
 
     @property
     def sequences(self) -> int:
-        """Full ones that a generator runs at a time."""
+        """Sequences of full length that a generator runs at a time."""
         config = self.config
         room = cached_sequences(
             self.generator_memory, self.model, self.pools.devices_each, config.model.max_length
@@ -112,16 +113,17 @@ class ClusterPlan:
 
     @property
     def prompt_tokens(self) -> int:
-        """Assumed, of a prompt."""
+        """Assumed length of a prompt."""
         room = self.config.model.max_length - self.config.generator.max_completion_tokens
         return int(_PROMPT * room)
 
     def workload(self) -> Workload:
+        """What the run asks of the simulation."""
         sequences = max(1, self.sequences)
         return Workload.of(self.config, sequences=sequences, prompt_tokens=self.prompt_tokens)
 
     def costs(self) -> Costs:
-        """From data sheets."""
+        """Costs from the data sheets of the devices."""
         mean = _MEDIAN * self.config.generator.max_completion_tokens
         return costs_on(
             self.generator_device,
@@ -136,7 +138,13 @@ class ClusterPlan:
     def predict(
         self, lengths: Lengths | None = None, costs: Costs | None = None, steps: int = _STEPS
     ) -> Prediction:
-        """A step, by simulation. `costs`: measured ones instead of those of the data sheets."""
+        """Predict a step by simulation.
+
+        Args:
+            lengths: lengths of completions; None assumes them.
+            costs: measured costs; None takes those of the data sheets.
+            steps: learner steps that are simulated.
+        """
         lengths = lengths or assumed_lengths(self.config)
         return Simulation(self.workload(), costs or self.costs(), lengths).run(steps)
 
@@ -161,7 +169,7 @@ class ClusterPlan:
         return sorted(found, key=lambda each: each[1].step_s)
 
     def lines(self, lengths: Lengths | None = None, costs: Costs | None = None) -> list[str]:
-        """For people."""
+        """The plan as lines of text."""
         plan = ["# Pools", *self._pool_lines(), "", "# Memory a device", *self._memory_lines()]
         if problems := self.problems:
             return [*plan, "", "# This does not fit", *(f"- {problem}" for problem in problems)]
@@ -202,6 +210,7 @@ class ClusterPlan:
 
 
 def prediction_lines(found: Prediction) -> list[str]:
+    """A prediction as lines of text."""
     return [
         f"step          {found.step_s:.2f} s, {found.completions_per_s:.1f} completions/s",
         f"busy          generators {found.generating:.0%}, learner {found.learning:.0%}, "
@@ -212,12 +221,13 @@ def prediction_lines(found: Prediction) -> list[str]:
 
 
 def assumed_lengths(config: Config) -> Lengths:
+    """Lengths of completions where no run was measured."""
     longest = config.generator.max_completion_tokens
     return lognormal_lengths(_MEDIAN * longest, _SPREAD, longest)
 
 
 def logged_lengths(run: Path) -> Lengths:
-    """Lengths of the completions in a run's trajectory log."""
+    """Read the lengths of completions from a run's trajectory log."""
     from common.record.schema import sampled_lengths
     from common.record.trajectory_log import read_log
 
@@ -228,7 +238,7 @@ def logged_lengths(run: Path) -> Lengths:
 
 
 def _counts(most: int) -> list[int]:
-    """Some numbers of generators, evenly in 1..most."""
+    """Up to twelve numbers of generators, evenly in 1..most."""
     return sorted({max(1, round(most * part / 12)) for part in range(1, 13)})
 
 

@@ -1,4 +1,4 @@
-"""What a run's parts cost on GPUs, from data sheets: the input of `deploy.predict.simulate`.
+"""Costs of a run's parts on GPUs, from data sheets: the input of `deploy.predict.simulate`.
 
 Nothing here was measured on these devices. Peaks and bandwidths are the makers' figures; the
 shares of them that software reaches are assumptions, listed in `Assumptions` and printed by `plan`.
@@ -15,10 +15,9 @@ from common.errors import UserError
 from deploy.predict.simulate import Costs
 
 _BYTES = 2
-"""Of a weight or a cached key in bfloat16."""
+"""Bytes of a weight or a cached key in bfloat16."""
 _MASTER_BYTES = 8
-"""Of a parameter in the learner: float32 weights and gradients. The optimiser's state comes on
-top."""
+"""Bytes of a parameter in the learner: float32 weights and gradients, without the optimiser."""
 
 
 @dataclass(frozen=True)
@@ -40,21 +39,22 @@ DEVICES = {
 
 @dataclass(frozen=True)
 class Assumptions:
-    """Shares of the peaks, and what no data sheet says."""
+    """Shares of the peaks that software reaches, and what no data sheet says."""
 
     learner_utilisation: float = 0.40
     prefill_utilisation: float = 0.50
     decode_bandwidth: float = 0.70
     decode_utilisation: float = 0.30
     round_overhead_s: float = 2e-3
-    """Scheduling, sampling and kernel launches of a decoding round."""
+    """Seconds for scheduling, sampling and kernel launches of a decoding round."""
     all_reduce_s: float = 20e-6
-    """Twice a layer under tensor parallelism."""
+    """Seconds of an all-reduce; tensor parallelism has two a layer."""
     network: float = 40e9
     """Bytes/s between nodes, into each generator at once (broadcast)."""
     request_s: float = 1e-4
     coordinate_s: float = 0.0055
-    """A group: measured (`tests/bench/results/scaling.md`), on cores slower than a cluster's."""
+    """Seconds a group, measured on cores slower than a cluster's, as
+    `tests/bench/results/scaling.md` has it."""
     verify_s: float = 0.02
     log_group_s: float = 2e-3
     step_overhead_s: float = 0.5
@@ -76,6 +76,7 @@ class ModelShape:
 
     @property
     def parameters(self) -> int:
+        """Number of parameters."""
         attention = self.hidden * self.head_size * (2 * self.heads + 2 * self.kv_heads)
         if self.attention_bias:
             attention += self.head_size * (self.heads + 2 * self.kv_heads)
@@ -116,7 +117,7 @@ def model_shape(path: str) -> ModelShape:
 
 
 def _read_shape(config: dict[str, Any]) -> ModelShape:
-    """Of config.json; a multimodal model keeps that of its language model apart."""
+    """Read a shape from config.json; a multimodal model keeps its language model's apart."""
     config = config | config.get("text_config", {})
     heads = config["num_attention_heads"]
     return ModelShape(
@@ -134,17 +135,18 @@ def _read_shape(config: dict[str, Any]) -> ModelShape:
 
 @dataclass(frozen=True)
 class Pools:
-    """How many devices do what."""
+    """How many devices generate and how many learn."""
 
     generators: int
     devices_each: int
     """How many devices one generator takes."""
     ranks: int
     shared: bool = False
-    """Generators stand on the learner's devices."""
+    """Whether generators stand on the learner's devices."""
 
     @property
     def devices(self) -> int:
+        """Devices of all generators and ranks together."""
         if self.shared:
             return self.ranks
         return self.generators * self.devices_each + self.ranks
@@ -160,7 +162,7 @@ def costs_on(
     learner_device: Device | None = None,
     state_bytes: float = 8.0,
 ) -> Costs:
-    """Costs of generators on `device` and a learner on `learner_device` (the same if None).
+    """Costs of generators on `device` and a learner on `learner_device` (None is the same one).
 
     Args:
         mean_context: tokens that a decoding sequence attends to, on average.
@@ -194,7 +196,7 @@ def costs_on(
 
 @dataclass(frozen=True)
 class DeviceMemory:
-    """Bytes a device, by what needs them."""
+    """Memory of a device in bytes, by what needs it."""
 
     weights: float
     optimiser: float
@@ -203,6 +205,7 @@ class DeviceMemory:
 
     @property
     def total(self) -> float:
+        """Bytes that are needed in all."""
         return self.weights + self.optimiser + self.activations + self.cache
 
 
@@ -250,6 +253,7 @@ def generator_memory(
 
 
 def fits(memory: DeviceMemory, device: Device) -> bool:
+    """Whether the device has what is needed, beside what the driver and others take."""
     return memory.total <= device.memory * _USABLE
 
 

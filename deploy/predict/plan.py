@@ -1,4 +1,4 @@
-"""`grpo-lambda plan`: what a run would be, without starting any of it."""
+"""`grpo-lambda plan`: show what a run would be, and start none of it."""
 
 from __future__ import annotations
 
@@ -19,11 +19,13 @@ _ORDER = "# defaults < recipe < file < command line; a comment says what a value
 
 
 def describe(loaded: Loaded, lengths: Path | None = None, costs: Path | None = None) -> str:
-    """Configuration, placement and batch arithmetic as text; on GPUs also what a step would take.
+    """Describe a run as text: configuration, placement, batch arithmetic.
+
+    With `placement.generator_device` the placement is one on GPUs, and a step is predicted.
 
     Args:
-        lengths: a run whose completions' lengths are taken.
-        costs: a JSON object of `Costs`, measured.
+        lengths: folder of a run; the prediction takes the lengths of its completions.
+        costs: file with a JSON object of `Costs` that were measured.
 
     Raises:
         UserError: the configuration cannot run where it is meant to.
@@ -58,7 +60,7 @@ def _shown_config(loaded: Loaded, planned: Config) -> list[str]:
 
 
 def read_costs(path: Path | None) -> Costs | None:
-    """Raises `UserError` when the file does not hold them."""
+    """Read measured costs from a JSON file. Raises `UserError` when it does not hold them."""
     if path is None:
         return None
     try:
@@ -100,7 +102,7 @@ def _shown(cores: list[int] | None) -> str:
 
 
 def _batches(config: Config) -> list[str]:
-    """Each line says what follows from what."""
+    """Batch arithmetic as lines, each of which says what follows from what."""
     batch, generator = config.batch, config.generator
     groups, completions = config.groups_per_step, config.completions_per_step
     most_tokens = completions * generator.max_completion_tokens

@@ -1,10 +1,10 @@
-"""A run as a discrete-event simulation: how long a step would take, and what it would wait for.
+"""Simulate a run by discrete events: how long a step takes, and what it waits for.
 
-Generators decode in continuous batches, verifiers and the stream are queues, the learner takes
-steps by the staleness budget and the window that a real run uses (`common.budget`), and weights
-reach the generators beside the next step. What each thing costs is given (`Costs`): measured, or
-derived from a device's data sheet (`deploy.predict.costs`). Nothing else of a run is modelled: no
-failures, no evaluation, no checkpoints, and a network only as far as the costs contain it.
+Generators decode in continuous batches; verifiers and the trajectory log are queues. The learner
+takes steps by the staleness budget and the window of a real run (`common.budget`), and weights
+reach the generators beside the next step. What each part costs is given (`Costs`): measured, or
+derived from a device's data sheet (`deploy.predict.costs`). Nothing else is simulated: no failures,
+no evaluation, no checkpoints, and the network only as far as the costs contain it.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from common.config.sections import Config
 from common.trajectory import GroupReceipt
 
 Lengths = Callable[[int], Sequence[float]]
-"""Draws the tokens of so many completions."""
+"""Function from a number of completions to the tokens of each."""
 
 _SKIPPED = 4
-"""Steps of the start that are not counted: the first groups all begin at once."""
+"""First steps, which are not counted: their groups all begin at once."""
 
 
 @dataclass(frozen=True)
 class Costs:
-    """Seconds that each thing takes."""
+    """Costs of a run's parts, each in seconds."""
 
     decode_round_s: float
     """One round of decoding: a token for every running sequence of a generator."""
@@ -52,11 +52,11 @@ class Costs:
     learner_token_s: float
     """A token trained on, all ranks together."""
     export_s: float
-    """From the step's end until the learner may go on."""
+    """Time from the end of a step until the learner may go on."""
     deliver_s: float
-    """Until the generators begin to load, beside the learner's next step."""
+    """Time until the generators begin to load, beside the learner's next step."""
     stall_s: float
-    """Generation stands still in every update."""
+    """Time for which generation stands still in every update."""
 
     def __post_init__(self) -> None:
         if min(vars(self).values()) < 0 or self.decode_round_s + self.decode_sequence_s == 0:
@@ -97,7 +97,7 @@ class Workload:
 
 @dataclass(frozen=True)
 class Prediction:
-    """Means over the steps counted; shares are of time."""
+    """Means over the steps that count; shares are shares of time."""
 
     step_s: float
     completions_per_s: float
@@ -110,7 +110,7 @@ class Prediction:
 
     @property
     def bottleneck(self) -> str:
-        """What to have more of."""
+        """The part that is busiest, of which more would help; none where all wait."""
         shares = {
             "generation": self.generating,
             "learning": self.learning,
@@ -130,7 +130,7 @@ _BUSY = 0.8
 
 
 class _Generator:
-    """All running sequences advance together, a token a round."""
+    """A generator, whose running sequences advance together, a token a round."""
 
     def __init__(self, costs: Costs, slots: int) -> None:
         self._costs = costs
@@ -163,7 +163,7 @@ class _Generator:
         self._fill()
 
     def hold(self, seconds: float) -> None:
-        """Decode nothing for so long, behind what holds it already."""
+        """Decode nothing for `seconds`, after what holds it already."""
         self._busy_from = max(self._now, self._busy_from) + seconds
 
     def _fill(self) -> None:
@@ -173,14 +173,14 @@ class _Generator:
         self.changes += 1
 
     def next_end(self) -> float | None:
-        """When the next sequence ends if nothing changes."""
+        """The time at which the next sequence ends if nothing changes; None where none runs."""
         if not self._running:
             return None
         left = max(0.0, self._running[0][0] - self._progress)
         return max(self._now, self._busy_from) + left * self._round_s
 
     def ended(self) -> list[int]:
-        """Groups of the sequences that end at `next_end`, a group as often as it has any."""
+        """Take out the sequences that end at `next_end`, and return the group of each."""
         groups = []
         self._progress = max(self._progress, self._running[0][0])  # whatever rounding left of it
         while self._running and self._running[0][0] <= self._progress + 1e-6:
@@ -190,14 +190,14 @@ class _Generator:
 
 
 class _Queue:
-    """`servers` alike, first come first served."""
+    """A queue before equal servers: first come, first served."""
 
     def __init__(self, servers: int) -> None:
         self._free_at = [0.0] * servers
         self.busy_s = 0.0
 
     def serve(self, now: float, seconds: float) -> float:
-        """When what comes now is done."""
+        """Queue what comes now and return when it is done."""
         done = max(now, heapq.heappop(self._free_at)) + seconds
         heapq.heappush(self._free_at, done)
         self.busy_s += seconds
@@ -206,7 +206,7 @@ class _Queue:
 
 @dataclass
 class _Group:
-    """Between dispatch and learner."""
+    """A group between its dispatch and the learner."""
 
     receipt: GroupReceipt
     generator: _Generator
@@ -215,7 +215,7 @@ class _Group:
 
 
 class Simulation:
-    """One run."""
+    """The simulation of one run."""
 
     def __init__(self, work: Workload, costs: Costs, lengths: Lengths) -> None:
         self._work, self._costs, self._lengths = work, costs, lengths
@@ -236,7 +236,7 @@ class Simulation:
         self.step_ends: list[float] = []
 
     def run(self, steps: int) -> Prediction:
-        """Predict from `steps` learner steps."""
+        """Simulate `steps` learner steps and sum them up; `steps` is above `_SKIPPED`."""
         self._dispatch()
         self._until_step(_SKIPPED)
         busy = self._busy()
@@ -272,7 +272,7 @@ class Simulation:
         heapq.heappush(self._events, (when, next(self._order), happen))
 
     def _dispatch(self) -> None:
-        """Every free slot gets a group, on the generator with the fewest."""
+        """Fill every free slot with a group, on the generator that has the fewest."""
         touched: dict[int, _Generator] = {}
         while self._budget.try_acquire():
             group = next(self._group_ids)
@@ -290,7 +290,7 @@ class Simulation:
 
     @property
     def _admit_s(self) -> float:
-        """A group's, before its first token: the completions share the prompt."""
+        """Time of a group before its first token; its completions share the prompt."""
         costs, work = self._costs, self._work
         return work.prompt_tokens * costs.prefill_token_s + work.group_size * costs.request_s
 
@@ -362,7 +362,7 @@ class Simulation:
 
 
 def lognormal_lengths(median: float, sigma: float, longest: int, seed: int = 0) -> Lengths:
-    """Lengths of completions: log-normal, cut at `longest`, at least one token."""
+    """Log-normal lengths of completions, from one token to `longest`."""
     draw = np.random.default_rng(seed)
 
     def lengths(count: int) -> Sequence[float]:
@@ -373,7 +373,7 @@ def lognormal_lengths(median: float, sigma: float, longest: int, seed: int = 0) 
 
 
 def measured_lengths(pool: Sequence[int], seed: int = 0) -> Lengths:
-    """Lengths drawn from those of a trajectory log."""
+    """Lengths that are drawn from those of a trajectory log."""
     draw = np.random.default_rng(seed)
     return lambda count: [float(tokens) for tokens in draw.choice(np.asarray(pool), count)]
 

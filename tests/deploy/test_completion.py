@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
+from common.config.keys import hints_of_keys
 from common.config.sections import Config
 from deploy.command.arguments import parser
-from deploy.command.completion import keys_of, script
+from deploy.command.completion import script, values_of
 from deploy.command.presets import CONFIGS, RECIPES, described
 
 FUNCTION = r"""
@@ -74,6 +75,7 @@ VALUES = {
     "algorithm.credit.kind=": ["broadcast", "lambda_trace", "prefix_sets"],
     "learner.compile=t": ["true"],
     "steps=1": [],
+    "generator.group_cap_s=": ["null"],
 }
 
 
@@ -183,7 +185,8 @@ def test_fish_offers_the_same(scripts: Path, line: str, tmp_path: Path) -> None:
 
 
 def test_every_key_and_value_is_one_that_the_configuration_takes() -> None:
-    known, schema = dict(keys_of(Config)), OmegaConf.structured(Config)
+    known = {key: values_of(hint) for key, hint in hints_of_keys()}
+    schema = OmegaConf.structured(Config)
     assert "batch.group_size" in known
     for turn in range(max(map(len, known.values()))):
         chosen = [f"{key}={of[turn % len(of)]}" for key, of in known.items() if of]
