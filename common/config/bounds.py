@@ -80,6 +80,8 @@ def or_infinite(interval: Interval) -> Interval:
 
 Count = Annotated[int, at_least(1)]
 Natural = Annotated[int, at_least(0)]
+Seed = Annotated[int, between(0, 2**31 - 1)]
+"""A seed that every generator of random numbers takes, also with a generator's number added."""
 Finite = Annotated[float, Interval(open_low=True, open_high=True)]
 Positive = Annotated[float, above(0)]
 NotNegative = Annotated[float, at_least(0)]

@@ -11,11 +11,10 @@ can be imported from here.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Annotated
 
 from common.config.actors import GeneratorConfig, VerifierConfig, VerifierSpec
 from common.config.algorithm import AlgorithmConfig
-from common.config.bounds import Count, between
+from common.config.bounds import Count, Seed
 from common.config.data import (
     BatchConfig,
     DataConfig,
@@ -72,7 +71,7 @@ class Config:
     and else begins it, so that a job which a cluster submits again goes on by itself."""
     recipe: str | None = None
     """Recipe: a file of deploy/configs/recipes by its name, or any YAML file by its path."""
-    seed: Annotated[int, between(0, 2**31 - 1)] = 0
+    seed: Seed = 0
     """Seed of the prompts and their order and, in a synchronous run, of the samples."""
     steps: Count = 30
     """Learner steps of the run."""

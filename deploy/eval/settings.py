@@ -18,6 +18,7 @@ from typing import Any
 import xxhash
 
 from actors.data.sources import Row
+from common.config.bounds import at_least
 from common.config.load import load_config
 from common.config.sections import BatchConfig, Config
 from common.errors import UserError
@@ -88,11 +89,13 @@ def sampling_of(options: Options, suite: Suite, seed: int) -> Sampling:
     temperature = options.temperature
     if temperature is None:
         temperature = 0.0 if samples == 1 else suite.temperature
-    if samples < 1 or tokens < 1 or temperature < 0:
-        raise UserError(
-            f"--samples {samples} and --max-tokens {tokens} must be at least 1, --temperature "
-            f"{temperature} at least 0"
-        )
+    for option, number, bound in (
+        ("--samples", samples, at_least(1)),
+        ("--max-tokens", tokens, at_least(1)),
+        ("--temperature", temperature, at_least(0)),
+    ):
+        if number not in bound:
+            raise UserError(f"{option} {number} must be {bound}")
     if temperature == 0 and samples > 1:
         raise UserError(
             f"--temperature 0 gives the same answer {samples} times: use --samples 1, or a "

@@ -20,6 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 from actors.data.quarantine import Quarantine
 from actors.data.sources import Row, file_records, hub_records, load_rows
 from actors.verifiers.choice import LETTERS
+from common.config.bounds import Count, Positive, Seconds, Seed, check_bounds
 from common.config.sections import DataConfig, ReasoningGymConfig, VerifierSpec
 from common.errors import UserError, nearest
 from deploy.eval import code_problems
@@ -54,14 +55,14 @@ class Suite:
     prompt: str = _SLOT
     """The question's place is {question}; the chat template comes on top."""
     grader: VerifierSpec = field(default_factory=lambda: VerifierSpec(name="math_answer"))
-    verdict_timeout_s: float = 10.0
-    samples: int = 1
-    temperature: float = 0.6
+    verdict_timeout_s: Seconds = 10.0
+    samples: Count = 1
+    temperature: Positive = 0.6
     """With more than one sample; one is greedy."""
-    max_tokens: int = MISSING
-    problems: int | None = None
+    max_tokens: Count = MISSING
+    problems: Count | None = None
     """How many there should be; another number is refused. None: not known."""
-    seed: int = 0
+    seed: Seed = 0
     """Decides which questions are drawn, and the order of options."""
     license: str = MISSING
     """The licence of the data, as far as it is known."""
@@ -76,7 +77,8 @@ def known_suites() -> list[str]:
 def load_suite(name: str) -> Suite:
     """The suite called `name`, or that of a YAML file of your own.
 
-    Raises: `UserError` for an unknown name or key, a wrong type, an impossible combination.
+    Raises: `UserError` for an unknown name or key, a wrong type, an impossible value or
+    combination.
     """
     path = Path(name) if name.endswith((".yaml", ".yml")) else SUITES / f"{name}.yaml"
     if not path.is_file():
@@ -100,13 +102,14 @@ def load_suite(name: str) -> Suite:
 
 
 def _check(suite: Suite, path: Path) -> None:
+    try:
+        check_bounds(suite)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
     wrong = [
         (suite.name != path.stem, f"name={suite.name} must be the file's, {path.stem}"),
         (_SLOT not in suite.prompt, f"prompt has no {_SLOT}, the question's place"),
         (suite.source == "hub" and not suite.path, "source=hub needs path, a data set name"),
-        (suite.samples < 1, f"samples={suite.samples} must be at least 1"),
-        (suite.max_tokens < 1, f"max_tokens={suite.max_tokens} must be at least 1"),
-        (suite.temperature <= 0, f"temperature={suite.temperature} must be positive"),
         (
             (suite.rows == "choice") != bool(suite.wrong_columns),
             "rows=choice and wrong_columns, the other options, go together",

@@ -65,8 +65,9 @@ def read_costs(path: Path | None) -> Costs | None:
     if path is None:
         return None
     try:
-        return Costs(**json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError) as error:
+        given = json.loads(path.read_text())
+        return Costs(**{name: float(seconds) for name, seconds in given.items()})
+    except (OSError, ValueError, TypeError, AttributeError, UserError) as error:
         raise UserError(
             f"--costs {path}: {error}; it should be a JSON object with "
             f"{', '.join(Costs.__dataclass_fields__)}"

@@ -19,7 +19,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from common.budget import GroupWindow, StalenessBudget
+from common.config.bounds import NotNegative, check_bounds
 from common.config.sections import Config
+from common.errors import UserError
 from common.trajectory import GroupReceipt
 
 Lengths = Callable[[int], Sequence[float]]
@@ -33,34 +35,35 @@ _SKIPPED = 4
 class Costs:
     """Costs of a run's parts, each in seconds."""
 
-    decode_round_s: float
+    decode_round_s: NotNegative
     """One round of decoding: a token for every running sequence of a generator."""
-    decode_sequence_s: float
+    decode_sequence_s: NotNegative
     """What each running sequence adds to a round."""
-    prefill_token_s: float
+    prefill_token_s: NotNegative
     """A token of a prompt."""
-    request_s: float
+    request_s: NotNegative
     """What a completion costs its generator, beside its tokens."""
-    coordinate_s: float
+    coordinate_s: NotNegative
     """What a group costs the coordinator."""
-    verify_s: float
+    verify_s: NotNegative
     """A completion's verdict, of one verifier."""
-    log_group_s: float
+    log_group_s: NotNegative
     """A group, in the trajectory log."""
-    learner_step_s: float
+    learner_step_s: NotNegative
     """A step, beside its tokens."""
-    learner_token_s: float
+    learner_token_s: NotNegative
     """A token trained on, all ranks together."""
-    export_s: float
+    export_s: NotNegative
     """Time from the end of a step until the learner may go on."""
-    deliver_s: float
+    deliver_s: NotNegative
     """Time until the generators begin to load, beside the learner's next step."""
-    stall_s: float
+    stall_s: NotNegative
     """Time for which generation stands still in every update."""
 
     def __post_init__(self) -> None:
-        if min(vars(self).values()) < 0 or self.decode_round_s + self.decode_sequence_s == 0:
-            raise ValueError(f"costs must not be negative, and decoding not free: {self}")
+        check_bounds(self)
+        if self.decode_round_s + self.decode_sequence_s == 0:
+            raise UserError("decode_round_s and decode_sequence_s are both 0: decoding takes time")
 
 
 @dataclass(frozen=True)

@@ -148,6 +148,10 @@ def test_a_plan_says_what_a_step_would_take(
     measured.write_text("{}")
     assert main(["plan", "--config", preset, "--costs", str(measured)]) == 2
     assert "decode_round_s" in capsys.readouterr().err
+    for wrong in (-1.0, float("nan")):
+        measured.write_text(json.dumps(numbers | {"verify_s": wrong}))
+        assert main(["plan", "--config", preset, "--costs", str(measured)]) == 2
+        assert f"verify_s={wrong} must be at least 0" in capsys.readouterr().err
 
 
 def test_a_multimodal_model_s_shape_is_that_of_its_language_model(tmp_path: Path) -> None:

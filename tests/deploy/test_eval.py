@@ -62,7 +62,12 @@ def test_one_sample_is_greedy_unless_a_temperature_is_given() -> None:
     assert sampling_of(replace(OPTIONS, samples=1), suite, 7).temperature == 0.0
     assert sampling_of(replace(OPTIONS, samples=1, temperature=0.5), suite, 7).temperature == 0.5
     assert sampling_of(replace(OPTIONS, max_tokens=9), suite, 7).max_tokens == 9
-    for wrong in ({"samples": 0}, {"samples": 2, "temperature": 0.0}, {"temperature": -1.0}):
+    for wrong in (
+        {"samples": 0},
+        {"samples": 2, "temperature": 0.0},
+        {"temperature": -1.0},
+        {"temperature": math.nan},
+    ):
         with pytest.raises(UserError):
             sampling_of(replace(OPTIONS, **wrong), suite, 7)  # type: ignore[arg-type]
 

@@ -64,6 +64,8 @@ def test_a_suite_has_a_grader_that_can_be_used_and_says_where_its_data_are_from(
         ("{path: x, max_tokens: 5, license: x, about: x, prompt: solve}", "no {question}"),
         ("{max_tokens: 5, license: x, about: x}", "needs path"),
         ("{path: x, max_tokens: 5, license: x, about: x, samples: 0}", "samples=0"),
+        ("{path: x, max_tokens: 5, license: x, about: x, temperature: .nan}", "temperature=nan"),
+        ("{path: x, max_tokens: 5, license: x, about: x, verdict_timeout_s: 0}", "_s=0.0 must be"),
         ("{path: x, max_tokens: 5, license: x, about: x, rows: choice}", "wrong_columns"),
         ("{path: x, max_tokens: 5, license: x, about: x, rows: essay}", "rows"),
         ("[1, 2]", "mapping"),
