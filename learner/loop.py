@@ -228,23 +228,5 @@ def _summary(receipts: list[GroupReceipt]) -> dict[str, Any]:
         "tokens/generated": float(sum(receipt.num_tokens for receipt in receipts)),
         "completions/unscored": float(sum(receipt.num_unscored for receipt in receipts)),
         "groups/equal_rewards": float(sum(receipt.rewards_equal for receipt in receipts)),
-        **_suspicious([kinds for receipt in receipts for kinds in receipt.suspicious]),
         "time/generate": sum(receipt.generate_s for receipt in receipts) / len(receipts),
-    }
-
-
-def _suspicious(of_completions: list[str]) -> dict[str, float]:
-    """How many completions touched a wall of the sandbox, in all and by kind."""
-    each = [kinds.split(",") for kinds in of_completions]
-
-    def touched(kind: str) -> float:
-        return float(sum(kind in kinds for kinds in each))
-
-    return {
-        "verdict/suspicious": float(len(each)),
-        "verdict/suspicious/files": touched("files"),
-        "verdict/suspicious/judge": touched("judge"),
-        "verdict/suspicious/kernel": touched("kernel"),
-        "verdict/suspicious/network": touched("network"),
-        "verdict/suspicious/processes": touched("processes"),
     }

@@ -6,7 +6,6 @@ Run as `python -P -m actors.sandbox.inside ACCESS` it does that and ends: so wal
 from __future__ import annotations
 
 import ctypes
-import importlib
 import json
 import os
 import sys
@@ -79,4 +78,3 @@ def _drop_capabilities() -> None:
 
 if __name__ == "__main__":
     enter(Access.from_json(sys.argv[1]))
-    importlib.import_module("statistics")  # Python's own files are still in reach

@@ -29,11 +29,28 @@ class BaselineConfig:
     """How the rewards of a group become the advantages of its completions."""
 
     kind: Annotated[
-        str, Names("grpo", "dr_grpo", "rloo", "krpo", "raft", "reinforce_rej", "none")
+        str,
+        Names(
+            "grpo",
+            "dr_grpo",
+            "rloo",
+            "krpo",
+            "raft",
+            "reinforce_rej",
+            "none",
+            "maxrl",
+            "disco",
+            "quantile",
+            "opo",
+            "pass_at_k",
+            "batch_std",
+            "reinforce_pp",
+            "reinforce_pp_baseline",
+        ),
     ] = "grpo"
     """Rule that turns the rewards of a group into advantages (`learner.algorithm.advantages`)."""
     args: Args = field(default_factory=dict)
-    """Keyword arguments of a rule of your own."""
+    """Keyword arguments of the rule. Those of ours stand in learner/README.md."""
     epsilon: Positive = 1e-6
     """Number added to the standard deviation that `grpo` divides by."""
     min_advantage: Annotated[float, at_most(0)] | None = None
@@ -47,7 +64,7 @@ class CreditConfig:
     kind: Annotated[str, Names("broadcast", "lambda_trace", "prefix_sets")] = "broadcast"
     """Rule that divides credit among the tokens of a completion (`learner.algorithm.credit`)."""
     args: Args = field(default_factory=dict)
-    """Keyword arguments of a rule of your own."""
+    """Keyword arguments of the rule. Those of ours stand in learner/README.md."""
     trace: Literal["recent", "both", "terminal"] = "recent"
     """Shape of `lambda_trace`: credit fades with the distance between tokens (`recent`), also with
     the distance from the start (`both`), or only from the last token back (`terminal`)."""
@@ -76,16 +93,25 @@ ClipWidth = Annotated[float, or_infinite(at_least(0))]
 class ObjectiveConfig:
     """How ratio and advantage become what is maximised at every token."""
 
-    kind: Annotated[str, Names("ppo", "gspo", "gmpo", "cispo", "gpg")] = "ppo"
+    kind: Annotated[
+        str, Names("ppo", "gspo", "gmpo", "cispo", "gpg", "sapo", "dppo", "vespo", "dro")
+    ] = "ppo"
     """Objective of a token (`learner.algorithm.objectives`)."""
     args: Args = field(default_factory=dict)
-    """Keyword arguments of a rule of your own."""
+    """Keyword arguments of the rule. Those of ours stand in learner/README.md."""
     clip_low: ClipWidth = 0.2
     """Distance below 1 at which the ratio is clipped; under `gmpo` that of its logarithm from 0.
     `.inf` does not clip."""
     clip_high: ClipWidth = 0.2
     """Distance above 1 at which the ratio is clipped; under `gmpo` that of its logarithm from 0.
     `.inf` does not clip."""
+    anchor: Literal["old", "behaviour"] = "old"
+    """Policy that ratios are to. `old` is the learner's before the first update of a batch.
+    `behaviour` is the one that sampled, so that clips act in asynchronous runs with one update a
+    batch; off-policy corrections are off then."""
+    updates_per_batch: Count = 1
+    """Optimiser steps that share a batch, each on its own part of the prompts. A clip cannot act on
+    the first of them. More than there are prompts is as many as there are prompts."""
     epochs: Count = 1
     """Optimiser steps over the same batch. The ratio is to the policy before the first."""
     kl: NotNegative = 0.0
@@ -99,17 +125,17 @@ class ObjectiveConfig:
 class CorrectionConfig:
     """How tokens are weighed that another policy sampled than the one that is updated."""
 
-    kind: Annotated[str, Names("auto", "none", "tis", "icepop")] = "auto"
+    kind: Annotated[
+        str, Names("auto", "none", "tis", "icepop", "sequence_mask", "off_policy_mask", "topr")
+    ] = "auto"
     """Off-policy correction (`learner.algorithm.corrections`). `auto` is `tis` where
     `generator.max_staleness` is above 0, else `none`."""
     args: Args = field(default_factory=dict)
-    """Keyword arguments of a rule of your own."""
+    """Keyword arguments of the rule. Those of ours stand in learner/README.md."""
     level: Literal["token", "sequence"] = "token"
     """Whether the ratio to the sampler is that of a token or the product over a completion."""
     cap: Limit = 2.0
-    """Largest ratio to the sampler. `tis` cuts it there, `icepop` leaves out what lies above."""
-    floor: NotNegative = 0.5
-    """Smallest ratio to the sampler under `icepop`, which leaves out what lies below."""
+    """Largest ratio to the sampler under `tis`, which cuts it there."""
 
 
 @dataclass
@@ -121,7 +147,7 @@ class AggregationConfig:
     )
     """Weight of a completion's tokens in the loss (`learner.algorithm.aggregation`)."""
     args: Args = field(default_factory=dict)
-    """Keyword arguments of a rule of your own."""
+    """Keyword arguments of the rule. Those of ours stand in learner/README.md."""
     lambda_init: Finite = 0.0
     """Preference for long (above 0) or short answers from which `lambda_grpo` begins."""
     lambda_learning_rate: NotNegative = 0.1
@@ -154,12 +180,15 @@ class RolloutConfig:
     """Rule that chooses among the completions that the keys below leave
     (`learner.algorithm.selection`)."""
     args: Args = field(default_factory=dict)
-    """Keyword arguments of a rule of your own."""
+    """Keyword arguments of the rule. Those of ours stand in learner/README.md."""
     mask_truncated: bool = False
     """Whether completions that were cut at the limit stay out of the loss (DAPO)."""
     overlong_penalty_share: Share = 0.0
     """Share of `generator.max_completion_tokens`, at its end, in which the reward falls by up to 1
     (DAPO's soft punishment). 0 is off."""
+    overlong_penalty_factor: NotNegative = 1.0
+    """Reward that an answer at the limit loses. DAPO's is 1 for rewards of +1 and -1, so 0.5 for
+    rewards of 1 and 0."""
     dynamic_sampling: bool = False
     """Whether new prompts take the place of groups whose rewards are all equal (DAPO)."""
     max_variance_share: PositiveShare = 1.0

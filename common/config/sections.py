@@ -130,4 +130,6 @@ class Config:
         kind = self.algorithm.correction.kind
         if kind != "auto":
             return kind
+        if self.algorithm.objective.anchor == "behaviour":
+            return "none"
         return "tis" if self.generator.max_staleness > 0 else "none"

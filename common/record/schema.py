@@ -26,10 +26,6 @@ VERSION_KEY = b"grpo_lambda.schema_version"
 
 REWARD_PREFIX = "reward/"
 VERDICT_PREFIX = "verdict/"
-SUSPICIOUS = "suspicious"
-"""The kinds of walls that a completion's program touched, joined by commas; mostly empty. They are
-`files`, `kernel`, `network`, `processes` (`actors.sandbox.calls`), and `judge` for a program that
-ended what ran it."""
 
 PASS, FAIL, ERROR, TIMEOUT = "pass", "fail", "error", "timeout"
 """Verdicts. `error` and `timeout` carry a null reward, never 0."""
@@ -79,7 +75,6 @@ def trajectory_schema(verifiers: Sequence[str]) -> pa.Schema:
         fields.append(pa.field(VERDICT_PREFIX + name, pa.string(), nullable=False))
     fields.append(pa.field("reward", pa.float32()))
     fields.append(pa.field("accuracy", pa.float32()))
-    fields.append(pa.field(SUSPICIOUS, pa.string(), nullable=False))
     return _with_version(fields)
 
 

@@ -10,7 +10,7 @@ name it `package.module:function`. It is tried before anything starts.
 from __future__ import annotations
 
 from common.config.algorithm import BaselineConfig
-from learner.algorithm.advantages import Advantages, GroupedRewards
+from learner.algorithm.grouped import Advantages, GroupedRewards
 
 
 def by_rank(rewards: GroupedRewards, config: BaselineConfig) -> Advantages:

@@ -7,12 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from common.config.load import Loaded, dump_with_origins
+from common.config.notes import notes, updates_of
 from common.config.sections import Config
 from common.errors import UserError
 from deploy.placement.cores import available_cores
 from deploy.placement.cpu_runtime import preload_libraries
 from deploy.placement.options import CorePlan, plan_here, with_compute_dtype
-from deploy.placement.walls import walls_here
 from deploy.predict.cluster_plan import ClusterPlan, logged_lengths
 from deploy.predict.simulate import Costs
 
@@ -96,7 +96,7 @@ def _placement(config: Config, cores: CorePlan, num_cores: int) -> list[str]:
         )
     rules = ", ".join(f"{rule.name} x {rule.weight:g}" for rule in verifier.rules)
     lines.append(f"verifiers              {verifier.workers} ({rules})")
-    return lines + [f"  behind walls         {wall}" for wall in walls_here(verifier)]
+    return lines
 
 
 def _shown(cores: list[int] | None) -> str:
@@ -118,7 +118,8 @@ def _batches(config: Config) -> list[str]:
             f"algorithm.rollout.prune_rate {rate:g}) = {groups}: more, for the places that pruning "
             "frees"
         )
-    epochs = config.algorithm.objective.epochs
+    epochs, updates = config.algorithm.objective.epochs, updates_of(config)
+    part = f"all {completions} completions" if updates == 1 else f"1/{updates} of the prompts"
     return [
         *lines,
         f"completions a step     {groups} prompts x {batch.group_size} completions = "
@@ -128,8 +129,8 @@ def _batches(config: Config) -> list[str]:
         f"micro-batches          {most_tokens} tokens / batch.tokens_per_microbatch "
         f"{batch.tokens_per_microbatch} = {rows} forward and backward passes at most for the "
         "completions; their prompts come on top. It bounds memory and changes no gradient",
-        f"optimiser steps        steps {config.steps} x algorithm.objective.epochs {epochs} = "
-        f"{config.steps * epochs}, each on all {completions} completions",
+        f"optimiser steps        steps {config.steps} x algorithm.objective.epochs {epochs} x "
+        f"updates_per_batch {updates} = {config.steps * epochs * updates}, each on {part}",
         f"staleness budget       (generator.max_staleness {staleness} + 1) x {groups} prompts = "
         f"{in_flight} groups in flight at most, so no token is trained on that is more than "
         f"{staleness} version(s) old",
@@ -144,4 +145,5 @@ def _batches(config: Config) -> list[str]:
         ),
         f"completions in all     steps {config.steps} x {completions} = "
         f"{config.steps * completions}, and what is filtered or abandoned",
+        *(f"note                   {note}" for note in notes(config)),
     ]

@@ -24,6 +24,7 @@ from actors.rollout.guidance import Guidance
 from actors.rollout.loop import RolloutLoop
 from actors.rollout.pools import GeneratorPool, VerifierPool
 from actors.rollout.resume import RolloutState
+from common.config.notes import notes
 from common.config.sections import Config
 from common.errors import UserError
 from common.record.credit_log import forget_credit_after
@@ -85,6 +86,8 @@ class Run:
         """Start what is missing, train, end what is this run's own."""
         with self._display:
             self._display.event(f"run directory {self._run.path}")
+            for note in notes(self._config):
+                self._display.event(note)
             folder = self._model_folder()
             origin = self._origin(folder)
             source = self._prompt_source(folder)

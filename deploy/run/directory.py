@@ -4,8 +4,8 @@ runs/NAME/config.yaml        resolved configuration
          /metrics.jsonl      one object a learner step; tensorboard/ holds the same
          /trajectories/      every verified group (Arrow, closed segments also Parquet)
          /credit/            what every token was credited with, a file a step
-         (`common.record.credit_log`) /evaluations/       held-out completions, a Parquet file an
-         evaluation /checkpoints/step-N a Hugging Face folder with training_state/ inside
+         /evaluations/       held-out completions, a Parquet file an evaluation
+         /checkpoints/step-N a Hugging Face folder with training_state/ inside
          /ledger.sqlite      what became of every completion (`common.record.ledger`)
          /log/               Ray's logs of this run's processes, copied when it ends
 """

@@ -10,8 +10,7 @@ Evidence: [P] paper or official code, [R] reviewer, [3P] third parties, [D] deri
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -19,6 +18,8 @@ from torch import Tensor
 from common.config.algorithm import BaselineConfig
 from common.errors import VerifierError
 from learner.algorithm.axis import Axis, Rule, number_problem, tensor_problem
+from learner.algorithm.baselines import MORE_BASELINES
+from learner.algorithm.grouped import Advantages, GroupedRewards
 
 
 def check_rewards(rewards: Tensor, verifier_name: str) -> None:
@@ -33,67 +34,13 @@ def check_rewards(rewards: Tensor, verifier_name: str) -> None:
         )
 
 
-@dataclass(frozen=True)
-class GroupedRewards:
-    """Rewards with the group of each, and the statistics of the groups spread back to members."""
-
-    rewards_V: Tensor
-    group_V: Tensor
-
-    @cached_property
-    def groups(self) -> int:
-        """Number of groups."""
-        return int(self.group_V.max()) + 1 if self.group_V.numel() else 0
-
-    def sum(self, values_V: Tensor) -> Tensor:
-        """Sum of `values_V` over the group of each member."""
-        zeros_P = values_V.new_zeros(self.groups)
-        return zeros_P.index_add(0, self.group_V, values_V)[self.group_V]
-
-    @cached_property
-    def size_V(self) -> Tensor:
-        """Completions with a reward in the group of each member, float64."""
-        return self.sum(torch.ones_like(self.rewards_V))
-
-    @cached_property
-    def uniform_V(self) -> Tensor:
-        """True in groups whose rewards are all equal, groups of one included."""
-        empty_P = self.rewards_V.new_zeros(self.groups)
-        ends = [
-            empty_P.scatter_reduce(0, self.group_V, self.rewards_V, how, include_self=False)
-            for how in ("amin", "amax")
-        ]
-        return (ends[0] == ends[1])[self.group_V]
-
-    @cached_property
-    def mean_V(self) -> Tensor:
-        """Mean reward in the group of each member."""
-        return self.sum(self.rewards_V) / self.size_V
-
-    @cached_property
-    def centred_V(self) -> Tensor:
-        """Rewards less the mean of their group: exactly 0 in uniform groups, without rounding."""
-        return (self.rewards_V - self.mean_V).masked_fill(self.uniform_V, 0.0)
-
-
-@dataclass(frozen=True)
-class Advantages:
-    """What a baseline makes of the rewards."""
-
-    advantages_V: Tensor  # float64
-    kept_V: Tensor | None = None
-    """Which completions count, bool; None for all. The others count in no denominator."""
-    metrics: Mapping[str, float] = field(default_factory=dict)
-
-
 def _grpo(grouped: GroupedRewards, config: BaselineConfig) -> Advantages:
     """(R - mean) / (std + epsilon), arXiv 2402.03300 [P].
 
     The paper writes std without saying which; the implementations in use take the sample standard
     deviation (divisor G - 1, `torch.std`), and so does this. Uniform groups give zeros.
     """
-    variance_V = grouped.sum(grouped.centred_V**2) / (grouped.size_V - 1).clamp(min=1)
-    return Advantages(grouped.centred_V / (variance_V.sqrt() + config.epsilon))
+    return Advantages(grouped.centred_V / (grouped.deviation_V + config.epsilon))
 
 
 def _dr_grpo(grouped: GroupedRewards, config: BaselineConfig) -> Advantages:
@@ -153,7 +100,9 @@ def _none(grouped: GroupedRewards, config: BaselineConfig) -> Advantages:
 
 
 def _made_up(rewards: list[float], groups: list[int]) -> GroupedRewards:
-    return GroupedRewards(torch.tensor(rewards, dtype=torch.float64), torch.tensor(groups).long())
+    rewards_V = torch.tensor(rewards, dtype=torch.float64)
+    lengths_V = torch.arange(1, len(rewards) + 1)
+    return GroupedRewards(rewards_V, torch.tensor(groups).long(), lengths_V)
 
 
 def _problem(grouped: GroupedRewards, found: Advantages) -> str | None:
@@ -175,9 +124,10 @@ BASELINES: Axis[GroupedRewards, BaselineConfig, Advantages] = Axis(
         "raft": _raft,
         "reinforce_rej": _reinforce_rej,
         "none": _none,
+        **MORE_BASELINES,
     },
     cases={
-        "groups of rewards (0, 1, 1) and (0.5)": partial(_made_up, [0, 1, 1, 0.5], [0, 0, 0, 1]),
+        "groups of rewards (0, 1, 1) and (1)": partial(_made_up, [0, 1, 1, 1], [0, 0, 0, 1]),
         "a group of rewards (1, 1)": partial(_made_up, [1, 1], [0, 0]),
         "no completion with a reward": partial(_made_up, [], []),
     },
@@ -189,6 +139,7 @@ BASELINES: Axis[GroupedRewards, BaselineConfig, Advantages] = Axis(
 def group_advantages(
     rewards_B: Tensor,
     group_B: Tensor,
+    lengths_B: Tensor,
     config: BaselineConfig,
     rule: Rule[GroupedRewards, Advantages],
 ) -> tuple[Tensor, Tensor, Mapping[str, float]]:
@@ -197,6 +148,7 @@ def group_advantages(
     Args:
         rewards_B: NaN where a completion has no reward.
         group_B: long, the index of each completion's group, in any order.
+        lengths_B: long, all tokens of each completion.
 
     Returns:
         Advantages [B] float64; [B] bool, whether the completion belongs to the batch at all; and
@@ -205,7 +157,7 @@ def group_advantages(
         advantages from below (GRPO-lambda: -0.1 [R]).
     """
     valid_B = ~rewards_B.isnan()
-    grouped = GroupedRewards(rewards_B[valid_B].double(), group_B[valid_B])
+    grouped = GroupedRewards(rewards_B[valid_B].double(), group_B[valid_B], lengths_B[valid_B])
     found = BASELINES.call(rule, config.kind, grouped)
     advantages_V = found.advantages_V.double()
     kept_V = torch.ones_like(grouped.group_V, dtype=torch.bool)

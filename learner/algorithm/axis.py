@@ -7,9 +7,10 @@ The `kind` of a section of `algorithm` is a name in the axis's table, or `packag
                  something from step to step, and is saved in checkpoints. Only the axes that see
                  the whole batch take one; the others are called for a micro-batch of one rank.
 
-`args` are those of the section in the configuration. A rule of a user's own is tried on made-up
-inputs before anything starts. What it returns may carry metrics, which appear in metrics.jsonl
-under the names that it gives them.
+`args` are those of the section in the configuration. A rule of ours declares its arguments as
+keyword parameters, whose types carry bounds and whose defaults are the paper's. A rule of a user's
+own is tried on made-up inputs before anything starts. What it returns may carry metrics, which
+appear in metrics.jsonl under the names that it gives them.
 """
 
 from __future__ import annotations
@@ -21,7 +22,13 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Generic, Protocol, TypeVar, cast
+from typing import (
+    Any,
+    Generic,
+    Protocol,
+    TypeVar,
+    cast,
+)
 
 import torch
 from torch import Tensor
@@ -29,6 +36,7 @@ from torch import Tensor
 from common.config.names import import_named
 from common.errors import RunError, UserError
 from common.record.metric_names import METRICS
+from learner.algorithm.arguments import check_arguments
 
 
 class AxisConfig(Protocol):
@@ -148,12 +156,9 @@ class Axis(Generic[Inputs, Config, Result]):
             UserError: it cannot be imported, it raises, or its answer is not what the axis needs.
         """
         if not self.is_own(config.kind):
-            if config.args:
-                raise UserError(
-                    f"algorithm.{self.name}.args={config.args} are arguments of a rule of your "
-                    f"own, and {self.key}={config.kind} is not one: it takes the keys of "
-                    f"algorithm.{self.name}"
-                )
+            check_arguments(
+                f"algorithm.{self.name}.args", config.args, self.rules[config.kind], config.kind
+            )
             return frozenset()
         names: set[str] = set()
         for of, make in self.cases.items():

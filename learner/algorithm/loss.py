@@ -1,6 +1,6 @@
 """The loss of a microbatch: credit, objective, correction and KL composed, one pass.
 
-    x = log pi - log pi_old  ->  credit  ->  objective  ->  * correction  ->  - beta * k3
+    x = log pi - log anchor  ->  credit  ->  objective  ->  * correction  ->  - beta * k3
     l_{i,t} = weight * correction * surrogate - kl_weight * beta * k3
     L = -sum_i w_i sum_t l_{i,t}
 
@@ -19,10 +19,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from common.config.algorithm import AlgorithmConfig
+from common.config.algorithm import AlgorithmConfig, ObjectiveConfig
 from learner.algorithm.corrections import behaviour_gap, correct
 from learner.algorithm.credit import CREDITS, Credit, CreditInputs
-from learner.algorithm.objectives import OBJECTIVES, Surrogate, Terms, bounded_exp, k3
+from learner.algorithm.objectives import OBJECTIVES, k3
+from learner.algorithm.surrogates import Surrogate, Terms, bounded_exp
 from learner.algorithm.traces import PackedAxis
 
 Metrics = dict[str, tuple[float, float]]
@@ -66,8 +67,9 @@ def policy_loss(
     dtype = tokens.logprobs_N.dtype
     sampled_N = ~tokens.behaviour_logprobs_N.isnan()
     gap_N = behaviour_gap(tokens.old_logprobs_N, tokens.behaviour_logprobs_N)
+    anchor_N = anchor_logprobs(tokens, config.objective)
     inputs = CreditInputs(
-        log_ratio_N=tokens.logprobs_N - tokens.old_logprobs_N,
+        log_ratio_N=tokens.logprobs_N - anchor_N,
         behaviour_gap_N=gap_N,
         axis=axis,
         entropy_N=tokens.entropy_N,
@@ -80,9 +82,11 @@ def policy_loss(
         advantages_B=batch.advantages_B.to(dtype),
         axis=axis,
         behaviour_gap_N=gap_N,
+        anchor_logprobs_N=anchor_N,
     )
     surrogate = OBJECTIVES.rule(config.objective)(terms)
-    correction = correct(gap_N, sampled_N, axis, replace(config.correction, kind=correction_kind))
+    chosen = replace(config.correction, kind=correction_kind)
+    correction = correct(gap_N, sampled_N, axis, terms.advantages_N, chosen)
     policy_B = axis.sum(credit.weight_N * correction.weight_N * surrogate.values_N)
     kl_N = torch.zeros_like(gap_N)
     if tokens.reference_logprobs_N is not None:
@@ -97,6 +101,17 @@ def policy_loss(
     metrics |= {"loss/policy": (policy, 0.0), "loss/kl": (kl, 0.0)}
     credit_N = credit.gradient_weight_N.detach()
     return LossOutput(loss.to(dtype), (policy_B - kl_B).detach(), credit_N, metrics)
+
+
+def anchor_logprobs(tokens: CompletionBatch, config: ObjectiveConfig) -> Tensor:
+    """Log-probabilities that ratios are to, [N]: those before the first update, or the sampler's.
+
+    A token that the policy did not sample has none of the sampler: it keeps the former.
+    """
+    if config.anchor == "old":
+        return tokens.old_logprobs_N
+    given_N = tokens.behaviour_logprobs_N.isnan()
+    return torch.where(given_N, tokens.old_logprobs_N, tokens.behaviour_logprobs_N)
 
 
 def _trained_tokens(batch: CompletionBatch) -> tuple[CompletionBatch, PackedAxis]:

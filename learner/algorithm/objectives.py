@@ -4,59 +4,24 @@ Every objective sees the log-ratio z of the credit axis (log pi - log pi_old, or
 returns a value a token. Those at sequence level give every token of a completion the same value,
 so that a sum over tokens weighted by 1 / |o_i| is the sequence's own objective.
 
-Ratios are exp(z) up to z = `LOG_RATIO_LIMIT` and its tangent from there on: e^20 = 5e8 keeps every
-product and sum of float32 finite, and the gradient bounded without ever vanishing.
-
 Legend: N trained tokens, B completions. Evidence tags: [P] paper, [D] derived.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from functools import cached_property
+from collections.abc import Callable
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
 from common.config.algorithm import ObjectiveConfig
+from common.config.bounds import above, or_infinite
 from learner.algorithm.axis import Axis, tensor_problem, token_cases, token_metric_problem
+from learner.algorithm.surrogates import Surrogate, Terms, bounded_exp, log_policy
 from learner.algorithm.traces import PackedAxis
-
-LOG_RATIO_LIMIT = 20.0
-
-
-@dataclass(frozen=True)
-class Terms:
-    """What an objective is made from: a micro-batch."""
-
-    log_ratio_N: Tensor  # z, carries the gradient
-    logprobs_N: Tensor  # log pi, detached
-    advantages_B: Tensor
-    axis: PackedAxis
-    behaviour_gap_N: Tensor  # log pi_old - log mu, 0 where the token was not sampled
-
-    @cached_property
-    def advantages_N(self) -> Tensor:
-        """The advantage of every token: that of its completion."""
-        return self.axis.spread(self.advantages_B)
-
-
-@dataclass(frozen=True)
-class Surrogate:
-    """What an objective makes of the tokens of a micro-batch."""
-
-    values_N: Tensor  # to be maximised, carries the gradient
-    clipped_N: Tensor  # bool: the clip is active
-    metrics: Mapping[str, Tensor] = field(default_factory=dict)
-    """A value a token under each name, [N]; the mean over the step's trained tokens is recorded."""
-
-
-def bounded_exp(log_ratio: Tensor) -> Tensor:
-    """The exponential up to LOG_RATIO_LIMIT, and its tangent beyond."""
-    beyond = (log_ratio - LOG_RATIO_LIMIT).clamp(min=0.0)
-    return log_ratio.clamp(max=LOG_RATIO_LIMIT).exp() + math.exp(LOG_RATIO_LIMIT) * beyond
+from learner.algorithm.trust_regions import dppo, dro, sapo, vespo
 
 
 def k3(logprobs_N: Tensor, reference_N: Tensor) -> Tensor:
@@ -68,6 +33,10 @@ def k3(logprobs_N: Tensor, reference_N: Tensor) -> Tensor:
     return bounded_exp(gap_N) - gap_N - 1
 
 
+DualClip = Annotated[float, or_infinite(above(1))]
+"""`.inf` is off."""
+
+
 def _clipped(log_ratio: Tensor, advantages: Tensor, config: ObjectiveConfig) -> Surrogate:
     ratio = bounded_exp(log_ratio)
     free = ratio * advantages
@@ -75,9 +44,20 @@ def _clipped(log_ratio: Tensor, advantages: Tensor, config: ObjectiveConfig) -> 
     return Surrogate(torch.minimum(free, bounded), bounded < free)
 
 
-def _ppo(terms: Terms, config: ObjectiveConfig) -> Surrogate:
-    """min(r A, clip(r, 1 - low, 1 + high) A); low = high is PPO's, high > low DAPO's clip [P]."""
-    return _clipped(terms.log_ratio_N, terms.advantages_N, config)
+def _ppo(terms: Terms, config: ObjectiveConfig, *, dual_clip: DualClip = math.inf) -> Surrogate:
+    """min(r A, clip(r, 1 - low, 1 + high) A); low = high is PPO's, high > low DAPO's clip [P].
+
+    `dual_clip` c bounds the surrogate of a negative advantage from below by c A (arXiv 1912.09729
+    [P]; 3 in most libraries, 10 in DAPO's script). A bound on the ratio itself, TRL's `delta`, is
+    the same for c of at least 1 + high [D].
+    """
+    found = _clipped(terms.log_ratio_N, terms.advantages_N, config)
+    if math.isinf(dual_clip):
+        return found
+    floor_N = dual_clip * terms.advantages_N
+    beyond_N = (terms.advantages_N < 0) & (found.values_N < floor_N)
+    values_N = torch.where(beyond_N, floor_N, found.values_N)
+    return Surrogate(values_N, found.clipped_N | beyond_N)
 
 
 def _gspo(terms: Terms, config: ObjectiveConfig) -> Surrogate:
@@ -115,18 +95,13 @@ def _cispo(terms: Terms, config: ObjectiveConfig) -> Surrogate:
     ratio_N = bounded_exp(terms.log_ratio_N.detach())
     bounded_N = ratio_N.clamp(1 - config.clip_low, 1 + config.clip_high)
     scale_N = bounded_N * terms.advantages_N
-    return Surrogate(scale_N * _log_policy(terms), bounded_N != ratio_N)
+    return Surrogate(scale_N * log_policy(terms), bounded_N != ratio_N)
 
 
 def _gpg(terms: Terms, config: ObjectiveConfig) -> Surrogate:
     """A log pi, arXiv 2504.02546 [P]: no ratio, no clip. Its alpha is in `batch_scale`."""
-    values_N = terms.advantages_N * _log_policy(terms)
+    values_N = terms.advantages_N * log_policy(terms)
     return Surrogate(values_N, torch.zeros_like(values_N, dtype=torch.bool))
-
-
-def _log_policy(terms: Terms) -> Tensor:
-    """The value of log pi with the gradient of z."""
-    return terms.logprobs_N + terms.log_ratio_N - terms.log_ratio_N.detach()
 
 
 def _made_up(lengths: list[int]) -> Terms:
@@ -150,25 +125,40 @@ OBJECTIVES: Axis[Terms, ObjectiveConfig, Surrogate] = Axis(
     name="objective",
     inputs=Terms,
     result=Surrogate,
-    rules={"ppo": _ppo, "gspo": _gspo, "gmpo": _gmpo, "cispo": _cispo, "gpg": _gpg},
+    rules={
+        "ppo": _ppo,
+        "gspo": _gspo,
+        "gmpo": _gmpo,
+        "cispo": _cispo,
+        "gpg": _gpg,
+        "sapo": sapo,
+        "dppo": dppo,
+        "vespo": vespo,
+        "dro": dro,
+    },
     cases=token_cases(_made_up),
     problem=_problem,
     whole_batch=False,
 )
 
 
-def _unscaled(advantages_V: Tensor) -> float:
+def _unscaled(advantages_V: Tensor, group_V: Tensor) -> float:
     return 1.0
 
 
-def _share_of_signal(advantages_V: Tensor) -> float:
-    """alpha = B / (B - M), M completions without a gradient, arXiv 2504.02546 [P]; 1 if all are."""
-    return advantages_V.numel() / max(int((advantages_V != 0).sum()), 1)
+def _share_of_signal(advantages_V: Tensor, group_V: Tensor) -> float:
+    """alpha = B / (B - M), M completions of groups without a gradient, arXiv 2504.02546 [P].
+
+    As in the paper's code a group counts as a whole: one whose rewards differ has a gradient, also
+    where one of its advantages is 0. 1 if no group has any.
+    """
+    some_V = torch.isin(group_V, group_V[advantages_V != 0])
+    return advantages_V.numel() / max(int(some_V.sum()), 1)
 
 
-BATCH_SCALES: dict[str, Callable[[Tensor], float]] = {"gpg": _share_of_signal}
+BATCH_SCALES: dict[str, Callable[[Tensor, Tensor], float]] = {"gpg": _share_of_signal}
 
 
-def batch_scale(kind: str, advantages_V: Tensor) -> float:
-    """The factor an objective puts on the whole batch, given the advantages kept in it."""
-    return BATCH_SCALES.get(kind, _unscaled)(advantages_V)
+def batch_scale(kind: str, advantages_V: Tensor, group_V: Tensor) -> float:
+    """The factor an objective puts on the whole batch, given what is kept in it."""
+    return BATCH_SCALES.get(kind, _unscaled)(advantages_V, group_V)

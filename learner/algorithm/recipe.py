@@ -1,6 +1,7 @@
 """A recipe: one choice on each axis, and the little state that goes with it.
 
-    prepare   rewards of the whole global batch -> advantages, token weights, what to train on
+    estimate  rewards of the whole global batch -> advantages, and what to train on
+    weigh     the completions of one update -> token weights, with a denominator of their own
     loss      the loss of one microbatch
     end_step  after the optimiser step: learnable lambda
 
@@ -43,6 +44,10 @@ class Prepared:
     """Which completions count, bool: they have a reward, and the recipe did not leave them out."""
     trained_B: Tensor
     """Which completions have a gradient, bool. Leaving out the others changes nothing."""
+    group_B: Tensor
+    """Index of each completion's group, long."""
+    lengths_B: Tensor
+    """Trained tokens of each completion, long."""
     metrics: dict[str, float]
     """Metrics of rules of the user's own."""
 
@@ -120,20 +125,34 @@ class Recipe:
         whole_lengths_B: Tensor | None = None,
         truncated_B: Tensor | None = None,
     ) -> Prepared:
-        """Advantages and token weights from the whole global batch.
+        """`estimate`, and `weigh` of the whole batch as one update: see there."""
+        estimated = self.estimate(
+            rewards_B, group_B, lengths_B, verifier_name, whole_lengths_B, truncated_B
+        )
+        return self.weigh(estimated)
+
+    def estimate(
+        self,
+        rewards_B: Tensor,
+        group_B: Tensor,
+        lengths_B: Tensor,
+        verifier_name: str,
+        whole_lengths_B: Tensor | None = None,
+        truncated_B: Tensor | None = None,
+    ) -> Prepared:
+        """Advantages from the whole global batch; token weights are still 0.
 
         `rewards_B` float64, NaN where a completion has no reward: it is left out of its group's
         baseline and of every denominator. `group_B` long, the index of each completion's group.
         `lengths_B` long, trained tokens of each completion. Raises `VerifierError` for an infinite
         reward. `whole_lengths_B` long (all tokens of each completion, `lengths_B` if None) and
-        `truncated_B` bool (cut at the limit, none if None) serve the rollout axis. With several
-        epochs over a batch, prepare again before each, so that the weights
-        follow the learnable lambda.
+        `truncated_B` bool (cut at the limit, none if None) serve the rollout axis.
         """
         check_rewards(rewards_B.masked_fill(rewards_B.isnan(), 0.0), verifier_name)
         whole_B = lengths_B if whole_lengths_B is None else whole_lengths_B
-        rewards_B = rewards_B + overlong_penalty(
-            whole_B, self._max_completion_tokens, self._config.rollout.overlong_penalty_share
+        rollout = self._config.rollout
+        rewards_B = rewards_B + rollout.overlong_penalty_factor * overlong_penalty(
+            whole_B, self._max_completion_tokens, rollout.overlong_penalty_share
         )
         cut_B = torch.zeros(len(whole_B), dtype=torch.bool) if truncated_B is None else truncated_B
         scored_B = ~rewards_B.isnan()
@@ -141,20 +160,22 @@ class Recipe:
         advantages_B, kept_B, metrics = group_advantages(
             rewards_B.masked_fill(~before.kept_B, math.nan),
             group_B,
+            whole_B,
             self._config.baseline,
             self._baseline,
         )
         after = self._choose(Sampled(rewards_B, group_B, whole_B, cut_B, kept_B, advantages_B))
         kept_B = after.kept_B
         advantages_B = advantages_B.masked_fill(~kept_B, 0.0)
-        token_weights_B, weight_metrics = self._weigh(advantages_B, kept_B, lengths_B, group_B)
         useful_B = torch.ones_like(kept_B) if self.kl_in_loss else advantages_B != 0
         return Prepared(
             advantages_B,
-            token_weights_B,
-            kept_B,
+            token_weights_B=torch.zeros_like(advantages_B),
+            kept_B=kept_B,
             trained_B=kept_B & useful_B & (lengths_B > 0),
-            metrics={**before.metrics, **metrics, **after.metrics, **weight_metrics},
+            group_B=group_B,
+            lengths_B=lengths_B,
+            metrics={**before.metrics, **metrics, **after.metrics},
         )
 
     def _choose(self, sampled: Sampled) -> Chosen:
@@ -164,20 +185,29 @@ class Recipe:
         chosen = ROLLOUTS.call(self._rollout, config.kind, sampled)
         return replace(chosen, kept_B=chosen.kept_B & sampled.kept_B)
 
-    def _weigh(
-        self, advantages_B: Tensor, kept_B: Tensor, lengths_B: Tensor, group_B: Tensor
-    ) -> tuple[Tensor, Mapping[str, float]]:
-        """Token weights [B] float64, 0 where one does not count, and the rule's metrics."""
-        advantages_V = advantages_B[kept_B]
+    def weigh(self, estimated: Prepared, part_B: Tensor | None = None) -> Prepared:
+        """`estimated` with the token weights of one update, 0 for completions that it leaves out.
+
+        Weigh again before each update of a batch, so that weights follow the learnable lambda.
+
+        Args:
+            part_B: bool, the completions of the update; None for all.
+        """
+        counted_B = estimated.kept_B if part_B is None else estimated.kept_B & part_B
+        advantages_V = estimated.advantages_B[counted_B]
         kept = KeptCompletions(
-            lengths_B[kept_B], group_B[kept_B], advantages_V, self._max_completion_tokens
+            estimated.lengths_B[counted_B],
+            estimated.group_B[counted_B],
+            advantages_V,
+            self._max_completion_tokens,
         )
-        scale = batch_scale(self._config.objective.kind, advantages_V)
-        self._batch = _Batch(kept_B, kept, scale)
+        scale = batch_scale(self._config.objective.kind, advantages_V, kept.group_V)
+        self._batch = _Batch(counted_B, kept, scale)
         found = AGGREGATIONS.call(self._aggregation, self._config.aggregation.kind, kept)
-        token_weights_B = torch.zeros_like(advantages_B)
-        token_weights_B[kept_B] = scale * found.weights_V.double()
-        return token_weights_B, found.metrics
+        token_weights_B = torch.zeros_like(estimated.advantages_B)
+        token_weights_B[counted_B] = scale * found.weights_V.double()
+        metrics = {**estimated.metrics, **found.metrics}
+        return replace(estimated, token_weights_B=token_weights_B, metrics=metrics)
 
     def loss(self, batch: CompletionBatch) -> LossOutput:
         """Loss of one microbatch; see `learner.algorithm.loss.policy_loss`."""
@@ -224,12 +254,9 @@ class Recipe:
 def check_recipe(config: AlgorithmConfig, correction_kind: str) -> None:
     """Raise `UserError` for a value out of its bound, or values that contradict each other."""
     check_bounds(config, "algorithm.")
-    credit, correction = config.credit, config.correction
-    if correction.floor > correction.cap:
-        raise UserError(
-            f"algorithm.correction.floor={correction.floor} must be at most "
-            f"algorithm.correction.cap={correction.cap}"
-        )
+    credit = config.credit
+    if config.objective.anchor == "behaviour":
+        _check_anchor(credit, correction_kind)
     traced = credit.kind == "lambda_trace" and credit.application == "trace"
     if traced and credit.cut and correction_kind != "none":
         raise UserError(
@@ -237,6 +264,20 @@ def check_recipe(config: AlgorithmConfig, correction_kind: str) -> None:
             "correction: see learner/algorithm/traces.py"
         )
     _try_rules(config, correction_kind)
+
+
+def _check_anchor(credit: CreditConfig, correction_kind: str) -> None:
+    """Refuse what would count the ratio to the sampler twice."""
+    if correction_kind != "none":
+        raise UserError(
+            "algorithm.objective.anchor=behaviour takes ratios to the sampler itself, and "
+            f"algorithm.correction.kind={correction_kind} would count them twice: use none or auto"
+        )
+    if credit.kind == "lambda_trace" and credit.cut:
+        raise UserError(
+            "algorithm.credit.cut=true cuts traces by the ratio to the sampler, which "
+            "algorithm.objective.anchor=behaviour has in every ratio: use one of the two"
+        )
 
 
 def _try_rules(config: AlgorithmConfig, correction_kind: str) -> None:

@@ -336,6 +336,7 @@ def above_entropy_quantile(entropy_N: Tensor, axis: PackedAxis, quantile: float)
     """
     by_entropy_N = entropy_N.argsort(stable=True)
     order_N = by_entropy_N[axis.completion_N[by_entropy_N].argsort(stable=True)]
-    rank_B = (axis.lengths_B.double() * quantile).long()
+    # Rounded first: 100 * 0.29 is a hair below 29 in floating point.
+    rank_B = (axis.lengths_B.double() * quantile).round(decimals=9).long()
     threshold_N = entropy_N[order_N[axis.spread(axis.starts_B + rank_B)]]
     return entropy_N >= threshold_N

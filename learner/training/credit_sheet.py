@@ -40,11 +40,17 @@ class CreditSheet:
     def __init__(self) -> None:
         self._batch: StepBatch | None = None
         self._prepared: Prepared | None = None
+        self._token_weights_B = torch.zeros(0)
         self._completions: dict[int, _Completion] = {}
 
-    def begin(self, batch: StepBatch, prepared: Prepared) -> None:
+    def begin(self, batch: StepBatch, estimated: Prepared) -> None:
         """Take down the step's data, with the rewards that the recipe was given."""
-        self._batch, self._prepared = batch, prepared
+        self._batch, self._prepared = batch, estimated
+        self._token_weights_B = torch.zeros_like(estimated.token_weights_B)
+
+    def add_weights(self, token_weights_B: Tensor) -> None:
+        """Take down the token weights of one update; those of other completions are 0."""
+        self._token_weights_B = self._token_weights_B + token_weights_B
 
     def add(self, row: PackedRow, mask_N: Tensor, logprobs_N: Tensor, credit_M: Tensor) -> None:
         """Take down a micro-batch: log-probabilities, and credit of the M tokens in the loss."""
@@ -78,7 +84,7 @@ class CreditSheet:
             **{name: _column(groups, name) for name in ("group_id", "ticket", "completion_index")},
             "reward": pa.array(self._batch.rewards_B, pa.float32(), from_pandas=True),
             "advantage": advantages_B,
-            "token_weight": self._prepared.token_weights_B.numpy(),
+            "token_weight": self._token_weights_B.numpy(),
             "trained": self._prepared.trained_B.numpy(),
             "trace_weights": [seen[i].weights if i in seen else None for i in every],
             "advantages": [

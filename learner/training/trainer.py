@@ -4,7 +4,7 @@
         --policy--> log-probabilities --recipe.loss--> backward ... --> clip, optimiser
 
 The recipe owns the maths and its one global denominator; this module owns how it is computed:
-micro-batches, ranks, precision, epochs. pi_old is the policy before the first optimiser step of
+micro-batches, ranks, precision, updates. pi_old is the policy before the first optimiser step of
 the batch, so the first epoch's forward pass is pi_old, and later epochs reuse what it stored.
 
 Shapes: B completions of the step, N completion tokens of a micro-batch.
@@ -12,11 +12,11 @@ Shapes: B completions of the step, N completion tokens of a micro-batch.
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -28,16 +28,13 @@ from common.config.sections import LearnerConfig
 from common.errors import RunError, UserError
 from learner.algorithm.advantages import kl_penalised_rewards
 from learner.algorithm.loss import CompletionBatch, Metrics
-from learner.algorithm.prefix_sets import prefix_set_sizes
 from learner.algorithm.recipe import Prepared, Recipe
 from learner.algorithm.traces import PackedAxis
 from learner.policy.model import Policy
 from learner.policy.packing import (
     PackedRow,
     PackingPlan,
-    Segment,
     StepBatch,
-    pack_microbatch,
     plan_packing,
 )
 from learner.training import fsdp
@@ -46,6 +43,7 @@ from learner.training.credit_sheet import CreditSheet
 from learner.training.guards import GradientGuard
 from learner.training.heap import HeapWatch
 from learner.training.job import LearnerJob
+from learner.training.work import Microbatch, Part, Work, load_microbatch, parts_of
 
 _ZERO_METRICS = ("loss/policy", "loss/kl", "clip_fraction", "is_ratio/mean", "logprob_gap/mean")
 """Metrics that are 0 where no token of the step trains."""
@@ -84,29 +82,8 @@ class _Totals:
             total.surrogate_sums_B += part.surrogate_sums_B
         return total
 
-    def means(self, epochs: int) -> dict[str, float]:
-        return {name: value / (weight or epochs) for name, (value, weight) in self.metrics.items()}
-
-
-@dataclass(frozen=True)
-class _Microbatch:
-    """A packed row and what the loss needs beside it, on the device."""
-
-    row: PackedRow
-    indices_B: Tensor
-    lengths_B: Tensor
-    behaviour_logprobs_N: Tensor
-    loss_mask_N: Tensor
-    prefix_counts_N: Tensor | None
-
-
-@dataclass(frozen=True)
-class _Work:
-    """A step's data, and this rank's share of it."""
-
-    batch: StepBatch
-    prepared: Prepared
-    microbatches: Sequence[_Microbatch]
+    def means(self, updates: int) -> dict[str, float]:
+        return {name: value / (weight or updates) for name, (value, weight) in self.metrics.items()}
 
 
 @dataclass
@@ -132,7 +109,7 @@ class Trainer:
         self.guard = GradientGuard(self.job.learner)
 
     def train(self, batch: StepBatch, sheet: CreditSheet | None = None) -> dict[str, float]:
-        """Update the policy on `batch`: one optimiser step an epoch. Collective.
+        """Update the policy on `batch`: one optimiser step for each part and epoch. Collective.
 
         Args:
             sheet: takes down what the tokens are credited with, if given.
@@ -148,12 +125,12 @@ class Trainer:
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = rate
-        work, metrics = self._begin(batch, sheet)
+        work, metrics = self._begin(batch, sheet, self.job.algorithm.objective.updates_per_batch)
         metrics["time/pack"] = time.perf_counter() - started
         probe_every = self.job.learner.credit_probe_every
         if probe_every and self.step % probe_every == 0 and self.recipe.shapes_credit:
             metrics["grad_norm/broadcast_credit"], _ = self._gradient(work, self.recipe.broadcast())
-        metrics |= self._epochs(work, sheet)
+        metrics |= self._updates(work, sheet)
         metrics["learning_rate"] = rate
         metrics["time/rank_train"] = time.perf_counter() - started
         self.step += 1
@@ -174,23 +151,31 @@ class Trainer:
                 "algorithm.objective.kl > 0 compares with a reference policy, which the run did "
                 "not have: set algorithm.objective.kl=0"
             )
-        work, metrics = self._begin(batch, sheet)
+        work, metrics = self._begin(batch, sheet, updates=1)
         metrics["grad_norm"], totals = self._gradient(work, self.recipe, sheet)
-        return metrics | totals.over_ranks().means(epochs=1)
+        return metrics | totals.over_ranks().means(updates=1)
 
-    def _begin(self, batch: StepBatch, sheet: CreditSheet | None) -> tuple[_Work, dict[str, float]]:
+    def _begin(
+        self, batch: StepBatch, sheet: CreditSheet | None, updates: int
+    ) -> tuple[Work, dict[str, float]]:
         """Prepare the step; also returns the metrics that are known before any gradient."""
         metrics = dict.fromkeys(_ZERO_METRICS, 0.0)
         if self.recipe.kl_in_reward:
             batch, penalty = self._with_kl_in_rewards(batch)
             metrics |= penalty
-        prepared = self._prepare(batch)
+        estimated = self._estimate(batch)
         if sheet is not None:
-            sheet.begin(batch, prepared)
-        plan = self._plan(batch, prepared.trained_B.numpy())
-        metrics |= describe(batch, prepared) | prepared.metrics
-        metrics["packing/efficiency"] = plan.efficiency
-        return _Work(batch, prepared, self._mine(batch, plan)), metrics
+            sheet.begin(batch, estimated)
+        parts, efficiencies = [], []
+        for members_B in parts_of(batch, updates):
+            trained_B = estimated.trained_B.numpy() & members_B
+            plan = self._plan(batch, trained_B)
+            parts.append(Part(torch.from_numpy(members_B), self._mine(batch, plan, estimated)))
+            efficiencies.append(plan.efficiency)
+        first = self.recipe.weigh(estimated, parts[0].members_B)
+        metrics |= describe(batch, estimated) | first.metrics
+        metrics["packing/efficiency"] = float(np.mean(efficiencies))
+        return Work(batch, estimated, first, parts), metrics
 
     def _plan(self, batch: StepBatch, trained_B: npt.NDArray[np.bool_]) -> PackingPlan:
         return plan_packing(
@@ -202,9 +187,15 @@ class Trainer:
             pairs_per_token=6.0 * self.policy.hidden_size,
         )
 
-    def _mine(self, batch: StepBatch, plan: PackingPlan) -> list[_Microbatch]:
+    def _mine(
+        self, batch: StepBatch, plan: PackingPlan, estimated: Prepared | None = None
+    ) -> list[Microbatch]:
+        """Load this rank's micro-batches, with prefix counts of what `estimated` keeps."""
+        kept_B = None
+        if estimated is not None and self.recipe.needs_prefix_counts:
+            kept_B = estimated.kept_B.numpy()
         mine = plan.microbatches[self.mesh.get_rank()]
-        return [self._load(batch, segments) for segments in mine]
+        return [load_microbatch(batch, segments, self.device, kept_B) for segments in mine]
 
     def _with_kl_in_rewards(self, batch: StepBatch) -> tuple[StepBatch, dict[str, float]]:
         """Take beta times each completion's KL to the reference off its reward. Collective.
@@ -237,9 +228,9 @@ class Trainer:
         return self.reference.logprobs(row, temperature=self.job.temperature)[0]
 
     def _gradient(
-        self, work: _Work, recipe: Recipe, sheet: CreditSheet | None = None
+        self, work: Work, recipe: Recipe, sheet: CreditSheet | None = None
     ) -> tuple[float, _Totals]:
-        """Compute the first gradient of the step under `recipe` and throw it away. Collective.
+        """Compute the gradient of the first update under `recipe`; throw it away. Collective.
 
         It costs one forward and one backward pass. `train` measures GRPO's credit with it: against
         `grad_norm`, its norm says how far traces blow the gradient up. `probe` measures a recipe
@@ -249,42 +240,44 @@ class Trainer:
             The gradient's norm before clipping, and this rank's totals.
         """
         totals = _Totals({}, np.zeros(len(work.batch.group_B)))
-        self._pass(work, None, totals, recipe, sheet)
-        norm = fsdp.clip_gradients(self.policy.model, math.inf) if work.microbatches else 0.0
+        part = work.parts[0]
+        self._pass(part, work.first, None, totals, recipe, sheet)
+        norm = fsdp.clip_gradients(self.policy.model, math.inf) if part.microbatches else 0.0
         self.policy.model.zero_grad(set_to_none=True)
         return norm, totals
 
     def _pass(
         self,
-        work: _Work,
+        part: Part,
+        prepared: Prepared,
         old: Sequence[Tensor] | None,
         totals: _Totals,
         recipe: Recipe,
         sheet: CreditSheet | None,
     ) -> list[Tensor]:
-        """Run forward and backward on every micro-batch; returns their log-probabilities.
+        """Run forward and backward on an update's micro-batches; returns log-probabilities.
 
         Args:
-            old: those before the first optimiser step, None while it is still to come.
+            old: those before the first optimiser step, None where this pass gives them.
         """
+        if sheet is not None:
+            sheet.add_weights(prepared.token_weights_B)
         logprobs = []
-        for i, microbatch in enumerate(work.microbatches):
+        for i, microbatch in enumerate(part.microbatches):
             fsdp.before_backward(
                 self.policy.model,
-                last=i == len(work.microbatches) - 1,
+                last=i == len(part.microbatches) - 1,
                 keep_gathered=self.keep_gathered,
             )
             old_N = None if old is None else old[i]
-            logprobs_N, credit_M = self._accumulate(
-                microbatch, work.prepared, old_N, totals, recipe
-            )
+            logprobs_N, credit_M = self._accumulate(microbatch, prepared, old_N, totals, recipe)
             if sheet is not None:
                 sheet.add(microbatch.row, microbatch.loss_mask_N, logprobs_N, credit_M)
             logprobs.append(logprobs_N)
         return logprobs
 
-    def _prepare(self, batch: StepBatch) -> Prepared:
-        return self.recipe.prepare(
+    def _estimate(self, batch: StepBatch) -> Prepared:
+        return self.recipe.estimate(
             torch.from_numpy(batch.rewards_B),
             torch.from_numpy(batch.group_B),
             torch.from_numpy(batch.trained_lengths_B),
@@ -293,50 +286,53 @@ class Trainer:
             torch.from_numpy(batch.truncated_B),
         )
 
-    def _epochs(self, work: _Work, sheet: CreditSheet | None) -> dict[str, float]:
+    def _updates(self, work: Work, sheet: CreditSheet | None) -> dict[str, float]:
         """Take every optimiser step of the batch; returns the metrics that come from them."""
-        old: list[Tensor] | None = None
-        totals = _Totals()
+        old = self._old_logprobs(work)
+        totals, norms = _Totals(), list[float]()
         metrics = {"grad_norm": 0.0, "steps/skipped": 0.0}
-        for epoch in range(self.job.algorithm.objective.epochs):
-            if epoch:  # the weights follow what `end_step` learned
-                work = replace(work, prepared=self._prepare(work.batch))
+        epochs = self.job.algorithm.objective.epochs
+        for epoch, (index, part) in itertools.product(range(epochs), enumerate(work.parts)):
+            prepared = work.first
+            if epoch or index:  # the weights follow what `end_step` learned
+                prepared = self.recipe.weigh(work.estimated, part.members_B)
             totals.surrogate_sums_B = np.zeros(len(work.batch.group_B))
-            logprobs = self._pass(work, old, totals, self.recipe, None if epoch else sheet)
-            old = logprobs if old is None else old
+            logprobs = self._pass(
+                part, prepared, old[index], totals, self.recipe, None if epoch else sheet
+            )
+            old[index] = logprobs if old[index] is None else old[index]
             # Without a gradient an optimiser's momentum must not move the weights.
             finite = True
-            if work.microbatches:
-                metrics["grad_norm"], finite = self._optimize()
+            if part.microbatches:
+                norm, finite = self._optimize()
+                norms.append(norm)
             summed = totals.over_ranks()
             if finite:
                 metrics |= self.recipe.end_step(torch.from_numpy(summed.surrogate_sums_B))
             metrics["steps/skipped"] += float(not finite)
-        return metrics | summed.means(self.job.algorithm.objective.epochs)
+        if norms:
+            metrics["grad_norm"] = float(np.mean(norms))
+        return metrics | summed.means(epochs * len(work.parts))
 
-    def _load(self, batch: StepBatch, segments: Sequence[Segment]) -> _Microbatch:
-        row = pack_microbatch(batch, segments, self.device)
+    @torch.no_grad()
+    def _old_logprobs(self, work: Work) -> list[list[Tensor] | None]:
+        """Log-probabilities before the first optimiser step, by part; None where the part's own
+        first pass gives them: that of the first part, and of all where ratios are to the sampler.
+        """
+        old: list[list[Tensor] | None] = [None] * len(work.parts)
+        if self.job.algorithm.objective.anchor == "old":
+            for index, part in enumerate(work.parts[1:], start=1):
+                old[index] = [self._logprobs(microbatch.row) for microbatch in part.microbatches]
+            if len(work.parts) > 1:
+                fsdp.reshard(self.policy.model)
+        return old
 
-        def tokens(column: npt.NDArray[Any]) -> Tensor:
-            parts = [column[batch.tokens_of(c)] for c in row.completions]
-            return torch.from_numpy(np.concatenate([column[:0], *parts])).to(self.device)
-
-        counts_N = None
-        if self.recipe.needs_prefix_counts:
-            parts = [_prefix_counts(batch, segment) for segment in segments]
-            counts_N = torch.cat([torch.empty(0), *parts]).to(self.device)
-        return _Microbatch(
-            row,
-            torch.tensor(row.completions, dtype=torch.long),
-            torch.tensor(row.lengths, dtype=torch.long, device=self.device),
-            tokens(batch.behaviour_logprobs),
-            tokens(batch.loss_mask),
-            counts_N,
-        )
+    def _logprobs(self, row: PackedRow) -> Tensor:
+        return self.policy.logprobs(row, temperature=self.job.temperature)[0]
 
     def _accumulate(
         self,
-        microbatch: _Microbatch,
+        microbatch: Microbatch,
         prepared: Prepared,
         old_N: Tensor | None,
         totals: _Totals,
@@ -387,11 +383,3 @@ class Trainer:
                 optimizer.step()
         self.policy.model.zero_grad(set_to_none=True)
         return grad_norm, allowed
-
-
-def _prefix_counts(batch: StepBatch, segment: Segment) -> Tensor:
-    """Sizes of prefix sets over the whole group, [n], for the completions of one segment."""
-    members = np.flatnonzero(batch.group_B == segment.group).tolist()
-    ids = [batch.token_ids[batch.tokens_of(c)].tolist() for c in members]
-    parts = dict(zip(members, prefix_set_sizes(ids).split([len(i) for i in ids]), strict=True))
-    return torch.cat([parts[c] for c in segment.completions])

@@ -208,7 +208,7 @@ def test_the_plan_says_what_follows_from_what(capsys: pytest.CaptureFixture[str]
         "6 prompts x 8 completions = 48: batch.prompts_per_step x batch.group_size",
         "48 completions x generator.max_completion_tokens 100 = 4800 a step at most",
         "4800 tokens / batch.tokens_per_microbatch 1000 = 5 forward and backward passes",
-        "steps 5 x algorithm.objective.epochs 2 = 10",
+        "steps 5 x algorithm.objective.epochs 2 x updates_per_batch 1 = 10",
         "(generator.max_staleness 3 + 1) x 6 prompts = 24 groups in flight",
         "24 groups x 8 = 192 completions over 1 generator(s)",
         "off-policy correction tis, because generator.max_staleness is 3",

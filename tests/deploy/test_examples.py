@@ -25,8 +25,8 @@ from deploy.command.presets import RECIPES
 from deploy.examples.advantage import by_rank
 from deploy.examples.credit import by_entropy
 from deploy.examples.verifier import right_and_short
-from learner.algorithm.advantages import GroupedRewards
 from learner.algorithm.credit import CreditInputs
+from learner.algorithm.grouped import GroupedRewards
 from learner.algorithm.loss import policy_loss
 from learner.algorithm.recipe import Recipe, check_recipe
 from learner.algorithm.traces import PackedAxis
@@ -90,11 +90,12 @@ def test_the_data_set_is_read_as_its_command_says(
 def test_the_estimator_goes_by_rank() -> None:
     """By hand: 9 beats three, 1 beats one and loses to two; size does not matter, order does."""
     rewards_V = torch.tensor([9.0, 1.0, 5.0, 0.0, 2.0, 2.0, 7.0], dtype=torch.float64)
-    grouped = GroupedRewards(rewards_V, torch.tensor([0, 0, 0, 0, 1, 1, 2]))
+    lengths_V = torch.ones(7)
+    grouped = GroupedRewards(rewards_V, torch.tensor([0, 0, 0, 0, 1, 1, 2]), lengths_V)
     found = by_rank(grouped, BaselineConfig())
     assert found.advantages_V.tolist() == pytest.approx([1, -1 / 3, 1 / 3, -1, 0, 0, 0])
     assert found.metrics == {"advantage/tied": 3 / 7}
-    larger = GroupedRewards(rewards_V**3, grouped.group_V)
+    larger = GroupedRewards(rewards_V**3, grouped.group_V, lengths_V)
     assert torch.equal(by_rank(larger, BaselineConfig()).advantages_V, found.advantages_V)
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -28,9 +31,14 @@ def advantages(rewards: list[float], kind: str = "grpo", group=None, **options):
 
 
 def estimate(
-    rewards_B: torch.Tensor, group_B: torch.Tensor, config: BaselineConfig
+    rewards_B: torch.Tensor,
+    group_B: torch.Tensor,
+    config: BaselineConfig,
+    lengths_B: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    return group_advantages(rewards_B, group_B, config, BASELINES.rule(config))[:2]
+    if lengths_B is None:
+        lengths_B = torch.arange(1, len(rewards_B) + 1)
+    return group_advantages(rewards_B, group_B, lengths_B, config, BASELINES.rule(config))[:2]
 
 
 def test_table_by_hand() -> None:
@@ -83,7 +91,11 @@ def test_min_advantage_clamps_from_below() -> None:
     assert found == [0, -0.1, -0.1, 2]
 
 
-@given(seeds, st.integers(1, 6), st.sampled_from(sorted(BASELINES.rules)))
+OF_THE_BATCH = {"batch_std", "reinforce_pp", "reinforce_pp_baseline"}
+"""Baselines that look beyond the group."""
+
+
+@given(seeds, st.integers(1, 6), st.sampled_from(sorted(set(BASELINES.rules) - OF_THE_BATCH)))
 @settings(max_examples=40, deadline=None)
 def test_groups_are_independent_and_missing_rewards_do_not_count(
     seed: int, groups: int, kind: str
@@ -91,16 +103,18 @@ def test_groups_are_independent_and_missing_rewards_do_not_count(
     """All groups at once = one at a time without the completions that have no reward."""
     generator = random(seed)
     group_B = torch.randint(0, groups, (20,), generator=generator)
-    rewards_B = torch.randint(0, 3, (20,), generator=generator).double()
+    highest = 2 if kind == "disco" else 3
+    rewards_B = torch.randint(0, highest, (20,), generator=generator).double()
     rewards_B[torch.rand(20, generator=generator) < 0.2] = NAN
+    lengths_B = torch.randint(1, 9, (20,), generator=generator)
     config = BaselineConfig(kind=kind, min_advantage=-0.5)
-    found_B, kept_B = estimate(rewards_B, group_B, config)
+    found_B, kept_B = estimate(rewards_B, group_B, config, lengths_B)
     assert found_B.isfinite().all()
     assert not kept_B[rewards_B.isnan()].any()
     assert (found_B[~kept_B] == 0).all()
     for group in range(groups):
         members = (group_B == group) & ~rewards_B.isnan()
-        alone_B, _ = estimate(rewards_B[members], group_B[members] * 0, config)
+        alone_B, _ = estimate(rewards_B[members], group_B[members] * 0, config, lengths_B[members])
         torch.testing.assert_close(found_B[members], alone_B)
 
 
@@ -112,6 +126,77 @@ def test_grpo_ignores_shift_and_scale(seed: int, scale: float, shift: float) -> 
     other, _ = advantages((rewards * scale + shift).tolist(), epsilon=0.0)
     assert other == pytest.approx(one)
     assert sum(one) == pytest.approx(0, abs=1e-9)
+
+
+def test_maxrl_by_hand_and_by_enumeration() -> None:
+    """(R - p) / p; over all 16 outcomes of four answers at p = 0.3, the gradient of pass@k / k."""
+    assert advantages([1, 0, 0, 0], "maxrl", epsilon=1e-9)[0] == pytest.approx([3, -1, -1, -1])
+    assert advantages([0, 0, 0, 0], "maxrl")[0] == [0] * 4
+    one, scaled = (advantages([c, 0, c, 0], "maxrl", epsilon=1e-12)[0] for c in (1.0, 5.0))
+    assert scaled == pytest.approx(one)
+    p, found = 0.3, 0.0
+    for outcome in itertools.product([0.0, 1.0], repeat=4):
+        weight = math.prod(p if r else 1 - p for r in outcome)
+        score = [(1 / p if r else -1 / (1 - p)) for r in outcome]  # d log probability / d p
+        given_A = advantages(list(outcome), "maxrl", epsilon=1e-12)[0]
+        found += weight * sum(a * s for a, s in zip(given_A, score, strict=True)) / 4
+    # d pass@k / d p = k (1 - p)^(k - 1)
+    assert found == pytest.approx(sum((1 - p) ** (k - 1) for k in range(1, 4)))
+
+
+def test_disco_is_the_mean_right_score_less_the_mean_wrong_one() -> None:
+    found, _ = advantages([1, 1, 1, 0], "disco")
+    scores = [0.3, -1.2, 2.0, 0.7]
+    weighed = sum(a * s for a, s in zip(found, scores, strict=True)) / 4
+    assert weighed == pytest.approx(sum(scores[:3]) / 3 - scores[3])
+    assert advantages([1, 1], "disco")[0] == [0, 0]
+
+
+@pytest.mark.parametrize(
+    ("kind", "reward", "wanted"), [("maxrl", -0.5, "at least 0"), ("disco", 0.5, "of 0 and 1")]
+)
+def test_a_reward_without_a_meaning_is_refused(kind: str, reward: float, wanted: str) -> None:
+    with pytest.raises(VerifierError, match=rf"kind={kind} takes rewards .*{wanted}"):
+        advantages([1.0, reward], kind)
+
+
+def test_a_quantile_reinforces_hard_prompts_and_punishes_on_easy_ones() -> None:
+    hard, _ = advantages([1, 0, 0, 0], "quantile")
+    assert hard[0] > 0
+    assert hard[1:] == [0, 0, 0]
+    easy, _ = advantages([1, 1, 1, 0], "quantile")
+    assert easy[:3] == [0, 0, 0]
+    assert easy[3] < 0
+    # Five right of eight and K = 0.4: the fourth smallest, which is right; rounding down gives 0.
+    assert advantages([1] * 5 + [0] * 3, "quantile")[0][0] == 0
+    graded, _ = advantages([0.1, 0.4, 0.9], "quantile", epsilon=0.0, args={"quantile": 0.5})
+    assert graded[1] == 0
+
+
+def test_opo_weighs_the_mean_by_length() -> None:
+    """Lengths 1 and 2: the mean of (1, 0) is 1/3."""
+    assert advantages([1, 0], "opo")[0] == pytest.approx([2 / 3, -1 / 3])
+    assert advantages([1, 1], "opo")[0] == [0, 0]
+
+
+def test_pass_at_k_rewards_the_best_alone() -> None:
+    assert advantages([0.2, 1.0, 0.7], "pass_at_k")[0] == pytest.approx([0, 0.3, 0])
+    assert advantages([1, 1, 0], "pass_at_k")[0] == [0, 0, 0]
+    assert advantages([1], "pass_at_k")[0] == [0]
+
+
+def test_baselines_over_the_batch() -> None:
+    """Rewards (1, 0), (1, 1): deviation 1/2 over all four, mean 3/4."""
+    groups = [0, 0, 1, 1]
+    assert advantages([1, 0, 1, 1], "batch_std", groups, epsilon=1e-12)[0] == pytest.approx(
+        [1, -1, 0, 0]
+    )
+    assert advantages([1, 0, 1, 1], "reinforce_pp", groups, epsilon=1e-12)[0] == pytest.approx(
+        [0.5, -1.5, 0.5, 0.5]
+    )
+    both, _ = advantages([1, 0, 1, 1], "reinforce_pp_baseline", groups, epsilon=1e-12)
+    root = (1 / 6) ** 0.5  # of (1/2, -1/2, 0, 0)
+    assert both == pytest.approx([0.5 / root, -0.5 / root, 0, 0])
 
 
 def test_no_completion_at_all() -> None:

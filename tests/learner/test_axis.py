@@ -8,6 +8,7 @@ from typing import Any, get_type_hints
 import pytest
 import torch
 from maths_oracles import algorithm, random_batch
+from rule_arguments import PAGE, with_table
 from torch import Tensor
 
 from common.config.algorithm import (
@@ -19,23 +20,27 @@ from common.config.algorithm import (
     ObjectiveConfig,
     RolloutConfig,
 )
+from common.config.bounds import bound_of
 from common.config.load import load_config
 from common.config.names import names_in
 from common.errors import RunError, UserError
-from learner.algorithm.advantages import BASELINES, Advantages, GroupedRewards
+from learner.algorithm.advantages import BASELINES
 from learner.algorithm.aggregation import (
     AGGREGATIONS,
     KeptCompletions,
     LearnedAggregation,
     TokenWeights,
 )
+from learner.algorithm.arguments import parameters
 from learner.algorithm.axis import Axis, Rule
 from learner.algorithm.corrections import CORRECTIONS, Correction, CorrectionInputs
 from learner.algorithm.credit import CREDITS, Credit, CreditInputs
+from learner.algorithm.grouped import Advantages, GroupedRewards
 from learner.algorithm.loss import policy_loss
-from learner.algorithm.objectives import OBJECTIVES, Surrogate, Terms
+from learner.algorithm.objectives import OBJECTIVES
 from learner.algorithm.recipe import Prepared, Recipe, check_recipe
 from learner.algorithm.selection import ROLLOUTS, Chosen, Sampled
+from learner.algorithm.surrogates import Surrogate, Terms
 
 AXES: dict[str, Axis[Any, Any, Any]] = {
     axis.name: axis
@@ -368,8 +373,40 @@ def test_an_answer_that_cannot_be_used_is_refused(name: str, rule: str, message:
 def test_arguments_must_be_the_rule_s() -> None:
     refused("baseline", HERE + "centred", "unexpected keyword.*scal'", args={"scal": 2})
     refused(
-        "baseline", "grpo", "baseline.args=.*are arguments of a rule of your own", args={"a": 1}
+        "baseline", "grpo", "baseline.args.a is no argument of grpo: it takes none", args={"a": 1}
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "args", "message"),
+    [
+        ("objective", "sapo", {"tau_positiv": 1.0}, r"tau_positiv .*did you mean tau_positive"),
+        ("objective", "sapo", {"tau_positive": 0.0}, r"tau_positive=0.0 must be greater than 0 "),
+        ("objective", "dppo", {"divergence": "js"}, r"divergence=js must be one of tv, kl"),
+        ("objective", "ppo", {"dual_clip": 1.0}, r"dual_clip=1.0 must be greater than 1"),
+        ("objective", "vespo", {"power_positive": "x"}, r"power_positive=x must be a float"),
+        ("correction", "sequence_mask", {"weigh": 1}, r"weigh=1 must be a bool"),
+        ("correction", "icepop", {"low": float("nan")}, r"low=nan must be at least 0"),
+        ("baseline", "quantile", {"quantile": 1.5}, r"quantile=1.5 must be in \(0, 1\]"),
+    ],
+)
+def test_arguments_of_our_rules_have_names_types_and_bounds(
+    name: str, kind: str, args: dict[str, Any], message: str
+) -> None:
+    refused(name, kind, message, args=args)
+
+
+def test_every_argument_of_our_rules_has_a_default_and_every_number_a_bound() -> None:
+    numbers = 0
+    for axis in AXES.values():
+        for kind, rule in axis.rules.items():
+            hints = get_type_hints(rule, include_extras=True)
+            for name, parameter in parameters(rule).items():
+                assert parameter.default is not parameter.empty, (kind, name)
+                if isinstance(parameter.default, float):
+                    assert parameter.default in (bound_of(hints[name]) or ()), (kind, name)
+                    numbers += 1
+    assert numbers > 8
 
 
 def same_name(kept: KeptCompletions, config: AggregationConfig) -> TokenWeights:
@@ -417,3 +454,8 @@ def test_arguments_are_given_on_the_command_line() -> None:
     config = load_config([], ["model.path=x", *keys])
     found = Recipe(config.algorithm, "none", 40).prepare(REWARDS, GROUPS, LENGTHS, "v")
     assert found.advantages_B[2] == 3.0
+
+
+def test_the_page_lists_the_arguments() -> None:
+    text = PAGE.read_text()
+    assert text == with_table(text), "run python tests/support/rule_arguments.py"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -12,14 +13,11 @@ from maths_oracles import normal, random, seeds
 
 from common.config.algorithm import ObjectiveConfig
 from learner.algorithm.objectives import (
-    LOG_RATIO_LIMIT,
     OBJECTIVES,
-    Surrogate,
-    Terms,
     batch_scale,
-    bounded_exp,
     k3,
 )
+from learner.algorithm.surrogates import LOG_RATIO_LIMIT, Surrogate, Terms, bounded_exp
 from learner.algorithm.traces import PackedAxis
 
 RATIOS = torch.tensor([2.0, 1.1, 0.9, 0.5], dtype=torch.float64)
@@ -27,7 +25,7 @@ LOGPROBS = torch.tensor([-1.0, -2.0, -3.0, -4.0], dtype=torch.float64)
 
 
 def surrogate(
-    kind: str, advantage: float, ratios: torch.Tensor = RATIOS, **clip: float
+    kind: str, advantage: float, ratios: torch.Tensor = RATIOS, **clip: Any
 ) -> tuple[Surrogate, torch.Tensor]:
     """One completion of four tokens, and the gradient of its sum in the log-ratios."""
     log_ratio_N = ratios.log().requires_grad_()
@@ -102,11 +100,80 @@ def test_on_policy_all_are_the_policy_gradient(kind: str, advantage: float) -> N
     assert grad_N.tolist() == pytest.approx([advantage] * 4)
 
 
+def test_a_dual_clip_bounds_what_a_bad_answer_can_cost() -> None:
+    """c = 1.5: at ratio 2 and A = -1 the surrogate is -1.5 and has no gradient."""
+    found, grad_N = surrogate("ppo", -1.0, args={"dual_clip": 1.5})
+    assert found.values_N.tolist() == pytest.approx([-1.5, -1.1, -0.9, -0.8])
+    assert grad_N.tolist() == pytest.approx([0, -1.1, -0.9, 0])
+    assert found.clipped_N.tolist() == [True, False, False, True]
+    good, _ = surrogate("ppo", 1.0, args={"dual_clip": 1.5})
+    assert torch.equal(good.values_N, surrogate("ppo", 1.0)[0].values_N)
+
+
+@pytest.mark.parametrize("advantage", [-2.0, 0.5])
+def test_a_dual_clip_is_trls_bound_on_the_ratio(advantage: float) -> None:
+    """min(r, delta) inside the free term is the same for delta >= 1 + high."""
+    found, _ = surrogate("ppo", advantage, args={"dual_clip": 1.5})
+    capped_N = RATIOS.clamp(max=1.5) * advantage
+    clipped_N = RATIOS.clamp(0.8, 1.2) * advantage
+    assert torch.equal(found.values_N, torch.minimum(capped_N, clipped_N))
+
+
+@pytest.mark.parametrize("advantage", [1.0, -1.0])
+def test_sapo_has_slope_one_at_the_anchor_and_none_far_off(advantage: float) -> None:
+    """d f / d log r = 4 s (1 - s) r with s = sigmoid(tau (r - 1))."""
+    _, grad_N = surrogate("sapo", advantage)
+    tau = 1.0 if advantage > 0 else 1.05
+    gate_N = torch.sigmoid(tau * (RATIOS - 1))
+    assert torch.allclose(grad_N, 4 * gate_N * (1 - gate_N) * RATIOS * advantage)
+    _, far_N = surrogate("sapo", advantage, torch.full_like(RATIOS, 40.0))
+    assert far_N.abs().max() < 1e-9
+
+
+def test_dppo_goes_by_probability_not_by_ratio() -> None:
+    """Policy e^-1 = 0.368 at ratio 2: its anchor is 0.184. The rare tokens moved little."""
+    found, grad_N = surrogate("dppo", 1.0, clip_low=0.15, clip_high=0.15)
+    assert found.clipped_N.tolist() == [True, False, False, False]
+    assert grad_N.tolist() == pytest.approx([0, 1.1, 0.9, 0.5])
+    bad, grad_N = surrogate("dppo", -1.0, clip_low=0.015, clip_high=0.0)
+    # down from e^-4 / 0.5 = 0.0366 by 0.0183; up is free for a negative advantage
+    assert bad.clipped_N.tolist() == [False, False, False, True]
+    assert grad_N.tolist() == pytest.approx([-2, -1.1, -0.9, 0])
+    free, _ = surrogate("dppo", 1.0, clip_high=math.inf, args={"ratio_cap": 1.05})
+    assert not free.clipped_N.any()
+    _, capped_N = surrogate("dppo", 1.0, clip_high=math.inf, args={"ratio_cap": 1.05})
+    assert capped_N.tolist() == pytest.approx([1.05, 1.05, 0.9, 0.5])
+
+
+def test_vespos_weight_is_one_at_the_anchor_and_highest_at_power_over_decay() -> None:
+    def weight(whole: float, advantage: float) -> float:
+        ratios = torch.tensor([whole, 1, 1, 1], dtype=torch.float64)
+        return float(surrogate("vespo", advantage, ratios)[1][1]) / advantage
+
+    assert weight(1.0, 1.0) == pytest.approx(1)
+    assert weight(2 / 3, 1.0) == pytest.approx(1.208, abs=1e-3)
+    assert weight(1.5, -1.0) == pytest.approx(1.242, abs=1e-3)
+    assert weight(0.7, 1.0) < weight(2 / 3, 1.0) > weight(0.6, 1.0)
+    assert weight(1e6, 1.0) == 0
+
+
+def test_dro_holds_the_policy_back_by_the_log_ratio() -> None:
+    _, grad_N = surrogate("dro", 1.0, args={"tau": 0.5})
+    assert torch.allclose(grad_N, 1 - 0.5 * RATIOS.log())
+
+
 def test_gpg_alpha() -> None:
     advantages = torch.tensor([0.0, 0.5, -0.5, 0.0])
-    assert batch_scale("gpg", advantages) == 2.0
-    assert batch_scale("gpg", advantages * 0) == 4.0
-    assert batch_scale("ppo", advantages) == 1.0
+    apart = torch.arange(4)
+    assert batch_scale("gpg", advantages, apart) == 2.0
+    assert batch_scale("gpg", advantages * 0, apart) == 4.0
+    assert batch_scale("ppo", advantages, apart) == 1.0
+
+
+def test_gpg_alpha_counts_groups_as_the_papers_code_does() -> None:
+    """Rewards 0, 0.5, 1: the middle one has no advantage and belongs to a group that has."""
+    advantages = torch.tensor([-0.5, 0.0, 0.5, 0.0, 0.0, 0.0])
+    assert batch_scale("gpg", advantages, torch.tensor([0, 0, 0, 1, 1, 1])) == 2.0
 
 
 @given(seeds, st.floats(-3, 3))

@@ -46,11 +46,20 @@ OBJECTIVES = [
     {"kind": "gmpo", "clip_low": 0.4, "clip_high": 0.3, "kl": 0.1},
     {"kind": "cispo"},
     {"kind": "gpg"},
+    {"kind": "ppo", "args": {"dual_clip": 1.3}},
+    {"kind": "sapo"},
+    {"kind": "dppo", "clip_low": 0.05, "clip_high": 0.03},
+    {"kind": "dppo", "clip_low": 0.01, "clip_high": 0.02, "args": {"divergence": "kl"}},
+    {"kind": "vespo"},
+    {"kind": "dro", "kl": 0.1},
 ]
 CORRECTIONS = [
     ("none", {}),
     ("tis", {"cap": 1.2}),
-    ("icepop", {"floor": 0.8, "cap": 1.2}),
+    ("icepop", {"args": {"low": 0.8, "high": 1.2}}),
+    ("sequence_mask", {"args": {"high": 1.5}}),
+    ("off_policy_mask", {"args": {"gap": 0.05}}),
+    ("topr", {}),
     ("tis", {"level": "sequence"}),
 ]
 
@@ -429,7 +438,7 @@ def test_untrained_completions_change_nothing() -> None:
     [
         ({"credit": {"lambda_": 1.1}}, "credit.lambda_"),
         ({"credit": {"entropy_quantile": 1.0}}, "credit.entropy_quantile"),
-        ({"correction": {"floor": 3.0}}, "correction.floor"),
+        ({"correction": {"cap": 0.0}}, "correction.cap"),
         ({"objective": {"clip_low": -0.1}}, "objective.clip_low"),
         ({"objective": {"kl": -1.0}}, "objective.kl"),
         ({"baseline": {"min_advantage": 0.1}}, "baseline.min_advantage"),

@@ -39,7 +39,13 @@ COMMON = (
 CASES = {
     "grpo_lambda_recent": ("recipe=grpo_lambda_recent",),
     "lambda_grpo": ("recipe=lambda_grpo",),
-    "dapo": ("recipe=dapo",),
+    "dapo": (
+        "recipe=dapo",
+        # As it was when the numbers were recorded.
+        "algorithm.objective.updates_per_batch=1",
+        "algorithm.rollout.mask_truncated=true",
+        "algorithm.rollout.overlong_penalty_factor=1",
+    ),
     "two_epochs_with_reference": (
         "recipe=grpo",
         "algorithm.objective.epochs=2",

@@ -5,6 +5,7 @@ Legend: B completions, T tokens of one completion, N tokens of all, back to back
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -113,15 +114,24 @@ def slow_sum(one: CompletionBatch, config: AlgorithmConfig, correction: str) -> 
         return one.logprobs_N.sum() * 0
     logp, old, mu = one.logprobs_N[mask], one.old_logprobs_N[mask], one.behaviour_logprobs_N[mask]
     advantage = one.advantages_B[0]
-    x, gap = logp - old, torch.nan_to_num(old - mu, nan=0.0)
+    anchor = old
+    if config.objective.anchor == "behaviour":
+        anchor = torch.where(mu.isnan(), old, mu)
+    x, gap = logp - anchor, torch.nan_to_num(old - mu, nan=0.0)
     z, weight, kl_weight = slow_credit(one, config.credit, x, gap)
-    values = slow_objective(config.objective, z, logp, advantage)
+    values = slow_objective(config.objective, z, logp, advantage, anchor)
     c = config.correction
     ratio = (gap.sum() * torch.ones_like(gap) if c.level == "sequence" else gap).exp()
     factor = {
         "none": torch.ones_like(ratio),
         "tis": ratio.clamp(max=c.cap),
-        "icepop": torch.where((ratio < c.floor) | (ratio > c.cap), 0.0, ratio),
+        "icepop": torch.where(
+            (ratio < c.args.get("low", 0.5)) | (ratio > c.args.get("high", 5.0)), 0.0, ratio
+        ),
+        "sequence_mask": ratio * float(gap.sum().exp() <= c.args.get("high", 3.0)),
+        "off_policy_mask": torch.ones_like(ratio)
+        * float(advantage >= 0 or -gap.sum() / (~mu.isnan()).sum() <= c.args.get("gap", 0.5)),
+        "topr": torch.ones_like(ratio) if advantage > 0 else ratio.clamp(max=1.0),
     }[correction]
     factor = torch.where(mu.isnan(), 1.0, factor)
     d = one.reference_logprobs_N[mask] - logp
@@ -154,17 +164,47 @@ def slow_credit(
     return kernel @ x, rows * scale, ones
 
 
-def slow_objective(config: ObjectiveConfig, z: Tensor, logp: Tensor, advantage: Tensor) -> Tensor:
+def slow_objective(
+    config: ObjectiveConfig, z: Tensor, logp: Tensor, advantage: Tensor, anchor: Tensor
+) -> Tensor:
     low, high = config.clip_low, config.clip_high
     if config.kind == "gspo":
         z = z.mean().expand_as(z)
     if config.kind in ("ppo", "gspo"):
         clipped = z.exp().clamp(1 - low, 1 + high)
-        return torch.min(z.exp() * advantage, clipped * advantage)
+        found = torch.min(z.exp() * advantage, clipped * advantage)
+        c = config.args.get("dual_clip", math.inf)
+        return found if advantage >= 0 else torch.max(found, c * advantage)
+    policy = logp.detach() + z - z.detach()
+    if config.kind == "sapo":
+        tau = 1.0 if advantage > 0 else 1.05
+        return torch.sigmoid(tau * (z.exp() - 1)) * 4 / tau * advantage
+    if config.kind == "dppo":
+        return slow_dppo(config, z, logp.detach(), anchor, advantage) * policy
+    if config.kind == "vespo":
+        k, decay = (2.0, 3.0) if advantage >= 0 else (3.0, 2.0)
+        whole = z.detach().sum().exp()
+        return whole**k * (decay * (1 - whole)).exp() * advantage * policy
+    if config.kind == "dro":
+        return advantage * policy - 0.05 * z**2
     if config.kind == "gmpo":
         sign = advantage.sign()
         bound = high if advantage > 0 else low
         pessimistic = sign * torch.minimum(sign * z, torch.full_like(z, bound))
         return (pessimistic.mean().exp() * advantage).expand_as(z)
     scale = z.exp().clamp(1 - low, 1 + high) if config.kind == "cispo" else torch.ones_like(z)
-    return scale.detach() * advantage * (logp.detach() + z - z.detach())
+    return scale.detach() * advantage * policy
+
+
+def slow_dppo(
+    config: ObjectiveConfig, z: Tensor, logp: Tensor, anchor: Tensor, advantage: Tensor
+) -> Tensor:
+    """A min(r, 20) of the tokens within the bound, else 0."""
+    m, p = anchor.exp(), logp.exp()
+    if config.args.get("divergence") == "kl":
+        moved = m * (m / p).log() + (1 - m) * ((1 - m + 1e-8) / (1 - p + 1e-8)).log()
+    else:
+        moved = (p - m).abs()
+    against = p > m if advantage > 0 else p < m
+    far = against & (moved > (config.clip_high if advantage > 0 else config.clip_low))
+    return torch.where(far, 0.0, z.detach().exp().clamp(max=20.0) * advantage)
