@@ -1,7 +1,7 @@
 """Where a run's numbers go.
 
     metrics.jsonl    the contract: written first; a run ends when it cannot be written
-    other sinks      conveniences: each behind a `Contained`, and no run fails because of one
+    other sinks      conveniences: each behind a `IsolatedSink`, and no run fails because of one
 
 `Metrics` fans a record out. Sinks that belong to other packages are in `deploy.run.metric_sinks`.
 """
@@ -90,7 +90,7 @@ class _End:
     failed: bool
 
 
-class Contained:
+class IsolatedSink:
     """A sink that the run does not depend on, in a thread of its own behind a bounded queue.
 
     A sink that raises, or takes longer than `timeout_s` over one record or over what is left at
@@ -192,7 +192,7 @@ class Metrics:
     def __init__(
         self,
         path: Path,
-        sinks: Sequence[Contained],
+        sinks: Sequence[IsolatedSink],
         last_step: int | None = None,
         timeout_s: float = 30.0,
         known: Collection[str] | None = None,

@@ -27,7 +27,7 @@ class Replacement(Generic[T]):
     """Starts an actor for a name."""
     allow: Callable[[BaseException], float]
     """Seconds to wait before the restart that answers an error; raises after too many."""
-    say: Callable[[str], None]
+    notify: Callable[[str], None]
     deadline_s: float
     """For the start of the new one, where it takes any."""
     room: Callable[[str], Awaitable[None]] = _at_once
@@ -44,7 +44,7 @@ class Replacement(Generic[T]):
     async def bury(self, name: str, dead: Handle[T], error: RayActorError) -> None:
         """Make way for another in the place of `dead`; raises what `allow` raises."""
         pause_s = self.allow(error)
-        self.say(f"{name} died and starts again in {pause_s:.0f} s: {first_line(error)}")
+        self.notify(f"{name} died and starts again in {pause_s:.0f} s: {first_line(error)}")
         await asyncio.sleep(pause_s)
         dead.kill()  # if it only could not be reached
 

@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args, get_origin
 
 from common.config.keys import hints_of_keys
 from common.config.names import names_in
-from deploy.command.presets import CONFIGS, RECIPES, described
+from deploy.command.presets import CONFIGS, RECIPES, config_files
 
 _FILES = ("data.path", "data.eval_path", "model.path", "resume", "runs_dir")
 """Keys whose value is a path."""
@@ -33,9 +33,9 @@ class _Words:
         self.verbs = {name: sub.description or "" for name, sub in actions.choices.items()}
         self.options = {name: list(_options(sub)) for name, sub in actions.choices.items()}
         self.shells = ["bash", "zsh", "fish"]
-        self.presets = [str(entry.path) for entry in described(CONFIGS)]
+        self.presets = [str(entry.path) for entry in config_files(CONFIGS)]
         self.keys = {key: values_of(hint) for key, hint in hints_of_keys()}
-        self.keys["recipe"] = [entry.name for entry in described(RECIPES)]
+        self.keys["recipe"] = [entry.name for entry in config_files(RECIPES)]
 
 
 def _options(parser: argparse.ArgumentParser) -> Iterator[str]:

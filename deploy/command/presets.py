@@ -22,7 +22,7 @@ DEFAULT = "smollm2"
 
 
 @dataclass(frozen=True)
-class Described:
+class ConfigFile:
     """A YAML file that says in its first line what it is."""
 
     name: str
@@ -30,10 +30,10 @@ class Described:
     line: str
 
 
-def described(folder: Path) -> list[Described]:
+def config_files(folder: Path) -> list[ConfigFile]:
     """List the YAML files of `folder`, by name."""
     return [
-        Described(path.stem, path, path.open(encoding="utf-8").readline().lstrip("# ").rstrip())
+        ConfigFile(path.stem, path, path.open(encoding="utf-8").readline().lstrip("# ").rstrip())
         for path in sorted(folder.glob("*.yaml"))
     ]
 
@@ -45,23 +45,23 @@ def listing() -> str:
         ("Recipes (recipe=NAME)", RECIPES),
         ("Presets (--config FILE)", CONFIGS),
     ):
-        entries = described(folder)
+        entries = config_files(folder)
         wide = max(len(entry.name) for entry in entries)
         lines += [title, *(f"  {e.name:<{wide}}  {e.line}" for e in entries), ""]
     return "\n".join(lines).rstrip()
 
 
-def choose(ask: Callable[[str], str] = input, say: Callable[[str], None] = print) -> Path:
+def choose(ask: Callable[[str], str] = input, show: Callable[[str], None] = print) -> Path:
     """Ask a person for a preset by its number; Enter takes the default.
 
     Raises:
         UserError: the input ended.
     """
-    entries = sorted(described(CONFIGS), key=lambda e: (e.name not in (DEFAULT, "tiny"), e.name))
+    entries = sorted(config_files(CONFIGS), key=lambda e: (e.name not in (DEFAULT, "tiny"), e.name))
     wide = max(len(entry.name) for entry in entries)
-    say("No --config was given. Presets:")
+    show("No --config was given. Presets:")
     for number, entry in enumerate(entries, 1):
-        say(f"  {number:>2}  {entry.name:<{wide}}  {entry.line}")
+        show(f"  {number:>2}  {entry.name:<{wide}}  {entry.line}")
     while True:
         try:
             answer = ask(f"Number [1, {entries[0].name}]: ").strip() or "1"
@@ -69,7 +69,7 @@ def choose(ask: Callable[[str], str] = input, say: Callable[[str], None] = print
             raise UserError("no preset was chosen: give --config FILE") from error
         if answer.isdecimal() and 1 <= int(answer) <= len(entries):
             return entries[int(answer) - 1].path
-        say(f"{answer!r} is none of 1 to {len(entries)}")
+        show(f"{answer!r} is none of 1 to {len(entries)}")
 
 
 def load(path: Path | None, overrides: Sequence[str]) -> Config:

@@ -50,7 +50,7 @@ from deploy.eval.settings import (
     suite_config,
 )
 from deploy.eval.suite import Suite, load_problems, load_suite
-from deploy.models.resolve import Located, check_vocabulary, resolve_model
+from deploy.models.resolve import ModelLocation, check_vocabulary, resolve_model
 from deploy.placement.options import with_compute_dtype
 from deploy.run.actors import start_log
 from deploy.run.directory import RunDirectory, explained
@@ -63,7 +63,7 @@ from deploy.run.service import Service
 SETTINGS, FAILURES = "settings.json", "failures.json"
 _SHOW_S = 10.0
 
-Say = Callable[[str], None]
+Notify = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -86,19 +86,19 @@ def evaluate(options: Options) -> list[dict[str, Any]]:
         UserError: wrong input, or a folder of other settings. RunError: it cannot go on; call
             again to go on with what is missing.
     """
-    say = PlainDisplay(0).event
+    notify = PlainDisplay(0).event
     jobs: list[Job] = []
     try:
-        jobs += _prepare(options, say)
+        jobs += _prepare(options, notify)
         if any(job.missing for job in jobs):
-            _sample_all([job for job in jobs if job.missing], say)
+            _sample_all([job for job in jobs if job.missing], notify)
         return [_finish(job) for job in jobs]
     finally:
         for job in jobs:
             job.run.release()
 
 
-def _prepare(options: Options, say: Say) -> list[Job]:
+def _prepare(options: Options, notify: Notify) -> list[Job]:
     """Check all suites, then open their folders."""
     from transformers import AutoTokenizer
 
@@ -132,7 +132,7 @@ def _prepare(options: Options, say: Say) -> list[Job]:
         for suite, sampling, some, each in zip(suites, samplings, prompts, rows, strict=True):
             config = suite_config(base, suite, sampling)
             settings = settings_of(options, suite, sampling, each, config)
-            jobs.append(_open(options, suite, sampling, some, config, settings, say))
+            jobs.append(_open(options, suite, sampling, some, config, settings, notify))
     except BaseException:
         for job in jobs:
             job.run.release()
@@ -147,7 +147,7 @@ def _open(
     prompts: list[Prompt],
     config: Config,
     settings: dict[str, Any],
-    say: Say,
+    notify: Notify,
 ) -> Job:
     path = folder_of(options, suite.name)
     run = open_folder(path, config, settings)
@@ -155,7 +155,7 @@ def _open(
     there = logged(path / "trajectories")
     missing = [number for number in range(total) if number not in there]
     done = total - len(missing)
-    say(f"{suite.name}: {total} samples, {done} of them in {path} already")
+    notify(f"{suite.name}: {total} samples, {done} of them in {path} already")
     return Job(suite, sampling, prompts, config, settings, run, missing)
 
 
@@ -192,39 +192,39 @@ def open_folder(path: Path, config: Config, settings: dict[str, Any]) -> RunDire
     return run
 
 
-def _sample_all(jobs: list[Job], say: Say) -> None:
+def _sample_all(jobs: list[Job], notify: Notify) -> None:
     """What is missing of each suite, through one service. Raises as `evaluate`."""
     log_folder = jobs[0].run.path / "log"
     try:
-        asyncio.run(_sample(jobs, log_folder, say))
+        asyncio.run(_sample(jobs, log_folder, notify))
     except ExceptionGroup as group:
         raise _explained(first_cause(group), log_folder) from group
     except (RayError, RunError) as error:
         raise _explained(error, log_folder) from error
 
 
-async def _sample(jobs: list[Job], log_folder: Path, say: Say) -> None:
+async def _sample(jobs: list[Job], log_folder: Path, notify: Notify) -> None:
     task = asyncio.current_task()
     assert task is not None
     preemption, service, first = Preemption(task, 0.0), Service(), jobs[0]
     try:
-        origin = Located(first.settings["model"], first.config.model.path)
-        actors, _ = await service.open(first.config, 0, origin, say)
+        origin = ModelLocation(first.settings["model"], first.config.model.path)
+        actors, _ = await service.open(first.config, 0, origin, notify)
         preemption.listen()
         generators = GeneratorPool(actors.generators, service.waits, 0)
         deadline_s = first.config.generator.start_timeout_s
         await generators.start(deadline_s)
         restarts = RestartBudget(first.config.restart)
         generators.replacement = Replacements(
-            service.factory, first.run, restarts, say
+            service.factory, first.run, restarts, notify
         ).generators()
         try:
             for job in jobs:
                 if job is not first:
                     await service.change_verifiers(job.config)
                 verifiers = VerifierPool(actors.verifiers, service.waits)
-                replacements = Replacements(service.factory, job.run, restarts, say)
-                await _sample_suite(job, service, generators, verifiers, replacements, say)
+                replacements = Replacements(service.factory, job.run, restarts, notify)
+                await _sample_suite(job, service, generators, verifiers, replacements, notify)
         finally:
             generators.end()
     finally:
@@ -237,7 +237,7 @@ async def _sample_suite(
     generators: GeneratorPool,
     verifiers: VerifierPool,
     replacements: Replacements,
-    say: Say,
+    notify: Notify,
 ) -> None:
     config = job.config
     deadline_s = config.generator.start_timeout_s
@@ -257,7 +257,7 @@ async def _sample_suite(
         episodes=episodes,
         log=log,
         in_flight=in_flight(config),
-        progress=_Progress(job, say),
+        progress=_Progress(job, notify),
     )
     asks = [partial(part.ping, config.restart.silence_s) for part in (generators, verifiers, log)]
     try:
@@ -271,8 +271,8 @@ async def _sample_suite(
 class _Progress:
     """Says how far a suite is, not more often than every ten seconds."""
 
-    def __init__(self, job: Job, say: Say) -> None:
-        self._job, self._say = job, say
+    def __init__(self, job: Job, notify: Notify) -> None:
+        self._job, self._notify = job, notify
         self._total = len(job.prompts) * job.sampling.samples
         self._before = self._total - len(job.missing)
         self._said_s = time.monotonic()
@@ -281,7 +281,7 @@ class _Progress:
         now, count = time.monotonic(), self._before + done
         if count == self._total or now - self._said_s >= _SHOW_S:
             self._said_s = now
-            self._say(f"{self._job.suite.name}: {count} of {self._total} samples")
+            self._notify(f"{self._job.suite.name}: {count} of {self._total} samples")
 
 
 def _add_failures(path: Path, reasons: Counter[str]) -> None:

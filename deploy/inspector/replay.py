@@ -28,7 +28,7 @@ from common.record.credit_log import credit_path, read_credit, write_credit
 from common.record.ledger import reading
 from common.record.metrics import read_metrics
 from common.record.trajectory_log import read_log
-from deploy.models.resolve import Located, resolve_model
+from deploy.models.resolve import ModelLocation, resolve_model
 from deploy.placement.options import plan_here, with_compute_dtype
 from deploy.run.actors import learner_job
 from deploy.run.directory import LEDGER, RunDirectory
@@ -203,7 +203,7 @@ def _learner(config: Config, directory: RunDirectory, first: int) -> Iterator[Le
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    origin = Located(config.model.path, str(resolve_model(config.model.path)))
+    origin = ModelLocation(config.model.path, str(resolve_model(config.model.path)))
     folder = str(directory.checkpoint(first)) if first else str(origin.folder)
     threads = plan_here(config, []).learner_threads
     torch.set_num_threads(threads)

@@ -59,7 +59,7 @@ def resolve_model(path: str) -> Path:
 
 
 @dataclass(frozen=True)
-class Located:
+class ModelLocation:
     """Finds folders with weights on whatever node it is called on."""
 
     name: str

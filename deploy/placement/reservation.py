@@ -107,7 +107,7 @@ class Reservation:
         return bool(self._groups[place].wait(0))
 
     async def wait(
-        self, config: Config, deadline_s: float, say: Callable[[str], None]
+        self, config: Config, deadline_s: float, notify: Callable[[str], None]
     ) -> list[str]:
         """Wait until all that the run cannot do without has a place.
 
@@ -119,7 +119,7 @@ class Reservation:
         generators = generator_names(config)
         needed = [name for name in self._wishes if name not in generators]
         ends = asyncio.get_running_loop().time() + deadline_s
-        said = False
+        announced = False
         while True:
             ready = [name for name in generators if await asyncio.to_thread(self.is_ready, name)]
             fixed = [await asyncio.to_thread(self.is_ready, name) for name in needed]
@@ -127,9 +127,9 @@ class Reservation:
                 return ready
             if asyncio.get_running_loop().time() > ends:
                 raise UserError(self._missing(deadline_s))
-            if not said:
-                said = True
-                say(f"waiting up to {deadline_s:.0f} s for room on the cluster")
+            if not announced:
+                announced = True
+                notify(f"waiting up to {deadline_s:.0f} s for room on the cluster")
             await asyncio.sleep(_LOOK_S)
 
     async def room(self, name: str) -> None:

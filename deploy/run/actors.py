@@ -23,7 +23,7 @@ from common.errors import StartError, UserError
 from common.record.writer import TrajectoryLogWriter
 from common.supervision.calls import Handle, start_actor
 from common.supervision.stacks import descendants
-from deploy.models.resolve import Located
+from deploy.models.resolve import ModelLocation
 from deploy.placement.options import (
     LOG_OPTIONS,
     ActorOptions,
@@ -131,7 +131,7 @@ class ActorFactory:
     cores: CorePlan
     cuda: bool
     version: int
-    locate: Located
+    locate: ModelLocation
     reservation: Reservation | None = None
     """Places on a cluster; None on one of our own, which is as large as the run."""
 
@@ -192,7 +192,7 @@ class ActorFactory:
         return self.config.ray.address == "local" and not self.cuda
 
 
-def learner_job(config: Config, origin: Located) -> LearnerJob:
+def learner_job(config: Config, origin: ModelLocation) -> LearnerJob:
     """What a run with a local `config.model.path`, begun from `origin`, asks of the learner."""
     return LearnerJob(
         model=config.model,

@@ -24,7 +24,7 @@ class Checkpoints:
     learner: LearnerRanks
     cut: Callable[[int], dict[str, Any]]
     """Cuts the ledger at a step and returns what else a resume needs, as JSON."""
-    say: Callable[[str], None]
+    notify: Callable[[str], None]
     waits: Waits
     mirror: Mirror | None = None
 
@@ -42,11 +42,11 @@ class Checkpoints:
         await self.learner.write_checkpoint(str(folder), self.config.timeout_s)
         reached("checkpoint in place")
         self.run.prune_checkpoints(step, self.config.keep_last, self.config.keep_every)
-        self.say(f"checkpoint {folder}")
+        self.notify(f"checkpoint {folder}")
         if self.mirror is not None:
             copying = asyncio.to_thread(self.mirror.push, self.run.path)
             timeout_s = self.config.timeout_s
             copied = await self.waits.on(
                 copying, owner="checkpoint", cause="its copy in the mirror", deadline_s=timeout_s
             )
-            self.say(f"copied {copied / 1e6:.1f} MB to {self.config.mirror}")
+            self.notify(f"copied {copied / 1e6:.1f} MB to {self.config.mirror}")

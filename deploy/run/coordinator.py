@@ -36,7 +36,7 @@ from common.supervision.heartbeat import beat
 from common.supervision.loops import first_cause, until_it_ends
 from common.trajectory import GroupReceipt, batch_refs
 from common.weights.transport import Receivers
-from deploy.models.resolve import Located, check_vocabulary, resolve_model
+from deploy.models.resolve import ModelLocation, check_vocabulary, resolve_model
 from deploy.placement.options import with_compute_dtype
 from deploy.placement.reservation import fewest_generators, generator_names
 from deploy.run.actors import Actors, start_log
@@ -126,13 +126,13 @@ class Run:
         self._display.event(f"resuming from step {self._first_step}")
         return str(self._run.checkpoint(self._first_step))
 
-    def _origin(self, folder: str) -> Located:
+    def _origin(self, folder: str) -> ModelLocation:
         """The model before step 1: after a resume it is still the reference policy."""
         name = self._config.model.path
         if not self._first_step:
-            return Located(name, folder)
+            return ModelLocation(name, folder)
         needed = self._config.algorithm.objective.kl > 0
-        return Located(name, str(resolve_model(name)) if needed else None)
+        return ModelLocation(name, str(resolve_model(name)) if needed else None)
 
     def _prompt_source(self, folder: str) -> PromptSource:
         from transformers import AutoTokenizer

@@ -143,7 +143,7 @@ class RunDirectory:
         found = [_STEP.match(entry.name) for entry in folder.iterdir() if entry.is_dir()]
         return sorted(int(match.group(1)) for match in found if match)
 
-    def newest_checkpoint(self, say: Callable[[str], None], before: int | None = None) -> int:
+    def newest_checkpoint(self, notify: Callable[[str], None], before: int | None = None) -> int:
         """Step of the newest checkpoint that is whole, or 0; damaged ones are named and passed.
 
         With `before` none of that step or later counts.
@@ -154,7 +154,7 @@ class RunDirectory:
             wrong = damage(self.checkpoint(step))
             if wrong is None:
                 return step
-            say(f"warning: checkpoint {self.checkpoint(step)} is damaged, passed over: {wrong}")
+            notify(f"warning: checkpoint {self.checkpoint(step)} is damaged, passed over: {wrong}")
         return 0
 
     def prune_checkpoints(self, newest: int, keep_last: int, keep_every: int) -> None:

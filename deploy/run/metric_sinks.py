@@ -27,7 +27,7 @@ from common.config.names import names_own_rule
 from common.config.sections import Config, MetricsConfig
 from common.errors import UserError
 from common.record.metric_names import METRICS
-from common.record.metrics import Contained, Metrics, MetricSink, Scalar, flatten
+from common.record.metrics import IsolatedSink, Metrics, MetricSink, Scalar, flatten
 
 _PARAMS_A_CALL, _LONGEST_PARAM = 100, 6000
 """MLflow's limits."""
@@ -98,7 +98,7 @@ def open_metrics(
     wanted: dict[str, Callable[[], MetricSink]] = {name: makers[name] for name in keys.sinks}
     if config.ray.address != "local":  # nobody scrapes a cluster of our own
         wanted["prometheus"] = lambda: _ray_sink(folder.name)
-    sinks = [Contained(name, make, keys.timeout_s, warn) for name, make in wanted.items()]
+    sinks = [IsolatedSink(name, make, keys.timeout_s, warn) for name, make in wanted.items()]
     # A rule of the user's own records metrics under names of its own.
     known = None if names_own_rule(config.algorithm) else METRICS
     return Metrics(folder / "metrics.jsonl", sinks, last_step, keys.timeout_s, known)
@@ -113,10 +113,12 @@ def _ray_sink(run: str) -> MetricSink:
 def _once(
     name: str, make: Callable[[RunInfo, str | None], RemoteSink], info: RunInfo
 ) -> Callable[[], MetricSink]:
-    return lambda: Once(info.folder / "sinks" / f"{name}.json", lambda known: make(info, known))
+    return lambda: AtMostOnceSink(
+        info.folder / "sinks" / f"{name}.json", lambda known: make(info, known)
+    )
 
 
-class Once:
+class AtMostOnceSink:
     """Hands each step to a remote sink at most once, through kills and resumes."""
 
     def __init__(self, path: Path, make: Callable[[str | None], RemoteSink]) -> None:

@@ -85,7 +85,7 @@ class Mirror:
             ) from error
         return copied
 
-    def pull(self, run: Path, say: Callable[[str], None]) -> bool:
+    def pull(self, run: Path, notify: Callable[[str], None]) -> bool:
         """Make `run` from its copy; False when there is none.
 
         Raises:
@@ -95,7 +95,7 @@ class Mirror:
             there = self._there(run.name)
             if "config.yaml" not in there:
                 return False
-            say(f"{run} is made from its copy in {self._place}")
+            notify(f"{run} is made from its copy in {self._place}")
             partial = run.with_name(f".{run.name}.partial")
             shutil.rmtree(partial, ignore_errors=True)
             for name in there:

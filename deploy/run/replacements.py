@@ -31,12 +31,12 @@ class Replacements:
         factory: ActorFactory,
         run: RunDirectory,
         restarts: RestartBudget,
-        say: Callable[[str], None],
+        notify: Callable[[str], None],
     ) -> None:
         self._factory = factory
         self._run = run
         self._restarts = restarts
-        self._say = say
+        self._notify = notify
 
     def generators(self) -> Replacement[Generator] | None:
         """None where a new one could not get the weights."""
@@ -54,7 +54,7 @@ class Replacements:
         """`has_place`: the cluster keeps one under the name of each."""
         config, reservation = self._factory.config, self._factory.reservation
         deadline_s = config.generator.start_timeout_s
-        replacement = Replacement(make, self._restarts.after, self._say, deadline_s)
+        replacement = Replacement(make, self._restarts.after, self._notify, deadline_s)
         if reservation is None or not has_place:
             return replacement
         return replace(replacement, room=reservation.room, room_s=config.ray.placement_timeout_s)
@@ -62,6 +62,6 @@ class Replacements:
     def _generator(self, name: str) -> Handle[Generator]:
         folder = self._factory.config.model.path
         if not Path(folder).is_dir():  # a checkpoint that has been pruned since
-            newest = self._run.newest_checkpoint(self._say)
+            newest = self._run.newest_checkpoint(self._notify)
             folder = str(self._run.checkpoint(newest))
         return self._factory.generator(name, folder)

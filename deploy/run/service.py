@@ -22,7 +22,7 @@ from common.record.writer import TrajectoryLogWriter
 from common.supervision.calls import Handle, Ref, ask
 from common.supervision.waits import Waits
 from common.weights.registry import names_where
-from deploy.models.resolve import Located
+from deploy.models.resolve import ModelLocation
 from deploy.placement.cpu_runtime import preload_libraries
 from deploy.placement.memory import check_memory
 from deploy.placement.options import CorePlan, actor_options, gpus_each, plan_here, uses_cuda
@@ -50,7 +50,7 @@ class Service:
         return self._factory
 
     async def open(
-        self, config: Config, version: int, origin: Located, say: Callable[[str], None]
+        self, config: Config, version: int, origin: ModelLocation, notify: Callable[[str], None]
     ) -> tuple[Actors, bool]:
         """Actors for `config`, and whether they served another run before.
 
@@ -74,12 +74,12 @@ class Service:
             return self._actors, True
         cuda = _check(config)
         cores = plan_here(config, [] if cuda else preload_libraries())
-        say(_described(config, cores))
+        notify(_start_message(config, cores))
         connect(config, cores)
         reservation, generators = None, generator_names(config)
         if config.ray.address != "local" or config.transport.shares_devices:
             reservation = Reservation(wishes(config, actor_options(config, cores, cuda)))
-            generators = await reservation.wait(config, config.ray.placement_timeout_s, say)
+            generators = await reservation.wait(config, config.ray.placement_timeout_s, notify)
         self._factory = ActorFactory(config, cores, cuda, version, origin, reservation)
         self._actors, self._served = self._factory.all(generators), wanted
         return self._actors, False
@@ -175,7 +175,7 @@ def _check_devices(config: Config) -> None:
         )
 
 
-def _described(config: Config, cores: CorePlan) -> str:
+def _start_message(config: Config, cores: CorePlan) -> str:
     learners = (
         f"{config.learner.ranks} learner rank(s) of {cores.learner_threads} thread(s), "
         if config.learner.ranks

@@ -44,7 +44,7 @@ def check_staleness(batch: StepBatch, version: int, max_staleness: int) -> dict[
         raise RunError(
             f"the learner at version {version} got tokens of versions {version - oldest} to "
             f"{version - newest}; allowed are {version - max_staleness} to {version} "
-            "(generator.max_staleness). The stream in front of the learner must hold this bound"
+            "(generator.max_staleness). The staleness budget must hold this bound: please report it"
         )
     return {"staleness/max": float(oldest), "staleness/mean": float(staleness.mean())}
 

@@ -23,7 +23,7 @@ from common.config.load import load_config
 from common.supervision.calls import Handle, ask, get_all, put, start_actor, stream
 from common.trajectory import GroupRequest
 from common.weights.buckets import pack_tensors
-from deploy.models.resolve import Located, resolve_model
+from deploy.models.resolve import ModelLocation, resolve_model
 from deploy.placement.cpu_runtime import preload_libraries
 from deploy.placement.options import actor_options, plan_here
 from deploy.run.actors import ActorFactory, connect, disconnect
@@ -40,7 +40,9 @@ def measure(folder: str) -> list[Row]:
     config = load_config([CONFIGS / "tiny.yaml"], [f"model.path={folder}"], CONFIGS / "recipes")
     cores = plan_here(config, preload_libraries())
     connect(config, cores)
-    factory = ActorFactory(config, cores, cuda=False, version=0, locate=Located(folder, folder))
+    factory = ActorFactory(
+        config, cores, cuda=False, version=0, locate=ModelLocation(folder, folder)
+    )
     generator = factory.generator("generator-0", folder)
     get_all([ask(generator, Generator.start)], 300)
     draw = np.random.default_rng(0)

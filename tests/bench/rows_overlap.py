@@ -2,7 +2,7 @@
 
 As separate devices would be: the same pinning in both modes, work chosen so that generation and
 training take about equally long. Completions are long and all of one length, their rewards a
-coin's: every step has the same work. Verifiers, stream and coordinator have no cores of their own
+coin's: every step has the same work. Verifiers, log and coordinator have no cores of their own
 here: what they take a group and a completion is time that both devices lose.
 
 Generation and training are those of the synchronous run. Two things favour the first row: there

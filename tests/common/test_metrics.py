@@ -14,7 +14,7 @@ from mounts import remount, small_disk
 from common.errors import RunError
 from common.record.metrics import (
     DROPPED,
-    Contained,
+    IsolatedSink,
     Metrics,
     MetricSink,
     flatten,
@@ -63,7 +63,7 @@ class Bench:
 
     def over(self, **sinks: MetricSink | Callable[[], MetricSink]) -> Metrics:
         contained = [
-            Contained(
+            IsolatedSink(
                 name,
                 sink if callable(sink) else lambda sink=sink: sink,
                 self._timeout_s,

@@ -17,7 +17,7 @@ from common.config.keys import hints_of_keys
 from common.config.sections import Config
 from deploy.command.arguments import parser
 from deploy.command.completion import script, values_of
-from deploy.command.presets import CONFIGS, RECIPES, described
+from deploy.command.presets import CONFIGS, RECIPES, config_files
 
 FUNCTION = r"""
 source "$1"; shift
@@ -96,7 +96,7 @@ def test_bash_completes_presets_and_files(scripts: Path, tmp_path: Path) -> None
     (tmp_path / "mine.yaml").write_text("")
     (tmp_path / "runs").mkdir()
     found = in_bash(scripts, "grpo-lambda train --config ", tmp_path)
-    presets = [str(entry.path) for entry in described(CONFIGS)]
+    presets = [str(entry.path) for entry in config_files(CONFIGS)]
     assert sorted(found) == sorted([*presets, "mine.yaml", "runs"])
     assert in_bash(scripts, "grpo-lambda train resume=ru", tmp_path) == ["runs"]
 
@@ -191,4 +191,4 @@ def test_every_key_and_value_is_one_that_the_configuration_takes() -> None:
     for turn in range(max(map(len, known.values()))):
         chosen = [f"{key}={of[turn % len(of)]}" for key, of in known.items() if of]
         OmegaConf.merge(schema, OmegaConf.from_dotlist(chosen))  # raises for any that is wrong
-    assert {entry.name for entry in described(RECIPES)} >= {"grpo", "dapo"}
+    assert {entry.name for entry in config_files(RECIPES)} >= {"grpo", "dapo"}

@@ -16,7 +16,7 @@ from learner_models import save_tiny_model, trajectories
 from common.config.sections import Config
 from deploy.command.presets import load
 from deploy.examples.loop import TINY, as_batch, backward
-from deploy.models.resolve import Located
+from deploy.models.resolve import ModelLocation
 from deploy.run.actors import learner_job
 from learner.algorithm.recipe import Recipe
 from learner.policy.model import load_policy
@@ -71,7 +71,7 @@ def as_vllm_answers(groups: Sequence[pa.RecordBatch]) -> tuple[list[Any], list[l
 
 def gradients_of_the_real_step(config: Config, groups: Sequence[pa.RecordBatch]) -> Gradients:
     found: Gradients = {}
-    job = learner_job(config, Located(config.model.path, config.model.path))
+    job = learner_job(config, ModelLocation(config.model.path, config.model.path))
     rank = LearnerRank(job, rank=0, put=lambda buffer: buffer)
     rank.setup(*rank.rendezvous_address())
     try:

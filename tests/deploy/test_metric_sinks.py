@@ -17,7 +17,7 @@ from common.config.load import load_config
 from common.config.sections import Config
 from common.errors import UserError
 from common.record.metrics import read_metrics
-from deploy.run.metric_sinks import Once, check_sinks, open_metrics
+from deploy.run.metric_sinks import AtMostOnceSink, check_sinks, open_metrics
 
 REMOTE = ["wandb", "mlflow", "trackio"]
 
@@ -220,13 +220,13 @@ def test_a_step_is_noted_before_it_is_sent(tmp_path: Path) -> None:
         made.append(Remembering(known, None if made else {2: fail(OSError("killed here"))}))
         return made[-1]
 
-    first = Once(path, make)
+    first = AtMostOnceSink(path, make)
     assert json.loads(path.read_text()) == {"id": "first", "step": -1}
     first.write(0, {})
     first.write(1, {})
     with pytest.raises(OSError, match="killed here"):
         first.write(2, {})
-    again = Once(path, make)
+    again = AtMostOnceSink(path, make)
     for step in (1, 2, 3):
         again.write(step, {})
     assert made[1].id == "first"

@@ -145,10 +145,10 @@ def test_a_node_without_the_drivers_folder_finds_the_model_by_name(
     builder(write_model)
     folder = models.resolve_model("builtin:fake")
     elsewhere = str(tmp_path / "elsewhere")
-    assert models.Located("builtin:fake", elsewhere)(elsewhere) == str(folder)
-    assert models.Located("builtin:other", None)(str(folder)) == str(folder)
+    assert models.ModelLocation("builtin:fake", elsewhere)(elsewhere) == str(folder)
+    assert models.ModelLocation("builtin:other", None)(str(folder)) == str(folder)
     with pytest.raises(UserError, match="no such folder"):
-        models.Located(elsewhere, elsewhere)(elsewhere)
+        models.ModelLocation(elsewhere, elsewhere)(elsewhere)
 
 
 def test_a_checkpoint_that_a_node_does_not_see_is_not_replaced_by_the_model(
@@ -156,7 +156,7 @@ def test_a_checkpoint_that_a_node_does_not_see_is_not_replaced_by_the_model(
 ) -> None:
     builder(write_model)
     with pytest.raises(UserError, match="runs_dir that all its nodes share"):
-        models.Located("builtin:fake", str(tmp_path / "model"))(str(tmp_path / "step-4"))
+        models.ModelLocation("builtin:fake", str(tmp_path / "model"))(str(tmp_path / "step-4"))
 
 
 def test_a_cached_model_costs_no_heavy_import(builder: Callable[..., None], tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from common.record.writer import receipt
 from common.trajectory import GroupRequest
 from deploy.inspector.replay import other_rule, replay, step_batches
 from deploy.inspector.replay_report import cosine, describe, early_share
-from deploy.models.resolve import Located
+from deploy.models.resolve import ModelLocation
 from deploy.placement.options import plan_here
 from deploy.run.actors import learner_job
 from learner.training.rank import LearnerRank
@@ -72,7 +72,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path, config = tmp_path_factory.mktemp("run"), _config(folder)
     (path / "config.yaml").write_text(dump_config(config))
     threads = plan_here(config, []).learner_threads
-    job = learner_job(config, Located(str(folder), str(folder)))
+    job = learner_job(config, ModelLocation(str(folder), str(folder)))
     made = LearnerRank(replace(job, learner=replace(job.learner, threads=threads)), 0)
     made.setup(*made.rendezvous_address())
     ledger, sink = Ledger(path / "ledger.sqlite", "test"), JsonlSink(path / "metrics.jsonl")

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT)]
 
 from common.config.load import load_config  # noqa: E402
-from deploy.command.presets import RECIPES, described  # noqa: E402
+from deploy.command.presets import RECIPES, config_files  # noqa: E402
 
 PAGE = RECIPES / "README.md"
 RESULTS = ROOT / "tests" / "bench" / "results"
@@ -128,7 +128,7 @@ def part(name: str) -> str:
 
 def with_parts(text: str) -> str:
     """`text` with every generated part between its marks."""
-    for entry in described(RECIPES):
+    for entry in config_files(RECIPES):
         pattern = re.escape(begin(entry.name)) + ".*?" + re.escape(END)
         filled = f"{begin(entry.name)}{part(entry.name)}{END}"
         text = re.sub(pattern, lambda _, filled=filled: filled, text, flags=re.DOTALL)

@@ -74,7 +74,7 @@ def main() -> None:
     emit(
         [
             Row(
-                "groups per second through stream, ledger and log, 8 x 1,000 tokens",
+                "groups per second through the log and the ledger, 8 x 1,000 tokens",
                 "500 groups a second",
                 [rate / 500 for rate in rates],
                 1.0,
