@@ -32,7 +32,7 @@ from common.trajectory import GroupReceipt
 
 
 class StalenessBudget:
-    """Counts slots. Knows no time and no process: see the module for what it guarantees."""
+    """Counts slots; the module's docstring says what that guarantees."""
 
     def __init__(self, max_staleness: int, prompts_per_step: int) -> None:
         if max_staleness < 0 or prompts_per_step < 1:
@@ -101,10 +101,12 @@ class GroupWindow:
 
     @property
     def num_complete(self) -> int:
+        """Groups that wait for the learner."""
         return len(self._complete)
 
     @property
     def num_dispatched(self) -> int:
+        """Groups that are being sampled or verified."""
         return len(self._dispatched)
 
     def outstanding(self) -> Iterable[int]:
@@ -117,8 +119,9 @@ def in_time(
 ) -> list[GroupReceipt]:
     """The complete groups that a learner at `version` can still train within the bound.
 
-    Oldest first, the k-th is trained at version + k // P. So at most (S + 1) * P are in time.
-    All that were out when a run ended are, unless the run goes on with smaller S or P.
+    They come oldest first, and the k-th is trained at version + k // P. So at most (S + 1) * P are
+    in time. Every group that was out when a run ended is in time, unless the run goes on with a
+    smaller S or P.
     """
     kept: list[GroupReceipt] = []
     for receipt in _oldest_first(receipts):

@@ -1,8 +1,8 @@
 """The errors a person may meet.
 
 Each message says what happened, with the values at fault, and what to do about it.
-`UserError` and its kin are printed by the command line without a traceback and end the
-process with `exit_code`; anything else is a defect of ours and keeps its traceback.
+The command line prints `UserError` and `RunError` without a traceback and ends with their
+`exit_code`. Anything else is a defect of ours and keeps its traceback.
 """
 
 from __future__ import annotations

@@ -59,7 +59,7 @@ class GroupReceipt:
     group_id: int
     ticket: int
     batch_ref: Ref[pa.RecordBatch] | None
-    """The record batch; None where whoever asked for the receipt has the reference already."""
+    """The group's record batch; None as long as only the log's client knows it."""
     dispatch_version: int
     min_version: int
     """Oldest weight version any token was sampled with."""
@@ -70,7 +70,7 @@ class GroupReceipt:
     """Tokens that were sampled: guidance does not count."""
     reward_mean: float
     rewards_equal: bool
-    """No completion differs in reward from another: the group carries no advantage."""
+    """Whether all completions have the same reward, so that the group carries no advantage."""
     num_unscored: int
     """Completions whose verdict was `error` or `timeout`."""
     unscored_tokens: int
@@ -80,7 +80,7 @@ class GroupReceipt:
 
     @property
     def unjudged(self) -> bool:
-        """No completion has a reward."""
+        """Whether no completion has a reward."""
         return self.num_unscored == self.num_completions
 
 

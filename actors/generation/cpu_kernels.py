@@ -1,9 +1,10 @@
 """vLLM's compiled norms where its CPU backend would run chains of torch operations.
 
-vLLM leaves its norms on CPU to Inductor, which engines that do not compile go without: eight
-torch operations a norm were a quarter of the time of a decode step (135M parameters). Its CPU
-library has each in one, which also rounds once instead of twice. Importing this module makes
-them known to vLLM; `IR_OP_PRIORITY` is the engine argument that chooses them.
+vLLM leaves its norms on CPU to Inductor, which an engine that does not compile goes without. Then
+a norm is eight torch operations, and norms were a quarter of the time of a decode step (135M
+parameters). vLLM's CPU library has a kernel for each norm, which also rounds once instead of twice.
+Importing this module makes the kernels known to vLLM. The engine argument `IR_OP_PRIORITY` chooses
+them.
 
 Shapes: [..., H] with hidden size H, weight [H].
 """

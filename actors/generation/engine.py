@@ -1,9 +1,9 @@
 """Everything of vLLM that the project uses, behind one adapter, pinned to vLLM 0.32.
 
-`Engine` owns one `AsyncLLM`, or on CPU an `EngineThread` that answers to the same names. Tokens
-in, tokens out: no detokenising, no per-token streaming (`FINAL_ONLY`), a request a completion,
-flat log-probabilities. With `processed_logprobs`, top_p = 1 and no top_k the reported
-log-probabilities are those of the distribution sampled from, temperature included.
+`Engine` owns one `AsyncLLM`, or on CPU an `EngineThread` that answers to the same names. Tokens go
+in and tokens come out: nothing is detokenised, and a request is one completion, which comes as a
+whole (`FINAL_ONLY`) with flat log-probabilities. With `processed_logprobs`, top_p = 1 and no top_k
+they are those of the distribution sampled from, temperature included.
 
 Legend: T tokens of a completion.
 """
@@ -57,7 +57,8 @@ class Engine:
     ) -> Engine:
         """Load the model and label its weights `version`.
 
-        Raises `UserError` when vLLM cannot start with these settings.
+        Raises:
+            UserError: vLLM cannot start with these settings.
         """
         import vllm
 
@@ -139,9 +140,10 @@ class Engine:
         await self._llm.init_weight_transfer_engine(WeightTransferInitRequest(init_info=init_info))
 
     async def update(self, update_infos: list[dict[str, Any]], version: int) -> float:
-        """A whole update; requests under way are frozen, none is aborted.
+        """Load a whole update. Requests under way are frozen, none is aborted.
 
-        Returns the seconds they stood still, with `AsyncLLM` those of its pause included.
+        Returns:
+            The seconds they stood still. With `AsyncLLM` its pause is included.
         """
         if self.in_process:
             self._salt += 1  # commands keep their order: see `begin_update`
@@ -175,9 +177,10 @@ class Engine:
         await self._llm.resume_generation()
 
     async def sleep(self) -> None:
-        """Give weights and cache back to the device; a whole update must follow `wake_weights`.
+        """Give weights and cache back to the device.
 
-        Requests under way would be aborted: there must be none.
+        Requests under way would be aborted: there must be none. A whole update must follow
+        `wake_weights`.
         """
         await self._llm.sleep(level=2)
 
@@ -186,12 +189,8 @@ class Engine:
         await self._llm.wake_up(tags=["weights"])
 
     async def wake_cache(self) -> None:
-        """Serve again."""
+        """Take memory for the cache again, and serve."""
         await self._llm.wake_up(tags=["kv_cache"])
-
-    async def weight_version(self) -> int:
-        """The version vLLM stamps on tokens sampled now."""
-        return int(await self._llm.get_weight_version())
 
     def shutdown(self) -> None:
         """End the engine's thread or processes."""

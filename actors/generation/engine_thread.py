@@ -1,12 +1,12 @@
 """vLLM's synchronous engine in a thread of this process, behind `AsyncLLM`'s names.
 
-`AsyncLLM` runs its engine in a process of its own: every token is encoded, sent and decoded, on a
-CPU by the very cores that should compute it. Here nothing is between the caller and the engine but
-a queue that the engine's thread empties between two steps. A weight update is such a command, so
-no token is ever sampled in the middle of one; and an engine that crashes takes its actor with it.
-One that raises fails what it was asked, with its cause, and serves no more.
+`AsyncLLM` runs its engine in a process of its own. There every token is encoded, sent and decoded,
+on a CPU by the very cores that should compute it. Here nothing is between the caller and the engine
+but a queue, which the engine's thread empties between two steps. A weight update is a command in
+that queue, so no token is ever sampled in the middle of one. An engine that crashes takes its actor
+with it. An engine that raises fails what it was asked, with its cause, and serves no more.
 
-One model rank only: tensor parallelism and CUDA keep `AsyncLLM`.
+It has one model rank only: tensor parallelism and CUDA keep `AsyncLLM`.
 """
 
 from __future__ import annotations
@@ -46,7 +46,11 @@ class EngineThread:
 
     @classmethod
     async def start(cls, make: Callable[[], LLMEngine]) -> EngineThread:
-        """Make the engine in its thread. Raises what `make` raises."""
+        """Make the engine in its thread.
+
+        Raises:
+            Exception: what `make` raised.
+        """
         self = cls()
 
         def first() -> None:
@@ -62,7 +66,7 @@ class EngineThread:
         return self
 
     async def generate(self, prompt: Any, parameters: Any, request_id: str) -> AsyncIterator[Any]:
-        """One output, the final one. Cancelling aborts the request."""
+        """Yield one output, the final one. Cancelling aborts the request."""
         answer: Future[Any] = Future()
         try:
             await self._call(lambda: self._add(request_id, prompt, parameters, answer))
@@ -71,30 +75,21 @@ class EngineThread:
             if not answer.done():
                 self._submit(lambda: self._abort(request_id, answer))
 
-    async def init_weight_transfer_engine(self, request: Any) -> None:
-        arguments = {"init_info": request.init_info}
-        await self._call(
-            lambda: self._engine.collective_rpc("init_weight_transfer_engine", kwargs=arguments)
-        )
-
     async def update(self, update_infos: list[dict[str, Any]], version: str) -> float:
-        """Load a whole update between two steps; the seconds that generation stood still.
+        """Load a whole update between two steps; returns the seconds generation stood still.
 
-        A failed one ends the engine: layers are left half loaded, and vLLM would take a second
-        attempt for the rest of the first (it skips layers whose reload has begun).
+        A failed update ends the engine, since layers are left half loaded. vLLM would take a second
+        attempt for the rest of the first: it skips layers whose reload has begun.
         """
         seconds: float = await self._call(lambda: self._update(update_infos, version))
         return seconds
 
     async def update_weight_version(self, version: str) -> None:
+        """Stamp tokens sampled from now on with `version`."""
         await self._call(lambda: self._engine.set_weight_version(version))
 
-    async def get_weight_version(self) -> str:
-        version: str = await self._call(self._engine.get_weight_version)
-        return version
-
     def shutdown(self) -> None:
-        """End the thread; requests under way fail."""
+        """End the thread. Requests under way fail with `RunError`."""
         self._ended = True
         self._thread.join(timeout=10 * _IDLE_S)
 

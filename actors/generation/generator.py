@@ -1,7 +1,7 @@
 """A generator: one vLLM engine in one Ray actor; groups in, Arrow record batches out.
 
-Weight updates arrive while it generates: requests are frozen for the length of the update and go
-on with the new weights, and every token says which version sampled it.
+Weight updates arrive while it generates. Requests are frozen for the length of an update and go on
+with the new weights. Every token says which version sampled it.
 """
 
 from __future__ import annotations
@@ -45,7 +45,14 @@ class Generator:
         cores: list[int] | None,
         locate: Callable[[str], str] = str,
     ) -> None:
-        """`locate` gives the model's folder on this node for that of the driver."""
+        """Keep the settings; `start` loads the model.
+
+        Args:
+            transport: name of the weight transport.
+            version: number of the weights in the model's folder.
+            cores: CPU cores of this process; None leaves it where it is.
+            locate: gives the model's folder on this node for that of the driver.
+        """
         self._name = name
         self._locate = locate
         self._model = model
@@ -80,19 +87,20 @@ class Generator:
 
     @property
     def engine(self) -> Engine:
+        """The engine, which `start` has started."""
         if self._engine is None:
             raise RuntimeError(f"{self._name} was used before start()")
         return self._engine
 
     async def generate_group(self, request: GroupRequest) -> AsyncIterator[int]:
-        """Sample one group; its completions under `common.record.schema.rollout_schema` as they
-        end.
+        """Sample one group; yields the number of each batch of completions as they end.
 
-        A batch holds those that ended within two seconds, so that a straggler holds up the
-        verification of no other, and a group of equal lengths is one batch. Those not done after
-        `request.cap_s` are aborted and in no batch. What is yielded is a batch's number for
-        `take_batch`: Ray hands items of a stream over with their content, and the tokens are not
-        for the coordinator.
+        `take_batch` gives the batch of a number. Ray hands what is yielded over with its content,
+        and the tokens are not for the coordinator.
+
+        A batch holds completions that ended within two seconds of each other. So a straggler holds
+        up the verification of no other, and a group of equal lengths is one batch. Completions not
+        done after `request.cap_s` are aborted and are in no batch.
         """
         tasks = {
             asyncio.create_task(self._sample(request, index)): index
@@ -115,7 +123,7 @@ class Generator:
                 task.cancel()
 
     async def take_batch(self, number: int) -> pa.RecordBatch:
-        """A finished batch, once."""
+        """Give a finished batch away (`common.record.schema.rollout_schema`), once."""
         return self._batches.pop(number)
 
     async def _sample(self, request: GroupRequest, index: int) -> Completion:
@@ -145,7 +153,11 @@ class Generator:
     async def score(
         self, sequences: list[list[int]], prompt_lengths: list[int]
     ) -> list[list[float]]:
-        """Log-probabilities of the continuations, temperature 1, under the weights held now."""
+        """Score sequences behind their prompts under the weights held now.
+
+        Returns:
+            Log-probabilities at temperature 1, in nats, a list for each sequence.
+        """
         self._scored += 1
         requests = [
             self.engine.score(f"score-{self._scored}-{index}", sequence, length)
@@ -202,10 +214,10 @@ class Generator:
 
 
 def with_guidance(sampled: Completion, guidance_ids: list[int], version: int) -> Completion:
-    """A completion that begins with tokens the policy did not sample.
+    """Put guidance, which the policy did not sample, before a sampled completion.
 
-    They have no behaviour log-probability (NaN) and carry the version of the first sampled token,
-    or `version` when none was sampled.
+    Guidance tokens have no behaviour log-probability (NaN). They carry the version of the first
+    sampled token, or `version` when none was sampled.
     """
     count = len(guidance_ids)
     return Completion(
@@ -221,7 +233,11 @@ def with_guidance(sampled: Completion, guidance_ids: list[int], version: int) ->
 async def _finished(
     pending: set[asyncio.Task[Completion]], timeout_s: float
 ) -> tuple[set[asyncio.Task[Completion]], set[asyncio.Task[Completion]]]:
-    """The next to end, and what ends within `_GATHER_S` after it; then those still pending."""
+    """Wait for the next task to end and for what ends within `_GATHER_S` after it.
+
+    Returns:
+        The tasks that ended, and those still pending.
+    """
     timeout = None if math.isinf(timeout_s) else timeout_s
     done, pending = await asyncio.wait(
         pending, timeout=timeout, return_when=asyncio.FIRST_COMPLETED

@@ -75,9 +75,9 @@ class ObjectStoreWeightEngine(
 def refresh_tied_heads(model: torch.nn.Module) -> None:
     """Rebuild what output heads derive from weights they share with the embedding.
 
-    A layerwise reload rebuilds a layer when weights of its own arrive. A tied head has none: it
-    keeps the tensor it shares, which is updated in place, but also, on CPU, a packed copy for its
-    matrix product, which would stay that of the first weights for ever.
+    A layerwise reload rebuilds a layer when weights of its own arrive. A tied head has none. It
+    keeps the tensor it shares, which is updated in place. On CPU it also keeps a packed copy for
+    its matrix product, which would stay that of the first weights for ever.
 
     Raises:
         WeightsError: a head no longer shares the embedding's memory.

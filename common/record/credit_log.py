@@ -6,8 +6,8 @@
                     (`deploy.inspector.replay`)
 
 Steps are the numbers of finished learner steps, from 1: the `step` of `metrics.jsonl` and of the
-ledger (`Ledger.trained`); step n starts from weight version n - 1 and makes version
-n. Not every step needs a file. A resume removes the files of steps behind its checkpoint.
+ledger (`Ledger.trained`). Step n starts from weight version n - 1 and makes version n. Not every
+step needs a file. A resume removes the files of steps behind its checkpoint.
 
 A row, with T completion tokens (guidance included; the lengths of the trajectory log's lists):
 
@@ -95,7 +95,7 @@ def read_credit(run: Path, step: int, rule: str | None = None) -> pa.Table:
     """The credit of `step`, under another rule if one is named.
 
     Raises:
-        UserError: there is none, or another release wrote it.
+        UserError: the step has no credit file, or another release wrote it.
     """
     with _opened(credit_path(run, step, rule)) as reader:
         return reader.read_all()
@@ -104,7 +104,8 @@ def read_credit(run: Path, step: int, rule: str | None = None) -> pa.Table:
 def read_group_credit(run: Path, step: int, group_id: int, rule: str | None = None) -> pa.Table:
     """The rows of one group in `step`, by completion; no row when the step did not have it.
 
-    Raises as `read_credit`.
+    Raises:
+        UserError: the step has no credit file, or another release wrote it.
     """
     path = credit_path(run, step, rule)
     with _opened(path, ["group_id"]) as reader:

@@ -13,13 +13,13 @@ and is closed once, with outcomes that add up to its completions and tokens:
     failed     without a reward: a verifier gave `error` or `timeout`
     abandoned  cut off by `generator.group_cap_s`, or lost with the process that sampled it
 
-A group closed with `again` hands its ticket back: the prompt is dispatched anew. Exactly once
-means: every ticket has one group that is not closed with `again`, and the learner's surviving steps
-hold no group twice.
+A group closed with `again` hands its ticket back: the prompt is dispatched anew. "Exactly once"
+means two things. Every ticket has one group that is not closed with `again`. And the learner's
+surviving steps hold no group twice.
 
-SQLite in WAL mode, written by the coordinator alone, read by anybody. A commit survives the death
-of the process; `cut`, at a checkpoint, also that of the machine. A resume takes back what was
-recorded behind its checkpoint (`roll_back`).
+The ledger is SQLite in WAL mode, written by the coordinator alone, read by anybody. A commit
+survives the death of the process. A `cut`, at a checkpoint, survives the death of the machine too.
+A resume takes back what was recorded behind its checkpoint (`roll_back`).
 """
 
 from __future__ import annotations
@@ -96,10 +96,12 @@ def outcomes_of(receipt: GroupReceipt, outcome: Outcome) -> Outcomes:
 
 
 class Ledger:
-    """The one writer. Every method that writes raises `RunError` when the disk does not take it.
+    """The ledger, opened by its only writer.
+
+    Every method that writes raises `RunError` when the disk does not take it.
 
     Args:
-        path: of the SQLite file; made when it is not there.
+        path: the SQLite file; it is made when it is not there.
         prompts: identity of the prompts served (`PromptSource.identity`).
 
     Raises:
@@ -135,7 +137,7 @@ class Ledger:
             )
 
     def dispatched(self, request: GroupRequest) -> None:
-        """A group is about to go out."""
+        """Record that a group is about to go out."""
         with self._explained():
             self._db.execute(
                 "INSERT INTO groups (group_id, ticket, prompt_id, completions, dispatch_version,"
@@ -150,7 +152,7 @@ class Ledger:
             )
 
     def verified(self, group_id: int, tokens: int) -> None:
-        """A group is in the trajectory log, with so many sampled tokens."""
+        """Record that a group is in the trajectory log, with this many sampled tokens."""
         with self._explained():
             self._db.execute(
                 "UPDATE groups SET state = 'verified', tokens = ? WHERE group_id = ?",
@@ -160,12 +162,12 @@ class Ledger:
     def close_group(
         self, group_id: int, outcomes: Outcomes, *, again: bool = False, reason: str = ""
     ) -> None:
-        """A group is done with, other than by training."""
+        """Record how a group ended without being trained on."""
         with self._explained(), self._transaction():
             self._close(group_id, outcomes, None, again, reason)
 
     def trained(self, step: int, receipts: list[GroupReceipt]) -> None:
-        """Learner step `step` took these groups."""
+        """Record that learner step `step` took these groups."""
         with self._explained(), self._transaction():
             for receipt in receipts:
                 self._close(receipt.group_id, outcomes_of(receipt, "trained"), step, False, "")
@@ -186,17 +188,17 @@ class Ledger:
         )
 
     def cut(self, step: int) -> None:
-        """A checkpoint of `step` is about to be written: the ledger up to here is on the disk."""
+        """Put the ledger on the disk, for a checkpoint of `step` that is about to be written."""
         with self._explained():
             self._db.execute("PRAGMA synchronous = FULL")
             self._db.execute("INSERT OR REPLACE INTO cuts VALUES (?, ?)", (step, time.time()))
             self._db.execute("PRAGMA synchronous = NORMAL")
 
     def roll_back(self, step: int) -> list[OpenGroup]:
-        """Go back to checkpoint `step`; the groups that are open then, by ticket.
+        """Go back to checkpoint `step`, and return the groups that are open then, by ticket.
 
-        Steps behind it did not happen: their groups are open again, and so are those that were
-        on their way when the run ended.
+        Steps behind it did not happen, so their groups are open again. So are groups that were on
+        their way when the run ended.
 
         Raises:
             UserError: this ledger knows of no such checkpoint.
@@ -221,6 +223,7 @@ class Ledger:
         return self.open_groups()
 
     def open_groups(self) -> list[OpenGroup]:
+        """Groups that are not closed, by ticket."""
         rows = self._db.execute(
             "SELECT group_id, ticket, completions, tokens FROM groups"
             " WHERE state != 'closed' ORDER BY ticket"
@@ -228,7 +231,7 @@ class Ledger:
         return [OpenGroup(*row) for row in rows]
 
     def cursor(self) -> tuple[int, list[int]]:
-        """(the next new ticket, earlier tickets to serve again)."""
+        """Where serving goes on: the next new ticket, and earlier tickets to serve again."""
         (last,) = self._db.execute("SELECT max(ticket) FROM groups").fetchone()
         again = self._db.execute(
             "SELECT ticket FROM groups GROUP BY ticket HAVING min(again) = 1 ORDER BY ticket"
@@ -236,11 +239,12 @@ class Ledger:
         return 0 if last is None else last + 1, [ticket for (ticket,) in again]
 
     def next_group_id(self) -> int:
+        """The smallest number that no group of the run has had."""
         (last,) = self._db.execute("SELECT max(group_id) FROM groups").fetchone()
         return 0 if last is None else last + 1
 
     def end(self) -> None:
-        """An orderly end: what is open is abandoned, and opened again by a resume."""
+        """Abandon what is open and close the file. A resume opens those groups again."""
         with self._explained(), self._transaction():
             for group in self.open_groups():
                 lost: Outcomes = {"abandoned": (group.completions, group.tokens)}
@@ -270,7 +274,7 @@ class Ledger:
 
 @contextmanager
 def reading(path: Path) -> Iterator[sqlite3.Connection]:
-    """A ledger as it is at one moment, for anybody; it may be written meanwhile.
+    """Open a ledger for reading, as it is at this moment; it may be written meanwhile.
 
     Raises:
         UserError: there is no ledger, or the file is not one.

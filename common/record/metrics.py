@@ -1,7 +1,7 @@
 """Where a run's numbers go.
 
     metrics.jsonl    the contract: written first; a run ends when it cannot be written
-    other sinks      conveniences: each behind a `IsolatedSink`, and no run fails because of one
+    other sinks      conveniences: each behind an `IsolatedSink`, and no run fails because of one
 
 `Metrics` fans a record out. Sinks that belong to other packages are in `deploy.run.metric_sinks`.
 """
@@ -167,7 +167,8 @@ class IsolatedSink:
                     return
                 sink.write(*work)
                 self._taken += 1
-        # Another's code may raise anything, and exit: it ends here, is said once, and no run does.
+        # Another's code may raise anything, and exit. It ends here, the user is warned once, and no
+        # run ends of it.
         except (Exception, SystemExit) as error:
             self._switch_off(f"{type(error).__name__}: {first_line(error)}")
 

@@ -1,9 +1,10 @@
 """The one Arrow schema of the project: a row is a completion, a logged batch a group.
 
-A *rollout* batch (`rollout_schema`) is what a generator makes, completions of one group; a
-*trajectory* batch (`trajectory_schema`) is the same with verdicts and rewards, and, whole groups
-together, what the log holds and the learner reads. List columns run over completion tokens and
-have equal lengths within a row.
+A *rollout* batch (`rollout_schema`) is what a generator makes: completions of one group. A
+*trajectory* batch (`trajectory_schema`) has verdicts and rewards besides. The log holds whole
+groups of them, and the learner reads them. List columns run over completion tokens and have equal
+lengths within a row.
+
 Guidance tokens (`guidance_length` of them, first in the completion) were not sampled by the
 policy: their behaviour log-probability is NaN, and their loss mask is False unless
 `algorithm.rollout.guidance.mask` is off.

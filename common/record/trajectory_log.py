@@ -1,9 +1,9 @@
 """The trajectory log of a run: the system of record.
 
-Groups are appended, as they are verified, to Arrow IPC stream files `segment-NNNNNN.arrow`; a
-stream file is readable up to its last whole batch however the writer died. A closed segment is
-also written as Parquet beside it, for any query engine. Every append is flushed to the operating
-system before the group may be trained on.
+Groups are appended, as they are verified, to files `segment-NNNNNN.arrow` in Arrow's IPC stream
+format. Such a file is readable up to its last whole batch, however its writer died. A closed
+segment is also written as Parquet beside it, for any query engine. Every append is flushed to the
+operating system before the group may be trained on.
 """
 
 from __future__ import annotations
@@ -49,7 +49,11 @@ class TrajectoryLog:
             self._finish_segment()
 
     def close(self) -> None:
-        """Close the open segment, if any, and wait for the Parquet twins. Raises as `append`."""
+        """Close the open segment, if any, and wait for the Parquet twins.
+
+        Raises:
+            OSError: the disk is full or read-only.
+        """
         self._finish_segment()
         for twin in self._twins:
             twin.result()
@@ -78,7 +82,7 @@ class TrajectoryLog:
 
 
 def _number(path: Path) -> int:
-    """Of a segment, from the name of any of its files."""
+    """A segment's number, from the name of any of its files."""
     return int(path.name.split(".")[0].rpartition("-")[2])
 
 

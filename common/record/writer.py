@@ -1,7 +1,7 @@
-"""The trajectory log: verified groups go into the log, receipts come out.
+"""The trajectory log's actor: verified groups go in, receipts come out.
 
-An actor of its own, so that the coordinator never touches tokens. The batch stays where it is in
-Ray's object store; the writer maps it, checks it, appends it to the log, and returns a receipt.
+It is an actor of its own, so that the coordinator never touches tokens. A batch stays where it is
+in Ray's object store. The writer maps it, checks it, appends it to the log, and returns a receipt.
 
     TrajectoryLogWriter    the actor, which owns the files (`common.record.trajectory_log`)
     TrajectoryLogClient    the coordinator's side of it
@@ -47,17 +47,15 @@ class TrajectoryLogWriter:
         self._run_folder = Path(run_folder)
         self._log = TrajectoryLog(self._run_folder / "trajectories", self._schema)
 
-    def ready(self) -> bool:
-        """Answers once the actor has started."""
-        return True
-
     def append(self, sizes: list[int], *batches: pa.RecordBatch) -> list[GroupReceipt]:
         """Log verified groups, the first of `sizes[0]` batches, the next of `sizes[1]`, and so on.
 
-        A receipt refers to its group as a whole: to a batch of its own where there were several,
-        to nothing (None) where the caller's only reference is the group's already. References are
-        arguments of their own, not a list of them: Ray then resolves them, and does so three
-        times as fast as a `get` in here, which has to ask their owner.
+        The batches are arguments of their own, not a list of references. So Ray resolves them,
+        three times as fast as a `get` in here, which has to ask their owner.
+
+        Returns:
+            A receipt for each group. Its `batch_ref` is a batch that joins the group's, or None
+            where the group was a single batch, to which the caller has the reference.
 
         Raises:
             ValueError: a batch does not have the run's schema.
@@ -80,7 +78,7 @@ class TrajectoryLogWriter:
         return receipt(group, ref)
 
     def recover(self, group_ids: list[int]) -> list[GroupReceipt]:
-        """Receipts of those groups that an earlier process of the run has logged whole.
+        """Find groups that an earlier process of the run has logged; their receipts.
 
         Groups of another schema (other verifiers) are left out.
         """
@@ -98,7 +96,8 @@ class TrajectoryLogWriter:
     def write_evaluation(self, step: int, refs: list[Ref[pa.RecordBatch]]) -> dict[str, float]:
         """Keep the held-out completions of one evaluation as `evaluations/step-N.parquet`.
 
-        Returns its sums: accuracy over all completions, those without a verdict counting as wrong.
+        Returns:
+            Its metrics. Completions without a verdict count as wrong in `eval/accuracy`.
         """
         folder = self._run_folder / "evaluations"
         folder.mkdir(exist_ok=True)
@@ -150,9 +149,9 @@ def receipt(batch: pa.RecordBatch, ref: Ref[pa.RecordBatch] | None) -> GroupRece
 class TrajectoryLogClient:
     """The coordinator's side of the trajectory log: one call at a time, with all that is ready.
 
-    A call of Ray costs more than the writing of a group, so groups that end while one is under
-    way go together in the next. A writer that dies is replaced, where there is a `replacement`;
-    what it had written is not written again.
+    A call of Ray costs more than writing a group. So groups that end while a call is under way go
+    together in the next. With a `replacement`, a writer that dies is replaced, and what it had
+    written is not written again.
     """
 
     def __init__(
@@ -171,7 +170,7 @@ class TrajectoryLogClient:
         self._replacing = asyncio.Lock()
 
     async def append(self, group_id: int, refs: list[Ref[pa.RecordBatch]]) -> GroupReceipt:
-        """Log a verified group, in one batch or several; returns once it is written.
+        """Log a verified group, in one batch or several, and return once it is written.
 
         Raises:
             StallError: the deadline passed.
@@ -200,7 +199,7 @@ class TrajectoryLogClient:
             return await self._call(asked, owner="evaluation", deadline_s=deadline_s)
 
     async def ping(self, deadline_s: float) -> None:
-        """Returns when the writer has answered, or one in its place."""
+        """Return when the writer has answered, or one in its place."""
         writer = self.writer
         try:
             await self._answer(ask(writer, TrajectoryLogWriter.ping), "heartbeat", deadline_s)

@@ -1,8 +1,8 @@
 """Named points of the loop where tests break a process; they do nothing in production.
 
 A test sets GRPO_LAMBDA_FAULTS to a list ACTION@POINT#COUNT,..., and GRPO_LAMBDA_FAULTS_MARK to a
-path. The COUNT-th time (from 1, in a process) that POINT is reached, ACTION happens, once for all
-processes that share the mark, so that what is started again does not break again:
+path. The COUNT-th time (from 1) that a process reaches POINT, ACTION happens. It happens once for
+all processes that share the mark, so that what is started again does not break again.
 
     kill      this process ends as by kill -9
     stop      it stops answering (SIGSTOP)
@@ -45,7 +45,11 @@ _reached: Counter[str] = Counter()
 
 
 def reached(point: str) -> bool:
-    """This process is at `point`; True when the caller is to damage what it holds there."""
+    """Tell that this process is at `point`.
+
+    Returns:
+        True when the caller is to damage what it holds there.
+    """
     faults = os.environ.get(VARIABLE)
     if faults is None:
         return False

@@ -1,7 +1,7 @@
 """Signs of life: every actor is asked, every few seconds, whether it is there.
 
-A process that hangs is then found as soon as it is silent for `restart.silence_s`, whatever the
-deadline of what it was asked to do. Ray itself watches nodes, not actors.
+A process that hangs is found once it has been silent for `restart.silence_s`. The deadline of its
+work may be much later. Ray itself watches nodes, not actors.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ HEALTH = "health"
 
 
 async def beat(every_s: float, asks: Sequence[Callable[[], Awaitable[Any]]]) -> None:
-    """Ask each, `every_s` seconds after its last answer, for ever; with 0 never.
+    """Ask each for ever, `every_s` seconds after its last answer; with 0 never.
 
-    An error of one, as `StallError` from a deadline, ends all.
+    Raises:
+        ExceptionGroup: the error of one, such as `StallError` at a deadline. It ends all.
     """
 
     async def again_and_again(ask: Callable[[], Awaitable[Any]]) -> None:

@@ -12,9 +12,12 @@ T = TypeVar("T")
 
 
 async def until_it_ends(finite: Coroutine[Any, Any, T], *endless: Coroutine[Any, Any, object]) -> T:
-    """Run all; the result of `finite`, or the error of whichever ended first.
+    """Run all loops until `finite` ends, and return its result.
 
-    When this returns or raises, all of them have ended.
+    All have ended when this returns or raises.
+
+    Raises:
+        Exception: the error of the loop that ended first.
     """
     main = asyncio.ensure_future(finite)
     beside = [asyncio.ensure_future(loop) for loop in endless]

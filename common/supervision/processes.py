@@ -10,9 +10,12 @@ used up the open files must not hide what it started."""
 
 
 def descendants(pid: int, limit: int | None = None) -> list[int]:
-    """Process ids below `pid`, children before grandchildren; none where there is no /proc.
+    """Ids of all processes below `pid`, children before grandchildren.
 
-    With a `limit` no more than so many are looked for.
+    Empty where there is no /proc.
+
+    Args:
+        limit: look for no more than this many.
     """
     found, parents = list[int](), [pid]
     while parents and (limit is None or len(found) < limit):

@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 
 async def _at_once(name: str) -> None:
-    """There is room."""
+    """Return at once: there always is room."""
 
 
 @dataclass(frozen=True)
@@ -28,37 +28,44 @@ class Replacement(Generic[T]):
     allow: Callable[[BaseException], float]
     """Seconds to wait before the restart that answers an error; raises after too many."""
     notify: Callable[[str], None]
+    """Told of every death."""
     deadline_s: float
-    """For the start of the new one, where it takes any."""
+    """Seconds that the new actor has to start."""
     room: Callable[[str], Awaitable[None]] = _at_once
     """Returns when the cluster has room for the actor of a name."""
     room_s: float = 0.0
-    """For the cluster to have it, where the run cannot go on without."""
+    """Seconds that the cluster has to find room, where the run cannot go on without the actor."""
 
     @property
     def arrival_s(self) -> float:
-        """Seconds within which a member must serve again where there is nothing to do without it:
-        room, start, and the pause, weights and proof around it."""
+        """Seconds within which a new actor must serve, where the run cannot go on without it.
+
+        They cover room and start, and around them the pause, the weights and their proof.
+        """
         return self.room_s + 2 * self.deadline_s
 
     async def bury(self, name: str, dead: Handle[T], error: RayActorError) -> None:
-        """Make way for another in the place of `dead`; raises what `allow` raises."""
+        """End `dead` for good, after the pause that its `error` calls for.
+
+        Raises:
+            RunError: there were too many restarts.
+        """
         pause_s = self.allow(error)
         self.notify(f"{name} died and starts again in {pause_s:.0f} s: {first_line(error)}")
         await asyncio.sleep(pause_s)
         dead.kill()  # if it only could not be reached
 
     async def replace(self, name: str, dead: Handle[T], error: RayActorError) -> Handle[T]:
-        """The actor that comes in the place of `dead`."""
+        """Bury `dead` and bring a new actor for its name."""
         await self.bury(name, dead, error)
         return await self.bring(name)
 
     async def bring(self, name: str) -> Handle[T]:
-        """A new actor, once there is room for it."""
+        """Start a new actor, once there is room for it."""
         await self.room(name)
         return self.make(name)
 
 
 def is_own_death(error: RayActorError) -> bool:
-    """Whether the called actor died; else it was given what another one's death had lost."""
+    """Whether the called actor itself died; else an argument was lost with another one."""
     return not isinstance(error, RayTaskError)

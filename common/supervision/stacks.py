@@ -1,7 +1,7 @@
 """Who hangs, and where: the processes of a run and the stacks of their threads, when one stalls.
 
-Actors `arm` themselves; on SIGUSR2 they then write the stacks of all their threads to their log,
-however busy or blocked they are (`faulthandler` needs no lock and no Python code to run).
+Actors `arm` themselves. On SIGUSR2 they then write the stacks of all their threads to their log,
+however busy or blocked they are: `faulthandler` needs no lock and runs no Python code.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def arm() -> None:
 
 
 def stall_report() -> str:
-    """One line a process below this one; those that are armed are asked for their stacks."""
+    """One line for each process below this one. Armed processes are asked for their stacks."""
     lines = []
     for process in descendants(os.getpid()):
         asked = _is_armed(process.pid)

@@ -1,7 +1,7 @@
 """Every wait of the coordinator has an owner, a cause and a deadline.
 
-`Waits.on` runs an awaitable under a deadline and keeps, meanwhile, one line about it; the lines
-are what the display shows ("who waits for whom") and what a stall report prints.
+`Waits.on` runs an awaitable under a deadline and keeps one line about it meanwhile. The display
+shows these lines ("who waits for whom"), and a stall report prints them.
 """
 
 from __future__ import annotations
@@ -20,8 +20,12 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Wait:
+    """A wait under way."""
+
     owner: str
+    """Who waits."""
     cause: str
+    """What for."""
     since: float
     """When it began, by time.monotonic(), in seconds."""
 
@@ -36,7 +40,15 @@ class Waits:
         """Total time waited, by owner."""
 
     async def on(self, awaitable: Awaitable[T], *, owner: str, cause: str, deadline_s: float) -> T:
-        """Await; raise `StallError` with the whole report after `deadline_s` seconds."""
+        """Await under a deadline.
+
+        Args:
+            owner: who waits, for the report.
+            cause: what for.
+
+        Raises:
+            StallError: `deadline_s` seconds have passed; with all waits in its message.
+        """
         key, started = self._next, time.monotonic()
         self._next += 1
         self._waits[key] = Wait(owner, cause, started)
@@ -57,10 +69,11 @@ class Waits:
             self.seconds[owner] = self.seconds.get(owner, 0.0) + time.monotonic() - started
 
     def under_way(self) -> list[Wait]:
-        """Longest first."""
+        """All waits of this moment, longest first."""
         return sorted(self._waits.values(), key=lambda wait: wait.since)
 
     def report(self) -> str:
+        """All waits of this moment, a line each."""
         now = time.monotonic()
         lines = [
             f"  {w.owner} waits for {w.cause}, {now - w.since:.1f} s" for w in self.under_way()
@@ -70,7 +83,7 @@ class Waits:
 
 @contextmanager
 def _expires(deadline: asyncio.Timeout, after_s: float) -> Iterator[None]:
-    """Expire `deadline` after `after_s`, and as much later as this process stood still at its end.
+    """Expire `deadline` after `after_s` seconds, later if this process stood still at the end.
 
     After Ctrl-Z and `fg` the answers may be there and merely unread.
     """

@@ -7,8 +7,8 @@
     owner/name                      downloaded from the hub
 
 Built folders live in `$GRPO_LAMBDA_CACHE` (default ~/.cache/grpo-lambda). They are written aside
-and renamed, under a lock, so that a half-written one is never seen and two runs at once build once.
-Each holds the checksums of its files; a folder that no longer agrees with them is built again.
+and renamed, so that a half-written one is never seen. A lock has two runs at once build it once.
+Each folder holds the checksums of its files and is built again when it no longer agrees with them.
 """
 
 from __future__ import annotations
@@ -39,10 +39,13 @@ _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
 def resolve_model(path: str) -> Path:
-    """A local folder with config, weights and tokenizer.
+    """Find or make a local folder with config, weights and tokenizer.
+
+    Args:
+        path: `model.path` of the configuration.
 
     Raises:
-        UserError: there is no such model, or the folder lacks something; says what.
+        UserError: there is no such model, or the folder lacks something.
     """
     if path.startswith(BUILTIN):
         return _builtin(path.removeprefix(BUILTIN))
@@ -60,18 +63,20 @@ def resolve_model(path: str) -> Path:
 
 @dataclass(frozen=True)
 class ModelLocation:
-    """Finds folders with weights on whatever node it is called on."""
+    """Where a run's model is; called on any node, it finds the folder there."""
 
     name: str
     """The model that the run began from, as the configuration names it."""
     folder: str | None
-    """Where the driver has it; None where nobody asks for it any more."""
+    """The model's folder on the driver; None where nobody asks for it any more."""
 
     def __call__(self, folder: str) -> str:
-        """`folder` of the driver where this node has it too; else the model by its name.
+        """Find on this node what the driver has in `folder`.
+
+        It is the same folder where this node has it too, else the model by its name.
 
         Raises:
-            UserError: it cannot be had here.
+            UserError: this node has neither.
         """
         if Path(folder).is_dir():
             return folder
@@ -84,7 +89,7 @@ class ModelLocation:
 
 
 def text_config(folder: Path, key: str) -> Any:
-    """What config.json says of the language model, which a multimodal one keeps apart; or None."""
+    """Value of a key of config.json, or None. A multimodal model keeps its language model apart."""
     config = json.loads((folder / "config.json").read_text())
     return config.get(key) or config.get("text_config", {}).get(key)
 

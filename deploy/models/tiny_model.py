@@ -4,8 +4,8 @@
 `build_model`: a Llama of 0.9 million parameters with fresh weights.
 `build_tiny`: both, after the warm start of `deploy.models.warm_start`, as a Hugging Face folder.
 
-A Llama and not a Qwen2, since transformers gives every Qwen2 folder its own tokenizer class, which
-changes the text and adds a token.
+It is a Llama and not a Qwen2, because transformers gives every Qwen2 folder its own tokenizer
+class, which changes the text and adds a token.
 """
 
 from __future__ import annotations

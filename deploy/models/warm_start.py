@@ -1,13 +1,13 @@
 """The tiny preset's supervised warm start: it can work a sum out, and often guesses instead.
 
-A careful demonstration works a `chain_sum` question of three digits out from left to right,
-` 3+8=11;11-5=6`; a hasty one blurts a number. How often a demonstration is hasty depends on the
-question's first digit, so the warm model answers some questions well and others badly, and what
-reinforcement learning has to find is one decision at the start of the answer, paid for at its
-end: a small, clean case for credit assignment.
+A careful demonstration works a `chain_sum` question of three digits out from left to right:
+` 3+8=11;11-5=6`. A hasty one blurts a number. How often a demonstration is hasty depends on the
+question's first digit, so the warm model answers some questions well and others badly. What
+reinforcement learning has to find is one decision at the start of the answer, which is paid for at
+its end: a small, clean case for credit assignment.
 
-Two phases. `facts` teaches single steps in bulk (a row is one step); `answers` teaches the
-format and the mixture. Both take a fixed number of batches from a seed.
+There are two phases. `facts` teaches single steps in bulk (a row is one step). `answers` teaches
+the format and the mixture. Both take a fixed number of batches from a seed.
 
 Legend: B rows, T tokens.
 """
@@ -54,7 +54,7 @@ def solution(expression: str) -> str:
 
 
 def facts(seed: int) -> Iterator[Row]:
-    """Single steps, as they stand inside a careful answer."""
+    """Make single steps, as they stand inside a careful answer, for ever."""
     draw = random.Random(seed)
     while True:
         first = draw.randint(-9, 18) if draw.random() < 0.7 else draw.randint(0, 9)
@@ -64,7 +64,7 @@ def facts(seed: int) -> Iterator[Row]:
 
 
 def answers(seed: int) -> Iterator[Row]:
-    """(question, answer) of training questions, careful and hasty; none that `is_held_out`."""
+    """Make careful and hasty answers to training questions; none that `is_held_out`."""
     import reasoning_gym
 
     draw = random.Random(seed)

@@ -1,12 +1,13 @@
 """Publishing: the learner's weights to every generator, and the proof that they arrived.
 
-Three proofs, cheapest first: every bucket carries a checksum that the generator verifies before a
-tensor is loaded; vLLM's protocol refuses half an update; and the *canary*, fixed token
-sequences scored by the learner and by every generator after the update, whose gap must stay below
-a tolerance. The canary catches what the other two cannot: weights that arrived but are not used.
+There are three proofs, cheapest first. A bucket carries a checksum, which the generator verifies
+before a tensor is loaded. vLLM's protocol refuses half an update. And the *canary*: learner and
+every generator score fixed token sequences after the update, and the gap must stay below a
+tolerance. The canary catches what the other two cannot: weights that arrived but are not used.
+
 What arrives damaged is sent again as a whole, for nothing of it was loaded. Weights that the canary
-refutes have been sampled from, and under the number of the right ones: the run starts again from
-its last checkpoint, which gives up every group with a token of them.
+refutes have been sampled from, under the number of the right ones. So the run starts again from its
+last checkpoint, which gives up every group with a token of them.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ class Generators(GeneratorSide, Protocol):
     """All generators, as publishing sees them."""
 
     version: int
-    """The weights all of them hold."""
+    """Number of the weights that all of them hold."""
 
     async def score(
         self, sequences: list[list[int]], prompt_lengths: list[int], deadline_s: float
@@ -52,14 +53,14 @@ class Generators(GeneratorSide, Protocol):
 
 @dataclass(frozen=True)
 class Canary:
-    """Fixed sequences; what comes after `prompt_lengths` tokens of each is scored."""
+    """Fixed sequences, of which the tokens behind the first `prompt_lengths` are scored."""
 
     sequences: list[list[int]]
     prompt_lengths: list[int]
 
     @classmethod
     def from_prompts(cls, prompts: list[list[int]], scored_tokens: int) -> Canary:
-        """The last `scored_tokens` tokens of each prompt; the first token is never scored.
+        """Score the last `scored_tokens` tokens of each prompt, but never its first.
 
         Raises:
             UserError: no prompt has a second token.
@@ -80,13 +81,14 @@ class Exported:
     version: int
     shipment: Shipment
     seconds: float
+    """What the export took."""
 
 
 class Publisher:
     """Moves weights from learner to generators, version by version.
 
-    In two halves, so that the learner's next step may begin while the generators still load:
-    `export` needs the learner as it is, `deliver` does not.
+    It does so in two halves: `export` needs the learner as it is, `deliver` does not. So the
+    learner's next step may begin while the generators still load.
     """
 
     def __init__(
@@ -120,7 +122,7 @@ class Publisher:
         return self._transport.shares_devices
 
     async def make_room(self) -> None:
-        """The learner is about to step."""
+        """Prepare the devices for a step of the learner."""
         await self._transport.make_room(self._sides)
 
     async def export(self, version: int) -> Exported:
@@ -137,7 +139,12 @@ class Publisher:
         self._expected = older | {version: scores}
 
     async def deliver(self, exported: Exported) -> dict[str, float]:
-        """Bring every generator to the exported version, again where it arrives damaged; prove it.
+        """Bring every generator to the exported version and prove it.
+
+        What arrives damaged is sent again, `resends` times at most.
+
+        Returns:
+            Metrics of the publication.
 
         Raises:
             WeightsError: the weights arrived damaged, after `resends` more attempts, or a
@@ -168,9 +175,12 @@ class Publisher:
         }
 
     async def until_proved(self, version: int, delivery: asyncio.Future[Any]) -> None:
-        """Returns when `version` is proved, by `delivery` at the latest; raises what that raises.
+        """Return when `version` is proved, by `delivery` at the latest.
 
-        What else the delivery does behind the proof, an evaluation say, is not waited for.
+        Whatever the delivery does after the proof, such as an evaluation, is not waited for.
+
+        Raises:
+            Exception: what the delivery raised.
         """
         while self.proved < version and not delivery.done():
             self._news.clear()
@@ -181,15 +191,20 @@ class Publisher:
             delivery.result()
 
     async def prove(self, version: int) -> float:
-        """Score the canary on both sides; the largest mean gap of a sequence, in nats."""
+        """Score the canary on both sides; returns the largest mean gap of a sequence, nats a token.
+
+        Raises:
+            WeightsError: a generator does not reproduce the learner's log-probabilities.
+        """
         await self._score(version)
         return await self._prove(version)
 
     async def prove_newcomer(self, name: str, version: int, score: Scorer) -> None:
-        """The same of one generator, in the place of another, before it serves.
+        """Prove a generator that comes in the place of another, before it serves.
 
-        Before the first proof there is nothing to compare with: it will be among those proved.
-        Nor is there for a version with two newer ones: it will have to load those.
+        Two cases need no proof here. Before the first proof of all there is nothing to compare
+        with, and the newcomer will be among those proved. A version with two newer ones is out of
+        date, and the newcomer will have to load those.
 
         Raises:
             WeightsError: it does not have the weights of `version`.
