@@ -3,7 +3,7 @@ VENV ?= .venv
 export VENV PYTHON ENGINE
 RUN = $(VENV)/bin/python
 
-.PHONY: train test test-unit test-integration test-oracle test-recipes test-cluster faults soak lint compare bench bench-long simulation demo-report setup clean
+.PHONY: train test test-graders test-unit test-integration test-oracle test-recipes test-cluster faults soak lint compare bench bench-long simulation demo-report setup clean
 
 train: setup
 	$(RUN) -m deploy.cli train --config deploy/configs/smollm2.yaml $(ARGS)
@@ -16,6 +16,10 @@ test-unit: setup
 
 test-integration: setup
 	$(RUN) -m pytest tests/integration $(ARGS)
+
+# Stored answers of every form against themselves in five spellings, and against each other.
+test-graders: setup
+	$(RUN) -m pytest -m graders tests/graders $(ARGS)
 
 # Our losses against TRL's, in an environment of its own.
 test-oracle: setup

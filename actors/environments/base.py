@@ -46,16 +46,23 @@ class Environment(Protocol):
         """Returns when it can play; says what is wrong with its settings where it never will."""
         ...
 
-    def reset(self, tasks: Sequence[str]) -> list[str]:
+    def reset(self, tasks: Sequence[str], prompts: Sequence[str] = ()) -> list[str]:
         """Begin [E] episodes, one a task, and forget those before.
+
+        Args:
+            prompts: [E] texts the policy has read, templates included; empty: nobody knows.
 
         Returns:
             [E] first observations; an empty one leaves the policy with its prompt.
         """
         ...
 
-    def step(self, replies: Sequence[str]) -> list[Step]:
-        """[E] steps, each the answer to the reply of its episode."""
+    def step(self, replies: Sequence[str], finish_reasons: Sequence[str] = ()) -> list[Step]:
+        """[E] steps, each the answer to the reply of its episode.
+
+        Args:
+            finish_reasons: [E] why the replies ended, `stop` or `length`; empty: nobody knows.
+        """
         ...
 
     def close(self) -> None:

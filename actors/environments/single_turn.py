@@ -38,6 +38,7 @@ class SingleTurn:
             readable=config.readable,
         )
         self._tasks: list[str] = []
+        self._prompts: list[str] = []
 
     def wait_ready(self) -> None:
         """Returns when the child has imported its rules.
@@ -47,20 +48,27 @@ class SingleTurn:
         """
         self._sandbox.wait_ready()
 
-    def reset(self, tasks: Sequence[str]) -> list[str]:
+    def reset(self, tasks: Sequence[str], prompts: Sequence[str] = ()) -> list[str]:
         """Take the references that the rules judge by, JSON objects. The prompt says it all."""
         self._tasks = list(tasks)
+        self._prompts = list(prompts) or [""] * len(self._tasks)
         return [""] * len(self._tasks)
 
-    def step(self, replies: Sequence[str]) -> list[Step]:
+    def step(self, replies: Sequence[str], finish_reasons: Sequence[str] = ()) -> list[Step]:
         """Judge every reply by every rule, and end its episode.
 
         Raises: as `wait_ready`; `RunError` when the environment is closed.
         """
         rules = len(self._weights)
         asked = [
-            Task(rule, reply, task)
-            for reply, task in zip(replies, self._tasks, strict=True)
+            Task(rule, reply, task, ending, prompt)
+            for reply, task, ending, prompt in zip(
+                replies,
+                self._tasks,
+                finish_reasons or [""] * len(self._tasks),
+                self._prompts,
+                strict=True,
+            )
             for rule in range(rules)
         ]
         verdicts = self._sandbox.score(asked)

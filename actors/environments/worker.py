@@ -65,16 +65,19 @@ class VerifierWorker:
         """
         if not batch.schema.equals(rollout_schema()):
             raise ValueError(f"not a rollout batch: {batch.schema.names}")
-        replies, tasks = batch.column("text").to_pylist(), batch.column("reference").to_pylist()
-        steps = await self._run(lambda: self._played(tasks, replies))
+        steps = await self._run(lambda: self._played(batch))
         self._count_failures(steps)
         reached("verdict given")
         return with_verdicts(batch, self._names, steps), batch.num_rows
 
-    def _played(self, tasks: Sequence[str], replies: Sequence[str]) -> list[Step]:
+    def _played(self, batch: pa.RecordBatch) -> list[Step]:
         """The ends of episodes whose one reply is given."""
-        self._environment.reset(tasks)
-        steps = self._environment.step(replies)
+        tasks, prompts, replies, finish_reasons = (
+            batch.column(name).to_pylist()
+            for name in ("reference", "prompt_text", "text", "finish_reason")
+        )
+        self._environment.reset(tasks, prompts)
+        steps = self._environment.step(replies, finish_reasons)
         if not all(step.done for step in steps):
             raise NotImplementedError("an episode wants a second turn, and nobody can play it yet")
         return steps

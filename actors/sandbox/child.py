@@ -34,8 +34,8 @@ LENGTH = struct.Struct(">I")
 BEGUN, BLAMED = "begun", "the completion is to blame"
 _PR_SET_CHILD_SUBREAPER = 36
 
-Rule = Callable[[str, Any], Verdict]
-"""One rule, on a completion's text and its reference."""
+Rule = Callable[[str, Any, str, str], Verdict]
+"""One rule, on a completion's text, its reference, why it ended and the prompt."""
 
 
 def frame(message: Any) -> bytes:
@@ -96,7 +96,7 @@ def _judge(rule: Rule, task: dict[str, Any]) -> Verdict:
         reference = json.loads(task["reference"])
     except ValueError as error:
         return Verdict(ERROR, None, f"the reference is not JSON: {error}")
-    return rule(task["text"], reference)
+    return rule(task["text"], reference, task["finish_reason"], task["prompt"])
 
 
 def _take_pipes() -> tuple[IO[bytes], IO[bytes]]:

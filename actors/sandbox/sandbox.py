@@ -65,6 +65,10 @@ class Task:
     rule: int
     text: str
     reference: str
+    finish_reason: str = ""
+    """Why sampling ended: `stop` or `length`; empty where nobody knows."""
+    prompt: str = ""
+    """What the policy read before the completion, template included."""
 
 
 class _ChildDiedError(Exception):

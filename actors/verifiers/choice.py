@@ -3,27 +3,35 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from typing import Any
 
-from actors.verifiers.base import Verdict, after_thinking, last_boxes
+from actors.verifiers.base import Verdict
+from actors.verifiers.extract import last_boxes, last_tagged
+from actors.verifiers.thoughts import answer_part
 
 LETTERS = "ABCDEFGHIJ"
 
-_WRAPPED = r"[\s*_$({\[]*(?:\\(?:text|mathrm|textbf|mathbf)\s*\{)?\(?\s*([A-J])(?![A-Za-z])"
+_MACRO = r"(?:\\(?:text|mathrm|textbf|mathbf)\s*\{)?"
+_WRAPPED = rf"[\s*_`$({{\[]*{_MACRO}\(?\s*([A-J])(?![A-Za-z'’])"
 _SAID = re.compile(
-    rf"(?i:\b(?:answer|choice|option)(?:\s+is|\s*:|\s+would\s+be|\s+must\s+be)+\s*"
-    rf"(?:option|choice)?)\s*:?{_WRAPPED}"
+    rf"(?:(?i:\b(?:answer|choice|option)(?:\s+is|\s*:|\s+would\s+be|\s+must\s+be|\s*=)+\s*"
+    rf"(?:option|choice)?)|答案\s*(?:是|为|選|选)?)\s*:?{_WRAPPED}"
 )
-_ALONE = re.compile(rf"{_WRAPPED}[\s*_$)}}\].:]*")
+_OTHER = re.compile(r"[\s*_`$)}\].]*(?:/|,?\s*\b(?:or|and)\b)[\s*_`$({\[]*[A-J](?![A-Za-z])")
+"""Behind a letter: another one beside it, so that neither is the answer."""
+_ALONE = re.compile(rf"{_WRAPPED}[\s*_`$)}}\].:]*")
 _SPACES = re.compile(r"\s+")
-_BOX = re.compile(rf"{_WRAPPED}(?:[\s*_$)}}\].:]*|[).:}}].*)", re.DOTALL)
+_BOX = re.compile(rf"{_WRAPPED}(?:[\s*_`$)}}\].:]*|[).:}}].*)", re.DOTALL)
 
 
 def check_args() -> None:
     """It takes none."""
 
 
-def score(text: str, reference: dict[str, Any]) -> Verdict:
+def score(
+    text: str, reference: dict[str, Any], finish_reason: str = "", prompt: str = ""
+) -> Verdict:
     """1.0 when the letter in `text` is `reference["answer"]`, else 0.0; the options do not count.
 
     Raises: `ValueError` when the stored answer is no letter.
@@ -31,25 +39,37 @@ def score(text: str, reference: dict[str, Any]) -> Verdict:
     stored = str(reference.get("answer") or "").strip()
     if len(stored) != 1 or stored not in LETTERS:
         raise ValueError(f"the stored answer {stored[:20]!r} is none of the letters {LETTERS}")
-    given = vote(text, reference)
+    given = _letter(answer_part(text, prompt), complete=finish_reason != "length")
     if given is None:
         return Verdict.scored(0.0, "no letter found")
     return Verdict.scored(float(given == stored), f"answer {given}, stored {stored}")
 
 
 def vote(text: str, reference: dict[str, Any]) -> str | None:
-    """The letter in the last `\\boxed{}`, else behind the last `answer is` or `Answer:`, else on a
-    last line of nothing else. None where there is no such place: a letter in prose may be a word.
-    What stands before `</think>` does not count."""
-    text = after_thinking(text)
+    """The letter that `score` would compare; None where a text gives none."""
+    return _letter(answer_part(text), complete=True)
+
+
+def _letter(text: str, complete: bool) -> str | None:
+    """The letter in the last `\\boxed{}`, else in the last answer tag, else behind the last
+    `answer is` or `Answer:`, else on a last line of nothing else. None where there is no such
+    place: a letter in prose may be a word, and one at a cut may be the first of one."""
+    text = unicodedata.normalize("NFKC", text)
     boxes = last_boxes(text)
     if boxes:
         boxed = _BOX.fullmatch(_squeezed(boxes[-1])) if len(boxes) == 1 else None
         return boxed[1] if boxed else None
-    said = _SAID.findall(_squeezed(text))
+    tagged = last_tagged(text)
+    if tagged is not None:
+        inside = _BOX.fullmatch(_squeezed(tagged))
+        if inside:
+            return inside[1]
+        text, complete = tagged, True
+    plain = _squeezed(text)
+    said = [found for found in _SAID.finditer(plain) if complete or found.end() < len(plain)]
     if said:
-        return str(said[-1])
-    lines = text.strip().splitlines()
+        return None if _OTHER.match(plain, said[-1].end()) else said[-1][1]
+    lines = text.strip().splitlines() if complete else []
     alone = _ALONE.fullmatch(_squeezed(lines[-1].strip())) if lines else None
     return alone[1] if alone else None
 

@@ -27,10 +27,11 @@ from typing import Any
 
 from actors.sandbox.blame import blame_completion
 from actors.sandbox.programs import Ended, RunnerLostError, programs
-from actors.verifiers.base import Verdict, after_thinking
+from actors.verifiers.base import Verdict
 from actors.verifiers.outputs import same_output, same_value
 from actors.verifiers.program import find_program
 from actors.verifiers.script import PASSED, check_script, run_script
+from actors.verifiers.thoughts import answer_part
 from common.errors import UserError, VerifierError
 
 _PROGRAMS = "actors.verifiers.code_child"
@@ -63,6 +64,8 @@ def score(
     reference: dict[str, Any],
     seconds: float = 10.0,
     total_seconds: float = 60.0,
+    finish_reason: str = "",
+    prompt: str = "",
 ) -> Verdict:
     """1.0 when the program in `text` passes all tests of `reference["tests"]`, else 0.0.
 
@@ -77,7 +80,7 @@ def score(
     tests = reference.get("tests")
     if not isinstance(tests, dict) or tests.get("kind") not in _JUDGES:
         raise ValueError("the prompt has no tests: code_tests is for code suites")
-    program = find_program(after_thinking(text), complete=False)
+    program = find_program(answer_part(text, prompt), complete=finish_reason == "stop")
     if program is None:
         return Verdict.scored(0.0, "no fenced block of Python")
     judge = _JUDGES[tests["kind"]]

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from actors.verifiers.base import Verdict
+from actors.verifiers.thoughts import whole_answer
 from common.errors import UserError
 
 
@@ -41,19 +42,25 @@ def score(
     forbidden: Sequence[str] = (),
     tags: Sequence[str] = (),
     max_characters: int | None = None,
+    prompt: str = "",
 ) -> Verdict:
     """The share of rules that hold; the reason names those that do not.
+
+    Where the template has written the opening tag of the thoughts at the end of the prompt, the
+    rules look at the completion behind it.
 
     `patterns`: regular expressions that must be found (`.` matches line ends). `forbidden`:
     those that must not. `tags`: each exactly once as `<tag>...</tag>`, one after the other in
     this order, counted as one rule. `max_characters`: longest completion.
     """
+    length = len(text)
+    text = whole_answer(text, prompt)
     broken = [f"no {p!r}" for p in patterns if not re.search(p, text, re.DOTALL)]
     broken += [f"found {p!r}" for p in forbidden if re.search(p, text, re.DOTALL)]
     if tags and not _tags_in_order(text, tags):
         broken.append(f"tags {', '.join(tags)}")
-    if max_characters is not None and len(text) > max_characters:
-        broken.append(f"{len(text)} characters")
+    if max_characters is not None and length > max_characters:
+        broken.append(f"{length} characters")
     total = len(patterns) + len(forbidden) + bool(tags) + (max_characters is not None)
     return Verdict.scored(1.0 - len(broken) / total, "; ".join(broken))
 

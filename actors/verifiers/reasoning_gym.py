@@ -14,13 +14,9 @@ from fractions import Fraction
 from functools import lru_cache
 from typing import Any
 
-from actors.verifiers.base import (
-    NUMBER,
-    Extract,
-    Verdict,
-    check_extract,
-    extract_answer,
-)
+from actors.verifiers.base import Verdict
+from actors.verifiers.extract import NUMBER, Extract, check_extract, extract_answer
+from actors.verifiers.thoughts import answer_part
 
 _TUPLE, _ITEMS = "__tuple__", "__items__"
 _LONGEST = 20_000
@@ -80,6 +76,7 @@ def score(
     reference: dict[str, Any],
     extract: Extract = "last_number",
     partial_credit: bool = False,
+    prompt: str = "",
 ) -> Verdict:
     """The task's score of the answer found in `text`; a text without an answer fails.
 
@@ -91,7 +88,7 @@ def score(
         raise ValueError("the prompt is no reasoning-gym task: use data.source=reasoning_gym")
     entry = decode_entry(reference["entry"])
     stored = entry["answer"]
-    answer = _given(text, stored, extract)
+    answer = _given(answer_part(text, prompt), stored, extract)
     if answer is None:
         return Verdict.scored(0.0, f"no answer ({extract})")
     if len(answer) > _LONGEST:
@@ -109,7 +106,7 @@ def vote(
     partial_credit: bool = False,
 ) -> str | None:
     """The answer that `score` would grade, white space and case aside; a number as a number."""
-    answer = _given(text, reference.get("answer"), extract)
+    answer = _given(answer_part(text), reference.get("answer"), extract)
     if answer is None:
         return None
     try:

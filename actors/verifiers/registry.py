@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from common.config.sections import VerifierConfig
 
 BUILTIN = ("reasoning_gym", "math_answer", "format_rules", "choice", "code_tests")
+TOLD = ("finish_reason", "prompt")
+"""What a rule is told beside text and reference, when it has parameters of these names."""
 _VOTING = ("reasoning_gym", "math_answer", "choice")
 
 
@@ -46,15 +48,21 @@ class Rule:
     name: str
     score: Callable[..., object]
     args: dict[str, Any]
+    told: tuple[str, ...] = ()
+    """Those of `TOLD` that the callable asks for."""
 
-    def judge(self, text: str, reference: dict[str, Any]) -> Verdict:
+    def judge(
+        self, text: str, reference: dict[str, Any], finish_reason: str = "", prompt: str = ""
+    ) -> Verdict:
         """The verdict on one completion.
 
         Whatever the callable raises is an `error`; a wrong answer once it has blamed the completion
         (`actors.sandbox.blame`).
         """
+        known = {"finish_reason": finish_reason, "prompt": prompt}
         try:
-            return as_verdict(self.score(text, reference, **self.args), self.name)
+            args = self.args | {name: known[name] for name in self.told}
+            return as_verdict(self.score(text, reference, **args), self.name)
         except BaseException as error:  # SystemExit too: a rule may not end the child
             reason = f"{self.name}: {type(error).__name__}: {error}"[:500]
             if completion_is_to_blame() and not isinstance(error, RunError | UserError):
@@ -66,7 +74,7 @@ JUDGE = f"{__name__}:prepare"
 """What the child of `actors.sandbox.sandbox.Sandbox` is told to make rules with."""
 
 
-def prepare(specs: Sequence[dict[str, Any]]) -> list[Callable[[str, dict[str, Any]], Verdict]]:
+def prepare(specs: Sequence[dict[str, Any]]) -> list[Callable[..., Verdict]]:
     """Rules, ready to judge, of `RuleSpec`s as dictionaries. Raises: as `resolve`."""
     return [resolve(**spec).judge for spec in specs]
 
@@ -81,10 +89,11 @@ def resolve(name: str, target: str, args: dict[str, Any]) -> Rule:
         _check_signature(target, module.check_args, (), args)
         module.check_args(**args)
         module.warm_up() if hasattr(module, "warm_up") else None
-        return Rule(name, module.score, args)
+        return Rule(name, module.score, args, _told(module.score, args))
     score = _import_callable(target)
-    _check_signature(target, score, ("", {}), args)
-    return Rule(name, score, args)
+    told = _told(score, args)
+    _check_signature(target, score, ("", {}), args | dict.fromkeys(told, ""))
+    return Rule(name, score, args, told)
 
 
 def voter(target: str) -> Callable[..., str | None] | None:
@@ -97,6 +106,15 @@ def voter(target: str) -> Callable[..., str | None] | None:
         return None
     vote: Callable[..., str | None] = importlib.import_module(f"actors.verifiers.{target}").vote
     return vote
+
+
+def _told(score: Callable[..., object], args: dict[str, Any]) -> tuple[str, ...]:
+    """What a rule asks to be told by naming a parameter so; its own args come first."""
+    try:
+        parameters = inspect.signature(score).parameters
+    except ValueError:  # a builtin without a signature
+        return ()
+    return tuple(name for name in TOLD if name in parameters and name not in args)
 
 
 def _import_callable(target: str) -> Callable[..., object]:

@@ -169,10 +169,10 @@ class Endless:
     def wait_ready(self) -> None:
         """At once."""
 
-    def reset(self, tasks: Sequence[str]) -> list[str]:
+    def reset(self, tasks: Sequence[str], prompts: Sequence[str] = ()) -> list[str]:
         return [""] * len(tasks)
 
-    def step(self, replies: Sequence[str]) -> list[Step]:
+    def step(self, replies: Sequence[str], finish_reasons: Sequence[str] = ()) -> list[Step]:
         return [Step(done=False, observation="go on") for _ in replies]
 
     def close(self) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from actors.verifiers import choice, format_rules, math_answer, program, reasoning_gym
+from actors.verifiers import choice, equality, format_rules, math_answer, program, reasoning_gym
 from actors.verifiers.base import Verdict
 from actors.verifiers.registry import voter
 
@@ -77,7 +77,7 @@ GYM: dict[str, Any] = {
 
 @pytest.mark.parametrize("name", GRADERS)
 def test_a_megabyte_is_a_wrong_answer_at_once(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(math_answer, "SECONDS", 1)  # what is left to read is math-verify's
+    monkeypatch.setattr(equality, "SECONDS", 1)  # what is left to read is math-verify's
     GRADERS[name]("warm up")
     for head, unit in TEXTS:
         text = head + unit * (MEGABYTE // len(unit)) + " x"

@@ -20,6 +20,10 @@ def obedient(text: str, reference: dict[str, Any]) -> float:
     return float(text == reference["answer"])
 
 
+def told(text: str, reference: dict[str, Any], finish_reason: str, prompt: str) -> float:
+    return float(len(f"{finish_reason} {prompt}"))
+
+
 def needs_scale(text: str, reference: dict[str, Any], scale: float) -> float:
     return scale
 
