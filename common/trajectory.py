@@ -77,6 +77,8 @@ class GroupReceipt:
     """Tokens of these completions."""
     generate_s: float
     """Seconds from dispatch to the last completion."""
+    suspicious: tuple[str, ...] = ()
+    """Of each completion that touched a wall of the sandbox: the kinds, joined by commas."""
 
     @property
     def unjudged(self) -> bool:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from common.errors import NumbersError
+from common.record.schema import TOUCHED
 from common.supervision.faults import reached
 from common.trajectory import GroupReceipt
 from learner.training.ranks import LearnerRanks
@@ -228,5 +229,16 @@ def _summary(receipts: list[GroupReceipt]) -> dict[str, Any]:
         "tokens/generated": float(sum(receipt.num_tokens for receipt in receipts)),
         "completions/unscored": float(sum(receipt.num_unscored for receipt in receipts)),
         "groups/equal_rewards": float(sum(receipt.rewards_equal for receipt in receipts)),
+        **_suspicious([kinds for receipt in receipts for kinds in receipt.suspicious]),
         "time/generate": sum(receipt.generate_s for receipt in receipts) / len(receipts),
     }
+
+
+def _suspicious(of_completions: list[str]) -> dict[str, float]:
+    """How many completions touched a wall of the sandbox, in all and by kind."""
+    each = [kinds.split(",") for kinds in of_completions]
+    by_kind = {
+        f"verdict/suspicious/{kind}": float(sum(kind in kinds for kinds in each))
+        for kind in TOUCHED
+    }
+    return {"verdict/suspicious": float(len(each)), **by_kind}

@@ -115,4 +115,11 @@ def with_verdicts(
         columns.append(pa.array([verdict.kind for verdict in verdicts], pa.string()))
     columns.append(pa.array([step.reward for step in steps], pa.float32()))
     columns.append(pa.array([step.verdicts[0].reward for step in steps], pa.float32()))
+    columns.append(pa.array([_suspicious(step) for step in steps], pa.string()))
     return pa.RecordBatch.from_arrays(columns, schema=trajectory_schema(names))
+
+
+def _suspicious(step: Step) -> str:
+    """The walls that a reply touched before any of its rules."""
+    kinds = {kind for verdict in step.verdicts for kind in verdict.suspicious.split(",")}
+    return ",".join(sorted(kinds - {""}))

@@ -6,6 +6,7 @@ Run as `python -P -m actors.sandbox.inside ACCESS` it does that and ends: so wal
 from __future__ import annotations
 
 import ctypes
+import importlib
 import json
 import os
 import sys
@@ -78,3 +79,4 @@ def _drop_capabilities() -> None:
 
 if __name__ == "__main__":
     enter(Access.from_json(sys.argv[1]))
+    importlib.import_module("statistics")  # Python's own files are still in reach

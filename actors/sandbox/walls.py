@@ -133,8 +133,10 @@ def _candidates(bare: Walls, without: frozenset[str]) -> Iterator[Walls]:
 def _holds(walls: Walls) -> bool:
     if walls == Walls(walls.calls, 0):
         return True  # nothing left to try
+    if walls.own_user and not walls.open_to_others(program_paths()):
+        return False  # Python in root's home, say
     access = Access.of(walls.landlock, user=free_user() if walls.own_user else None)
-    access = replace(access, readable=[*python_paths(), *package_paths(), *_DEVICES])
+    access = replace(access, readable=program_paths())
     argv = command(walls, access, "actors.sandbox.inside", network=False)
     try:
         done = subprocess.run(

@@ -48,6 +48,27 @@ METRICS: dict[str, Metric] = {
     "completions/unscored": Metric(
         "count", "Completions without a reward: a verifier failed or timed out.", _LOOP
     ),
+    "verdict/suspicious": Metric(
+        "count",
+        "Completions whose program touched a wall of the sandbox; a rising curve is the first sign "
+        "of reward hacking.",
+        _LOOP,
+    ),
+    "verdict/suspicious/files": Metric(
+        "count", "Completions whose program tried to open or change files of others.", _LOOP
+    ),
+    "verdict/suspicious/judge": Metric(
+        "count", "Completions whose program ended the process that ran it.", _LOOP
+    ),
+    "verdict/suspicious/kernel": Metric(
+        "count", "Completions whose program asked the kernel for what no program needs.", _LOOP
+    ),
+    "verdict/suspicious/network": Metric(
+        "count", "Completions whose program tried to open sockets.", _LOOP
+    ),
+    "verdict/suspicious/processes": Metric(
+        "count", "Completions whose program tried to start or to reach processes.", _LOOP
+    ),
     "completions/zero_advantage": Metric(
         "count", "Completions whose advantage is 0, so that they teach nothing.", _DATA
     ),

@@ -27,6 +27,10 @@ VERSION_KEY = b"grpo_lambda.schema_version"
 
 REWARD_PREFIX = "reward/"
 VERDICT_PREFIX = "verdict/"
+SUSPICIOUS = "suspicious"
+"""The kinds of walls that a completion's program touched, joined by commas; mostly empty."""
+TOUCHED = ("files", "judge", "kernel", "network", "processes")
+"""Those kinds, see `actors.sandbox.calls`; `judge` is a program that ended what ran it."""
 
 PASS, FAIL, ERROR, TIMEOUT = "pass", "fail", "error", "timeout"
 """Verdicts. `error` and `timeout` carry a null reward, never 0."""
@@ -76,6 +80,7 @@ def trajectory_schema(verifiers: Sequence[str]) -> pa.Schema:
         fields.append(pa.field(VERDICT_PREFIX + name, pa.string(), nullable=False))
     fields.append(pa.field("reward", pa.float32()))
     fields.append(pa.field("accuracy", pa.float32()))
+    fields.append(pa.field(SUSPICIOUS, pa.string(), nullable=False))
     return _with_version(fields)
 
 

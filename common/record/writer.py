@@ -22,7 +22,7 @@ import pyarrow.parquet
 from ray.exceptions import RayActorError
 
 from common.errors import StallError
-from common.record.schema import sampled_lengths, trajectory_schema
+from common.record.schema import SUSPICIOUS, sampled_lengths, trajectory_schema
 from common.record.trajectory_log import TrajectoryLog, read_segment, segments
 from common.supervision.calls import Call, Handle, Ref, ask, call, get_all, in_group, put, resolved
 from common.supervision.faults import reached
@@ -142,6 +142,7 @@ def receipt(batch: pa.RecordBatch, ref: Ref[pa.RecordBatch] | None) -> GroupRece
         rewards_equal=bool(scored.size == 0 or scored.min() == scored.max()),
         num_unscored=int(np.isnan(rewards_G).sum()),
         unscored_tokens=int(lengths_G[np.isnan(rewards_G)].sum()),
+        suspicious=tuple(kinds for kinds in batch.column(SUSPICIOUS).to_pylist() if kinds),
         generate_s=max(0.0, ended_s - dispatched_s),  # clocks may be set back
     )
 

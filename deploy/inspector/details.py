@@ -21,7 +21,15 @@ Credit = dict[int, dict[str, Any]]
 """Rows of the credit log by completion index, as Arrow scalars."""
 
 _OF_GROUP = ("prompt_id", "epoch", "reference", "dispatched_s")
-_OF_COMPLETION = ("text", "finish_reason", "generator", "guidance_length", "reward", "accuracy")
+_OF_COMPLETION = (
+    "text",
+    "finish_reason",
+    "generator",
+    "guidance_length",
+    "reward",
+    "accuracy",
+    "suspicious",
+)
 _OF_CREDIT = ("advantage", "token_weight", "trained", "trace_weights", "advantages", "logprobs")
 
 

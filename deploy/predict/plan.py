@@ -13,6 +13,7 @@ from common.errors import UserError
 from deploy.placement.cores import available_cores
 from deploy.placement.cpu_runtime import preload_libraries
 from deploy.placement.options import CorePlan, plan_here, with_compute_dtype
+from deploy.placement.walls import walls_here
 from deploy.predict.cluster_plan import ClusterPlan, logged_lengths
 from deploy.predict.simulate import Costs
 
@@ -96,7 +97,7 @@ def _placement(config: Config, cores: CorePlan, num_cores: int) -> list[str]:
         )
     rules = ", ".join(f"{rule.name} x {rule.weight:g}" for rule in verifier.rules)
     lines.append(f"verifiers              {verifier.workers} ({rules})")
-    return lines
+    return lines + [f"  behind walls         {wall}" for wall in walls_here(verifier)]
 
 
 def _shown(cores: list[int] | None) -> str:

@@ -27,6 +27,7 @@ from deploy.placement.cpu_runtime import preload_libraries
 from deploy.placement.memory import check_memory
 from deploy.placement.options import CorePlan, actor_options, gpus_each, plan_here, uses_cuda
 from deploy.placement.reservation import Reservation, generator_names, wishes
+from deploy.placement.walls import walls_here
 from deploy.run.actors import ActorFactory, Actors, connect, disconnect, learner_job
 from learner.training.rank import LearnerRank
 from learner.training.ranks import LearnerRanks
@@ -75,6 +76,8 @@ class Service:
         cuda = _check(config)
         cores = plan_here(config, [] if cuda else preload_libraries())
         notify(_start_message(config, cores))
+        if config.ray.address == "local":  # elsewhere each verifier looks at its own host
+            notify(f"verifiers behind walls: {'; '.join(walls_here(config.verifier))}")
         connect(config, cores)
         reservation, generators = None, generator_names(config)
         if config.ray.address != "local" or config.transport.shares_devices:

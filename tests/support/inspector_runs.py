@@ -133,6 +133,7 @@ class SyntheticRun:
             f"verdict/{VERIFIER}": verdict,
             "reward": sample.reward,
             "accuracy": sample.reward,
+            "suspicious": "",
         }
 
     def step(self, step: int, group_ids: Sequence[int], credit: bool = True) -> None:
@@ -324,6 +325,7 @@ def _many_rows(
         f"verdict/{VERIFIER}": np.where(rewards > 0, PASS, FAIL).tolist(),
         "reward": rewards,
         "accuracy": rewards,
+        "suspicious": [""] * rows,
     }
     arrays = [
         column if isinstance(column, pa.Array) else pa.array(column).cast(SCHEMA.field(name).type)

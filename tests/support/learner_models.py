@@ -132,6 +132,7 @@ def trajectories(
             "verdict/test": ["pass"] * n,
             "reward": scores,
             "accuracy": scores,
+            "suspicious": [""] * n,
         }
         schema = trajectory_schema(["test"])
         batches.append(pa.RecordBatch.from_pydict(columns, schema=schema))

@@ -187,6 +187,7 @@ function cardHead(completion) {
       el("span", { class: "number" }, `#${completion.index}`),
       el("span", {}, "reward ", el("b", {}, short(completion.reward))),
       el("span", { title: `Advantage A: ${exact(completion.advantage)}` }, "A ", el("b", {}, withSign(completion.advantage))),
+      ...(completion.suspicious ? [el("span", { class: "chip", title: "Walls of the sandbox that its program touched" }, `suspicious: ${completion.suspicious}`)] : []),
       ...(completion.trained === false ? [el("span", { class: "chip" }, "not trained on")] : [])),
     el("div", { class: "verdicts" },
       ...Object.entries(completion.verdicts).map(([name, { reward, verdict }]) =>
