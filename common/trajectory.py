@@ -78,7 +78,7 @@ class GroupReceipt:
     generate_s: float
     """Seconds from dispatch to the last completion."""
     suspicious: tuple[str, ...] = ()
-    """Of each completion that touched a wall of the sandbox: the kinds, joined by commas."""
+    """One entry a completion that touched a wall of the sandbox: the kinds, joined by commas."""
 
     @property
     def unjudged(self) -> bool:

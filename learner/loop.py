@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from common.errors import NumbersError
-from common.record.schema import TOUCHED
 from common.supervision.faults import reached
 from common.trajectory import GroupReceipt
 from learner.training.ranks import LearnerRanks
@@ -237,8 +236,15 @@ def _summary(receipts: list[GroupReceipt]) -> dict[str, Any]:
 def _suspicious(of_completions: list[str]) -> dict[str, float]:
     """How many completions touched a wall of the sandbox, in all and by kind."""
     each = [kinds.split(",") for kinds in of_completions]
-    by_kind = {
-        f"verdict/suspicious/{kind}": float(sum(kind in kinds for kinds in each))
-        for kind in TOUCHED
+
+    def touched(kind: str) -> float:
+        return float(sum(kind in kinds for kinds in each))
+
+    return {
+        "verdict/suspicious": float(len(each)),
+        "verdict/suspicious/files": touched("files"),
+        "verdict/suspicious/judge": touched("judge"),
+        "verdict/suspicious/kernel": touched("kernel"),
+        "verdict/suspicious/network": touched("network"),
+        "verdict/suspicious/processes": touched("processes"),
     }
-    return {"verdict/suspicious": float(len(each)), **by_kind}

@@ -28,9 +28,9 @@ VERSION_KEY = b"grpo_lambda.schema_version"
 REWARD_PREFIX = "reward/"
 VERDICT_PREFIX = "verdict/"
 SUSPICIOUS = "suspicious"
-"""The kinds of walls that a completion's program touched, joined by commas; mostly empty."""
-TOUCHED = ("files", "judge", "kernel", "network", "processes")
-"""Those kinds, see `actors.sandbox.calls`; `judge` is a program that ended what ran it."""
+"""The kinds of walls that a completion's program touched, joined by commas; mostly empty. They are
+`files`, `kernel`, `network`, `processes` (`actors.sandbox.calls`), and `judge` for a program that
+ended what ran it."""
 
 PASS, FAIL, ERROR, TIMEOUT = "pass", "fail", "error", "timeout"
 """Verdicts. `error` and `timeout` carry a null reward, never 0."""
