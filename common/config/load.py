@@ -117,7 +117,25 @@ def _read_yaml(path: Path) -> DictConfig:
         raise UserError(f"configuration file {path} is not valid YAML: {error}") from error
     if not isinstance(loaded, DictConfig):
         raise UserError(f"configuration file {path} must hold a mapping of keys")
+    _refuse_interpolation(OmegaConf.to_container(loaded), str(path))
     return loaded
+
+
+def _refuse_interpolation(value: Any, place: str) -> None:
+    """Refuse `${...}`: a run directory that somebody sent would show what the environment holds,
+    and a secret would be written out with the configuration.
+
+    Raises:
+        UserError: a text in `value` has it.
+    """
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            _refuse_interpolation(inner, f"{place}: {key}")
+    elif isinstance(value, list):
+        for inner in value:
+            _refuse_interpolation(inner, place)
+    elif isinstance(value, str) and "${" in value:
+        raise UserError(f"{place}={value}: interpolation (${{...}}) is not read; write the value")
 
 
 def _parse_overrides(overrides: Sequence[str]) -> DictConfig:
@@ -127,6 +145,7 @@ def _parse_overrides(overrides: Sequence[str]) -> DictConfig:
     layer = OmegaConf.create()
     for override in overrides:
         key, _, value = override.partition("=")
+        _refuse_interpolation(value, key)
         if _is_text(key) and value not in ("", "null") and value[0] not in "'\"":
             OmegaConf.update(layer, key, value.replace("\\n", "\n"), force_add=True)
             continue

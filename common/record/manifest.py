@@ -31,9 +31,12 @@ def damage(folder: Path) -> str | None:
     """What is wrong with a sealed folder; None when it is as it was sealed."""
     try:
         files = json.loads((folder / MANIFEST).read_text())
-    except (OSError, ValueError) as error:
+        listed = [(str(name), int(size), int(sum_)) for name, (size, sum_) in files.items()]
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         return f"{MANIFEST} cannot be read: {error}"
-    for name, (size, expected) in files.items():
+    if not listed:
+        return f"{MANIFEST} lists no file"
+    for name, size, expected in listed:
         path = folder / name
         if not path.is_file():
             return f"{name} is missing"

@@ -111,14 +111,16 @@ def read_segment(path: Path) -> Iterator[pa.RecordBatch]:
     with pa.memory_map(str(path)) as source:
         try:
             reader = pa.ipc.open_stream(source)
-        except pa.ArrowInvalid:
+        except (pa.ArrowException, OSError):
             return  # died before the schema was on disk: no group was appended
         check_schema(reader.schema)
         while True:
             try:
-                yield reader.read_next_batch()
-            except (StopIteration, pa.ArrowInvalid, OSError):
+                batch = reader.read_next_batch()
+                batch.validate(full=True)  # a flipped bit could lead outside of the file
+            except (StopIteration, pa.ArrowException, OSError):
                 return
+            yield batch
 
 
 def read_log(folder: Path) -> Iterator[pa.RecordBatch]:

@@ -15,9 +15,9 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-from omegaconf import OmegaConf
+import yaml
 
-from common.errors import UserError
+from common.errors import UserError, first_line
 from common.record.credit_log import FOLDER as CREDIT
 from common.record.credit_log import credit_steps
 from common.record.metrics import read_metrics
@@ -62,7 +62,7 @@ class RunData:
         if not (run / "config.yaml").is_file():
             raise UserError(f"there is no run in {run} (no config.yaml)")
         self.run = run
-        self.config = (run / "config.yaml").read_text(encoding="utf-8")
+        self.config, self._model = _read_config(run / "config.yaml")
         self._log = LogIndex(run / "trajectories")
         self._lock = threading.Lock()
         self._searches: OrderedDict[str, _Search] = OrderedDict()
@@ -142,8 +142,7 @@ class RunData:
     def _tokenizer(self) -> TokenTexts | None:
         """The tokenizer, looked for again until the first checkpoint brings one."""
         if self._texts is None:
-            model = OmegaConf.select(OmegaConf.create(self.config), "model.path")
-            self._texts, self._texts_from = load_tokenizer(self.run, str(model))
+            self._texts, self._texts_from = load_tokenizer(self.run, self._model)
         return self._texts
 
     def _notes(self) -> list[str]:
@@ -262,3 +261,19 @@ def _joined(log: pa.Table, booked: pa.Table) -> pa.Table:
             },
         }
     ).combine_chunks()
+
+
+def _read_config(path: Path) -> tuple[str, str]:
+    """The configuration of a run as it is written, and its `model.path`.
+
+    Nothing in it is resolved: somebody else may have sent the run.
+
+    Raises:
+        UserError: it is no configuration of a run.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        model = yaml.safe_load(text)["model"]["path"]
+    except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError) as error:
+        raise UserError(f"{path} is no configuration of a run: {first_line(error)}") from error
+    return text, str(model)

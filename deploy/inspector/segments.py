@@ -126,7 +126,9 @@ class Segment:
         with pa.memory_map(str(self.path)) as source:
             for row in rows:
                 source.seek(self._places[row])
-                yield pa.ipc.read_record_batch(pa.ipc.read_message(source), self._schema)
+                batch = pa.ipc.read_record_batch(pa.ipc.read_message(source), self._schema)
+                batch.validate(full=True)
+                yield batch
 
     def _read_twin(self, columns: list[str]) -> pa.Table:
         twin = self.path.with_suffix(".parquet")
@@ -147,10 +149,11 @@ class Segment:
                     place = source.tell()
                     message = pa.ipc.read_message(source)
                     batch = pa.ipc.read_record_batch(message, self._schema)
+                    batch.validate(full=True)  # a flipped bit could lead outside of the file
                     self._places.append(place)
                     self._end = source.tell()
                     yield batch
-            except (EOFError, pa.ArrowInvalid, OSError):
+            except (EOFError, pa.ArrowException, OSError):
                 return
 
 

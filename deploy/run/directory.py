@@ -77,7 +77,7 @@ class RunDirectory:
     def create(cls, config: Config) -> RunDirectory:
         """A new folder. Raises `UserError` when the name is taken or the place is not writable."""
         name = config.name or datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-        if not re.fullmatch(r"[\w.\-]+", name):
+        if not re.fullmatch(r"[\w.\-]+", name) or not name.strip("."):
             raise UserError(f"name={name}: use letters, digits, '.', '_' and '-' only")
         run = cls(Path(config.runs_dir).expanduser() / name)
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Mapping
 from typing import Protocol, Self
@@ -41,6 +42,7 @@ class PlainDisplay:
     def __init__(self, total_steps: int) -> None:
         self._total_steps = total_steps
         self._started = time.monotonic()
+        self._closed = False
 
     def __enter__(self) -> Self:
         return self
@@ -49,7 +51,14 @@ class PlainDisplay:
         """Nothing to restore."""
 
     def event(self, text: str) -> None:
-        print(f"[{time.monotonic() - self._started:6.1f} s] {text}", flush=True)
+        """Print a line. Where nobody reads any more, the run goes on without."""
+        if self._closed:
+            return
+        try:
+            print(f"[{time.monotonic() - self._started:6.1f} s] {text}", flush=True)
+        except OSError:
+            self._closed = True
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is buffered goes there at the end
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
         self.event(f"step {step:>4}/{self._total_steps}  {summary(metrics)}")

@@ -1,4 +1,7 @@
-"""SIGTERM: finish the step, save, end with status 0; a second one ends at once."""
+"""SIGTERM, and SIGHUP of a closed terminal: finish the step, save, end with status 0.
+
+A second one ends at once.
+"""
 
 from __future__ import annotations
 
@@ -31,6 +34,8 @@ class Preemption:
         if threading.current_thread() is not threading.main_thread():
             return
         self._loop.add_signal_handler(signal.SIGTERM, self._on_signal)
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup ignores it
+            self._loop.add_signal_handler(signal.SIGHUP, self._on_signal)
 
     @contextmanager
     def between_steps(self) -> Iterator[None]:

@@ -34,6 +34,7 @@ from common.record.manifest import seal
 from common.supervision.faults import reached
 from learner.policy.model import Policy, save_hf_folder
 from learner.training import fsdp
+from learner.training.pickles import check_metadata, plain_values_only
 
 TRAINING_STATE = "training_state"
 _TRAINER_STATE = "trainer_state.json"
@@ -128,7 +129,9 @@ def load_checkpoint(folder: Path, policy: Policy, optimizers: Sequence[Optimizer
     stepped = _stepped(document.pop("optimizers"), optimizers, folder)
     settings = [_settings(optimizer) for optimizer in stepped]
     tensors = _tensors(policy, stepped)
-    load_sharded(tensors, checkpoint_id=str(folder / TRAINING_STATE))
+    check_metadata(folder / TRAINING_STATE / ".metadata")
+    with plain_values_only():
+        load_sharded(tensors, checkpoint_id=str(folder / TRAINING_STATE))
     set_state_dict(
         policy.model,
         stepped,

@@ -58,8 +58,19 @@ def free_address(ranks: int) -> tuple[str, int]:
 def serve_rendezvous(ranks: int, timeout_s: float) -> tuple[TCPStore, str, int]:
     """Rank 0's store, already listening, with the address the others connect to."""
     host = host_address(ranks)
-    store = TCPStore(host, 0, ranks, True, timedelta(seconds=timeout_s), wait_for_workers=False)
-    return store, host, store.port
+    # The store by itself would listen on every interface, and it asks nobody for a password.
+    with socket.create_server((host, 0)) as listening:
+        port = listening.getsockname()[1]
+        store = TCPStore(
+            host,
+            port,
+            ranks,
+            True,
+            timedelta(seconds=timeout_s),
+            wait_for_workers=False,
+            master_listen_fd=listening.detach(),
+        )
+    return store, host, port
 
 
 def connect_rendezvous(host: str, port: int, ranks: int, timeout_s: float) -> TCPStore:

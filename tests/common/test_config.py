@@ -76,7 +76,7 @@ def test_every_recipe_loads_is_short_and_names_its_paper(path: Path) -> None:
         ("recipe=grpo_lamda", "recipe=grpo_lamda.*did you mean grpo_lambda"),
         ("steps", "'steps' is not an override"),
         ("verifier.rules[0].weight=2", "a list is given whole, e.g. verifier.rules="),
-        ("data.plain_template=${prompt} x", "data.plain_template|Interpolation.*prompt"),
+        ("data.plain_template=${prompt} x", "data.plain_template.*interpolation"),
         ("algorithm.baseline.epsilon=0", "algorithm.baseline.epsilon=0.*greater than 0"),
         ("algorithm.rollout.prune_rate=0.9", "leaves nothing to learn of a group"),
         ("algorithm.rollout.max_variance_share=0.1", "leaves nothing to compare of a group"),
