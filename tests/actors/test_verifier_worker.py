@@ -80,6 +80,7 @@ def test_rewards_verdicts_and_totals() -> None:
         "verdict/format_rules": ["fail", "pass", "pass", "pass", "fail"],
         "reward": [0.5, 0.5, None, None, 2.0],
         "accuracy": [0.25, 0.0, None, None, 1.0],
+        "suspicious": [""] * 5,
     }
     assert failures == {
         "hostile: no verdict within 1 s": 1,
