@@ -1,8 +1,8 @@
 """Bounds of numbers, written in the type of a field: `steps: Count = 30`.
 
-A bound is part of the type hint, `Annotated[int, at_least(1)]`, so it stands beside the field and
-reaches what a list, a tuple or a mapping holds. `check_bounds` walks a configuration by its hints
-and compares every number with its bound. OmegaConf and mypy read the plain type.
+A bound is part of the type hint, `Annotated[int, at_least(1)]`. So it stands beside the field, and
+holds for every number of a list, a tuple or a mapping. `check_bounds` walks a configuration by its
+hints and compares every number with its bound. OmegaConf and mypy read the plain type.
 """
 
 from __future__ import annotations

@@ -58,8 +58,8 @@ def load_with_origins(
 ) -> Loaded:
     """Merge defaults, the recipe, `files` in order and `overrides`, and check the result.
 
-    Each layer wins over those before it. The recipe is the one that the last layer names, so one
-    named on the command line takes the place of a file's, below the keys of the file.
+    Each layer wins over those before it. The recipe is the one that the last layer names. One that
+    is named on the command line takes the place of the file's, and stays below the file's own keys.
 
     Args:
         overrides: `key=value`, as on a command line.

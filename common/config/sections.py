@@ -67,8 +67,8 @@ class Config:
     runs_dir: str = "runs"
     """Folder in which runs have their folders."""
     resume: str | None = None
-    """Folder of a run to go on with. `auto` goes on with the run called `name` where there is one
-    and else begins it, so that a job which a cluster submits again goes on by itself."""
+    """Folder of a run to go on with. `auto` goes on with the run called `name`, or begins it where
+    there is none. A job that a cluster submits again then goes on by itself."""
     recipe: str | None = None
     """Recipe: a file of deploy/configs/recipes by its name, or any YAML file by its path."""
     seed: Seed = 0
