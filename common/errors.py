@@ -50,5 +50,6 @@ def first_line(error: BaseException) -> str:
 
 def nearest(word: str, known: Sequence[str]) -> str:
     """A hint for an error, with a space before it; empty where nothing is near."""
-    match = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
-    return f" (did you mean {match[0]}?)" if match else ""
+    lowered = {name.lower(): name for name in known}
+    match = difflib.get_close_matches(word.lower(), lowered, n=1, cutoff=0.6)
+    return f" (did you mean {lowered[match[0]]}?)" if match else ""

@@ -63,11 +63,14 @@ def import_named(key: str, path: str, known: Sequence[str]) -> Any:
     """
     check_name(key, path, known)
     module, _, name = path.partition(":")
+    near = ""
     try:
-        found = getattr(importlib.import_module(module), name)
+        imported = importlib.import_module(module)
+        near = nearest(name, [each for each in vars(imported) if not each.startswith("_")])
+        found = getattr(imported, name)
     except Exception as error:  # a module is a program of the user's; it may raise anything
         raise UserError(
-            f"{key}={path} cannot be imported: {type(error).__name__}: {error}. Use one of "
+            f"{key}={path} cannot be imported: {type(error).__name__}: {error}{near}. Use one of "
             f"{', '.join(known)}, or package.module:name, importable from the directory the run "
             "was started in or from PYTHONPATH"
         ) from error

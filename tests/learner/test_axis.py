@@ -287,6 +287,7 @@ def refused(name: str, kind: str, message: str, **keys: Any) -> None:
 def test_a_rule_that_is_nowhere_is_refused() -> None:
     for wrong in ("no_such_module:rule", ":rule", "test_axis:"):
         refused("credit", wrong, "cannot be imported")
+    refused("baseline", HERE + "center", "no attribute 'center' .did you mean centred")
 
 
 def scalar(inputs: CreditInputs, config: CreditConfig) -> Credit:

@@ -240,5 +240,5 @@ def test_torch_without_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_misspelt_optimiser_gets_the_nearest_name() -> None:
-    with pytest.raises(UserError, match=r"learner.optimizer.kind=adamw is not known .*AdamW"):
+    with pytest.raises(UserError, match=r"kind=adamw is not known .did you mean AdamW"):
         load_config([], ["model.path=x", "learner.optimizer.kind=adamw"])
