@@ -29,10 +29,6 @@ DOCUMENTS = [*READMES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
 FOLDERS = ("common", "actors", "learner", "deploy", "deploy/examples", "tests")
 LIMITS = {"README.md": 900, "CONTRIBUTING.md": 700}
 LINE = 160
-NOT_YET = {
-    "actors/sandbox",
-}
-"""Folders with docstrings that still lean on the line before."""
 
 documents = pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 
@@ -201,7 +197,6 @@ def test_a_docstring_begins_with_a_sentence_that_stands_alone(package: str) -> N
     offenders = [
         f"{path.relative_to(ROOT)}:{line} {name} {wrong}"
         for path in sources(package)
-        if str(path.parent.relative_to(ROOT)) not in NOT_YET
         for line, name, text in docstrings(path)
         if (wrong := complaint(text))
     ]

@@ -58,7 +58,7 @@ class Walls:
     own_user: bool = False
     """Each process behind the walls has a user id of its own."""
     user_namespace: bool = False
-    """bubblewrap needs one: it was not started with root's rights."""
+    """Whether bubblewrap needs a user namespace: it was not started with the rights of root."""
 
     @property
     def processes_between(self) -> int:
