@@ -17,8 +17,10 @@ from functools import lru_cache
 
 from actors.data.chat import Template, Tokenizer
 from actors.data.quarantine import Quarantine
-from actors.data.sources import Row, Rows, load_rows
-from common.config.sections import DataConfig, PromptOrder
+from actors.data.schemas import Row
+from actors.data.sources import Rows, load_rows
+from actors.verifiers.registry import reference_checks
+from common.config.sections import DataConfig, PromptOrder, VerifierSpec
 from common.errors import UserError
 
 _CHECK_BATCH = 512
@@ -52,8 +54,8 @@ class PromptSource:
     """Serves the training rows once an epoch, in an order of its own each epoch.
 
     Attributes: `size`, training prompts an epoch; `removed`, training rows left out because
-    their question is held out; `quarantine`, the rows that could not be used; `identity`, a
-    digest of what the order of serving depends on.
+    their question is held out; `quarantine`, the rows that could not be used; `rows`, all others;
+    `identity`, a digest of what the order of serving depends on.
     """
 
     def __init__(
@@ -64,6 +66,7 @@ class PromptSource:
         order: PromptOrder = "shuffle",
         quarantine: Quarantine | None = None,
     ) -> None:
+        self.rows = rows
         self._rows, self._held_out = rows.train, rows.held_out
         self._template = template
         self._seed, self._how = seed, order
@@ -129,15 +132,15 @@ class PromptSource:
         return order
 
     def _make(self, row: Row, index: int, epoch: int, ticket: int) -> Prompt:
-        text = self._template.render(row.question)
+        text = self._template.render(row.conversation)
         return Prompt(
             ticket=ticket,
-            prompt_id=f"{_digest(row.question)[:12]}-{index}",
+            prompt_id=f"{_digest(_content(row))[:12]}-{index}",
             index=index,
             epoch=epoch,
             question=row.question,
             text=text,
-            token_ids=self._template.encode([text])[0],
+            token_ids=self._template.encode_asked([row.conversation])[0],
             reference=row.reference,
             solution=row.solution,
             difficulty=row.difficulty,
@@ -150,14 +153,19 @@ def build_prompt_source(
     seed: int,
     tokenizer: Tokenizer,
     max_prompt_tokens: int,
+    rules: Sequence[VerifierSpec] = (),
 ) -> PromptSource:
-    """The prompts of a run, every one checked against `max_prompt_tokens`.
+    """The prompts of a run, every one checked against `max_prompt_tokens` and by `rules`: an answer
+    that a rule would not accept when it is given back goes to quarantine.
 
     Raises: `UserError` for anything wrong with the data or the template.
     """
     template = Template(config, tokenizer)
     quarantine = Quarantine(config.max_bad_rows)
-    rows = load_rows(config, eval_prompts, seed, quarantine)
+    rows = load_rows(config, eval_prompts, seed, quarantine, reference_checks(rules))
+    for row in (*rows.train, *rows.held_out):
+        if row.messages:
+            template.check_turns(row.conversation, row.place)
     _check_lengths(rows.held_out, template, max_prompt_tokens, None)
     bad = _check_lengths(rows.train, template, max_prompt_tokens, quarantine)
     quarantine.check()
@@ -174,7 +182,7 @@ def _check_lengths(
     bad = set()
     for start in range(0, len(rows), _CHECK_BATCH):
         some = rows[start : start + _CHECK_BATCH]
-        token_ids = template.encode([template.render(row.question) for row in some])
+        token_ids = template.encode_asked([row.conversation for row in some])
         for row, ids in zip(some, token_ids, strict=True):
             if 0 < len(ids) <= limit:
                 continue
@@ -203,9 +211,14 @@ def _difficulty(row: Row) -> float:
 
 def _identity(rows: Sequence[Row], seed: int, how: PromptOrder) -> str:
     """A digest of what an order of serving depends on."""
-    content = "\0".join(row.question + "\0" + row.reference for row in rows)
+    content = "\0".join(_content(row) + "\0" + row.reference for row in rows)
     order = f"seed {seed}" if how == "shuffle" else how
     return f"{len(rows)} prompts, {order}, {_digest(content)[:16]}"
+
+
+def _content(row: Row) -> str:
+    """What a row asks, as its order and its id depend on it."""
+    return row.key if row.messages else row.question
 
 
 def _digest(text: str) -> str:

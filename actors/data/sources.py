@@ -16,8 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from actors.data.files import file_records
 from actors.data.held_out import is_held_out
 from actors.data.quarantine import Quarantine
+from actors.data.schemas import Columns, Row, to_row
+from actors.verifiers.base import ReferenceCheck
 from actors.verifiers.reasoning_gym import encode_entry, import_reasoning_gym
 from common.config.sections import DataConfig, ReasoningGymConfig
 from common.errors import UserError
@@ -27,27 +30,29 @@ _FRUITLESS_DRAWS = 1000
 
 
 @dataclass(frozen=True)
-class Row:
-    """One question. `place` says where it came from, for messages."""
-
-    question: str
-    reference: str
-    solution: str | None
-    difficulty: float | None
-    place: str
-
-
-@dataclass(frozen=True)
 class Rows:
     """`held_out` and `train` have no question in common; `removed` training rows had."""
 
     train: list[Row]
     held_out: list[Row]
     removed: int
+    repeated: int = 0
+    """Rows whose question stood in a row before."""
+    contradicted: int = 0
+    """Questions that are stored with more than one answer."""
 
 
-def load_rows(config: DataConfig, held_out: int, seed: int, quarantine: Quarantine) -> Rows:
+def load_rows(
+    config: DataConfig,
+    held_out: int,
+    seed: int,
+    quarantine: Quarantine,
+    checks: Sequence[ReferenceCheck] = (),
+) -> Rows:
     """Training rows, and exactly `held_out` distinct held-out ones; bad rows to `quarantine`.
+
+    Args:
+        checks: raise `ValueError` for a reference that no completion could satisfy.
 
     Raises: `UserError` for anything wrong with the data, or too few of them.
     """
@@ -57,16 +62,33 @@ def load_rows(config: DataConfig, held_out: int, seed: int, quarantine: Quaranti
         return drawn
     assert config.path is not None, "refused with the configuration"
     read = _read_file if config.source == "file" else _read_hub
-    rows = list(read(config, config.path, config.split, quarantine))
+    rows = list(_checked(read(config, config.path, config.split, quarantine), checks, quarantine))
     others: list[Row] = []
-    if config.eval_path is not None and config.source == "file":
-        others = list(read(config, config.eval_path, config.split, quarantine))
-    elif config.eval_path is not None:
-        others = list(read(config, config.path, config.eval_path, quarantine))
+    if config.eval_path is not None:
+        of_file = config.source == "file"
+        path, split = (
+            (config.eval_path, config.split) if of_file else (config.path, config.eval_path)
+        )
+        others = list(_checked(read(config, path, split, quarantine), checks, quarantine))
     quarantine.check()
     if config.eval_path is None:
         return _split(rows, held_out, config.path)
     return _without(rows, _distinct(others), held_out, config.eval_path)
+
+
+def _checked(
+    rows: Iterator[Row], checks: Sequence[ReferenceCheck], quarantine: Quarantine
+) -> Iterator[Row]:
+    """The rows that can be graded."""
+    for row in rows:
+        reference = json.loads(row.reference)
+        try:
+            for check in checks:
+                check(reference)
+        except ValueError as error:
+            quarantine.add(row.place, UserError(f"{row.place}: {error}"), reference)
+        else:
+            yield row
 
 
 def question_key(question: str) -> str:
@@ -92,20 +114,24 @@ def _without(rows: list[Row], others: list[Row], held_out: int, name: str) -> Ro
             f"set eval.prompts={len(others)} or less"
         )
     others = others[:held_out]
-    secret = {question_key(row.question) for row in others}
-    train = [row for row in rows if question_key(row.question) not in secret]
+    secret = {row.key for row in others}
+    train = [row for row in rows if row.key not in secret]
     if not train:
         raise UserError(
             f"no training question is left: all of them are in {name} too; give data.eval_path "
             "other rows"
         )
-    return Rows(train, others, len(rows) - len(train))
+    answers: dict[str, set[str]] = {}
+    for row in rows:
+        answers.setdefault(row.key, set()).add(json.dumps(json.loads(row.reference)["answer"]))
+    contradicted = sum(len(found) > 1 for found in answers.values())
+    return Rows(train, others, len(rows) - len(train), len(rows) - len(answers), contradicted)
 
 
 def _distinct(rows: Sequence[Row]) -> list[Row]:
     seen: dict[str, Row] = {}
     for row in rows:
-        seen.setdefault(question_key(row.question), row)
+        seen.setdefault(row.key, row)
     return list(seen.values())
 
 
@@ -189,72 +215,6 @@ def _read_file(config: DataConfig, name: str, split: str, quarantine: Quarantine
     yield from _to_rows(config, name, file_records(name), quarantine)
 
 
-def file_records(name: str) -> Iterator[tuple[str, Any]]:
-    """(place, record) of a .jsonl or .parquet file, or (place, `UserError`) of a line that is none.
-
-    Raises: `UserError` when there is no such file, or it is neither.
-    """
-    path = Path(name).expanduser()
-    if not path.is_file():
-        raise UserError(
-            f"data file {name} does not exist (looked in {Path.cwd()}): check data.path and "
-            "data.eval_path"
-        )
-    if path.suffix == ".jsonl":
-        yield from _read_jsonl(path)
-    elif path.suffix == ".parquet":
-        yield from _read_parquet(path)
-    else:
-        raise UserError(
-            f"data file {name} is neither .jsonl nor .parquet: convert it to one of them"
-        )
-
-
-def _read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
-    """(place, object), or (place, why the line is none)."""
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            place = f"{path}, line {number}"
-            try:
-                yield place, _json_object(place, line.removeprefix(b"\xef\xbb\xbf"))
-            except UserError as error:
-                yield place, error
-
-
-def _json_object(place: str, line: bytes) -> dict[str, Any]:
-    try:
-        record = json.loads(line.decode())
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{place}: not UTF-8 (byte {error.start} is "
-            f"0x{error.object[error.start]:02x}): save the file as UTF-8"
-        ) from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{place}: not a JSON object: {error}") from error
-    if not isinstance(record, dict):
-        raise UserError(f"{place}: a {type(record).__name__}, not a JSON object")
-    return record
-
-
-def _read_parquet(path: Path) -> Iterator[tuple[str, Any]]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        with pq.ParquetFile(path) as file:
-            number = 0
-            for batch in file.iter_batches():
-                for record in batch.to_pylist():
-                    yield f"{path}, row {number}", record
-                    number += 1
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"{path} cannot be read as Parquet: {error}; write it again, or give a .jsonl file"
-        ) from error
-
-
 def _read_hub(config: DataConfig, name: str, split: str, quarantine: Quarantine) -> Iterator[Row]:
     records = hub_records(name, config.subset, split)
     yield from _to_rows(config, f"{name} {split}", records, quarantine)
@@ -315,65 +275,17 @@ def _to_rows(
     config: DataConfig, name: str, records: Iterator[tuple[str, Any]], quarantine: Quarantine
 ) -> Iterator[Row]:
     seen = quarantine.seen
+    columns = Columns(
+        config.prompt_column, config.answer_column, config.solution_column, config.difficulty_column
+    )
     for place, record in records:
         quarantine.seen += 1
         if isinstance(record, UserError):
             quarantine.add(place, record)
             continue
         try:
-            yield _row(config, place, record)
+            yield to_row(columns, place, record)
         except UserError as error:
             quarantine.add(place, error, record)
     if quarantine.seen == seen:
         raise UserError(f"{name} has no rows: check data.path and data.split")
-
-
-def _row(config: DataConfig, place: str, record: Mapping[str, Any]) -> Row:
-    question = _text(record, config.prompt_column, "data.prompt_column", place)
-    if not question.strip():
-        raise UserError(f"{place}: column {config.prompt_column!r} is blank")
-    answer = _value(record, config.answer_column, "data.answer_column", place)
-    if isinstance(answer, bool) or not isinstance(answer, (str, int, float)):
-        raise _wrong_type(place, config.answer_column, "text or a number", answer)
-    reference = {"prompt": question, "answer": str(answer), "task": None, "entry": None}
-    solution = difficulty = None
-    if config.solution_column is not None:
-        solution = _text(record, config.solution_column, "data.solution_column", place)
-    if config.difficulty_column is not None:
-        difficulty = _number(record, config.difficulty_column, place)
-    return Row(question, json.dumps(reference), solution, difficulty, place)
-
-
-def _value(record: Mapping[str, Any], column: str, key: str, place: str) -> Any:
-    if column not in record:
-        raise UserError(
-            f"{place}: no column {column!r} ({key}); its columns are {', '.join(record) or 'none'}"
-        )
-    return record[column]
-
-
-def _text(record: Mapping[str, Any], column: str, key: str, place: str) -> str:
-    value = _value(record, column, key, place)
-    if not isinstance(value, str):
-        raise _wrong_type(place, column, "text", value)
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise UserError(
-            f"{place}: column {column!r} is no valid Unicode text: {error.reason}"
-        ) from error
-    return value
-
-
-def _number(record: Mapping[str, Any], column: str, place: str) -> float:
-    value = _value(record, column, "data.difficulty_column", place)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value:
-        raise _wrong_type(place, column, "a number", value)
-    return float(value)
-
-
-def _wrong_type(place: str, column: str, wanted: str, value: object) -> UserError:
-    return UserError(
-        f"{place}: column {column!r} must be {wanted}, "
-        f"found a {type(value).__name__}: {value!r:.80}"
-    )

@@ -9,6 +9,7 @@ has a parameter `prompt` is told what the policy read, template included.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from numbers import Real
 from typing import Any, Protocol
 
@@ -23,6 +24,10 @@ _LARGEST = float.fromhex("0x1.fffffep+127")
 
 class Verifier(Protocol):
     def __call__(self, text: str, reference: dict[str, Any], **args: Any) -> float | Verdict: ...
+
+
+ReferenceCheck = Callable[[dict[str, Any]], None]
+"""Raises `ValueError` for a reference that no completion could satisfy."""
 
 
 def as_verdict(value: object, name: str) -> Verdict:

@@ -36,13 +36,23 @@ def score(
 
     Raises: `ValueError` when the stored answer is no letter.
     """
-    stored = str(reference.get("answer") or "").strip()
-    if len(stored) != 1 or stored not in LETTERS:
-        raise ValueError(f"the stored answer {stored[:20]!r} is none of the letters {LETTERS}")
+    stored = _stored(reference)
     given = _letter(answer_part(text, prompt), complete=finish_reason != "length")
     if given is None:
         return Verdict.scored(0.0, "no letter found")
     return Verdict.scored(float(given == stored), f"answer {given}, stored {stored}")
+
+
+def check_reference(reference: dict[str, Any]) -> None:
+    """Raise `ValueError` when the stored answer is no letter."""
+    _stored(reference)
+
+
+def _stored(reference: dict[str, Any]) -> str:
+    stored = str(reference.get("answer") or "").strip().strip("()")
+    if len(stored) != 1 or stored not in LETTERS:
+        raise ValueError(f"the stored answer {stored[:20]!r} is none of the letters {LETTERS}")
+    return stored
 
 
 def vote(text: str, reference: dict[str, Any]) -> str | None:

@@ -89,6 +89,15 @@ def score(
     return Verdict.scored(float(not judged.failure), judged.failure, judged.touched)
 
 
+def check_reference(reference: dict[str, Any]) -> None:
+    """Raise `ValueError` when there are no tests, or none that can be read."""
+    tests = reference.get("tests")
+    if not isinstance(tests, dict) or tests.get("kind") not in _JUDGES:
+        raise ValueError("the row has no tests for code_tests: a column `tests` with their kind")
+    if tests["kind"] != "script":
+        unpack(tests["cases"])
+
+
 def warm_up() -> None:
     """Have a process for programs before the first one is due."""
     programs(_PROGRAMS).start()

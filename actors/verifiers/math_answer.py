@@ -90,10 +90,24 @@ def vote(text: str, reference: dict[str, Any], extract: Extract = "full") -> str
     return key(plain) or None
 
 
+def check_reference(reference: dict[str, Any]) -> None:
+    """Raise `ValueError` when the stored answer does not pass if it is given back in a box."""
+    stored = stored_answer(reference)
+    raw = str(reference["answer"]).rpartition("####")[2].strip()
+    given = final_answer(rf"\boxed{{{raw}}}")
+    if given is None or key(stored) != key(spelled(given)):
+        raise ValueError(f"the stored answer {raw[:80]!r} is not right when it is given back")
+
+
 def stored_answer(reference: dict[str, Any]) -> str:
-    """The stored answer, `spelled`. Raises: `ValueError` where there is none to compare with."""
+    """The stored answer, `spelled`: the box of a worked solution, or what stands behind `####`.
+
+    Raises: `ValueError` where there is none to compare with.
+    """
     stored = reference.get("answer")
-    text = spelled("" if stored is None else str(stored).rpartition("####")[2])
+    whole = "" if stored is None else str(stored)
+    boxes = last_boxes(whole)
+    text = spelled(", ".join(boxes) if boxes else whole.rpartition("####")[2])
     if not readable(text):
         raise ValueError(
             f"the stored answer {str(stored)[:80]!r} is empty: check data.answer_column"

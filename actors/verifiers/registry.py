@@ -15,12 +15,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from actors.sandbox.blame import completion_is_to_blame
-from actors.verifiers.base import Verdict, as_verdict
+from actors.verifiers.base import ReferenceCheck, Verdict, as_verdict
 from common.errors import RunError, UserError
 from common.record.schema import ERROR
 
 if TYPE_CHECKING:
-    from common.config.sections import VerifierConfig
+    from common.config.sections import VerifierConfig, VerifierSpec
 
 BUILTIN = ("reasoning_gym", "math_answer", "format_rules", "choice", "code_tests")
 TOLD = ("finish_reason", "prompt")
@@ -106,6 +106,16 @@ def voter(target: str) -> Callable[..., str | None] | None:
         return None
     vote: Callable[..., str | None] = importlib.import_module(f"actors.verifiers.{target}").vote
     return vote
+
+
+def reference_checks(rules: Sequence[VerifierSpec]) -> list[ReferenceCheck]:
+    """What built-in rules ask of a reference; your own are not run outside the sandbox."""
+    modules = [
+        importlib.import_module(f"actors.verifiers.{rule.name}")
+        for rule in rules
+        if rule.name in BUILTIN
+    ]
+    return [module.check_reference for module in modules if hasattr(module, "check_reference")]
 
 
 def _told(score: Callable[..., object], args: dict[str, Any]) -> tuple[str, ...]:

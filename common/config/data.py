@@ -51,8 +51,9 @@ class DataConfig:
     `hub` a data set of the Hugging Face hub; both are named by `path`."""
     reasoning_gym: ReasoningGymConfig = field(default_factory=ReasoningGymConfig)
     path: str | None = None
-    """Data to read: a .jsonl or .parquet file, or the name of a data set on the hub. Such a name is
-    `openai/gsm8k`."""
+    """Data to read: a file, a folder, a pattern such as `train-*.parquet`, or the name of a data
+    set on the hub such as `openai/gsm8k`. Files are .jsonl, .json, .csv or .parquet, also with .gz.
+    A path given over a file that draws from reasoning_gym takes its place."""
     subset: str | None = None
     """Subset of the hub's data set, such as `main`; null where it has only one."""
     split: str = "train"
@@ -60,10 +61,12 @@ class DataConfig:
     eval_path: str | None = None
     """Held-out rows: another file, or another split of the hub's data set. Null holds out the last
     `eval.prompts` distinct questions of the data."""
-    prompt_column: str = "prompt"
-    """Column with the question."""
-    answer_column: str = "answer"
-    """Column with the right answer, which verifiers are given as `reference["answer"]`."""
+    prompt_column: str | None = None
+    """Column with the question, text or a list of messages; `a.b` is the column b inside a. Null
+    takes the first that is there of those that data sets use (`actors/data/schemas.py`)."""
+    answer_column: str | None = None
+    """Column with the right answer, which verifiers are given as `reference["answer"]`. Null takes
+    the first that is there, as `reward_model.ground_truth`, `answer` or `solution`."""
     solution_column: str | None = None
     """Column with a worked solution, whose first tokens guide completions under G2RPO-A."""
     difficulty_column: str | None = None
@@ -74,7 +77,11 @@ class DataConfig:
     plain_template: str = "{prompt}"
     """Text of a prompt under `template: plain`, with `{prompt}` in place of the question."""
     system_prompt: str | None = None
-    """System message before the question under `template: chat`."""
+    """System message before the question under `template: chat`. A row's own comes before it."""
+    chat_template: str | None = None
+    """File with a chat template that takes the place of the tokenizer's."""
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    """What the chat template is told besides, such as `{enable_thinking: false}` for Qwen3."""
     max_bad_rows: Share = 0.01
     """Share of the rows that may be unusable. They go to quarantine.jsonl with the reason; more end
     the run."""

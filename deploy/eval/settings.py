@@ -17,7 +17,7 @@ from typing import Any
 
 import xxhash
 
-from actors.data.sources import Row
+from actors.data.schemas import Row
 from common.config.bounds import at_least
 from common.config.load import load_config
 from common.config.sections import BatchConfig, Config

@@ -17,8 +17,10 @@ from typing import Any, Literal
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from actors.data.files import file_records
 from actors.data.quarantine import Quarantine
-from actors.data.sources import Row, file_records, hub_records, load_rows
+from actors.data.schemas import Row
+from actors.data.sources import hub_records, load_rows
 from actors.verifiers.choice import LETTERS
 from common.config.bounds import Count, Positive, Seconds, Seed, check_bounds
 from common.config.sections import DataConfig, ReasoningGymConfig, VerifierSpec

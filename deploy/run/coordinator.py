@@ -148,6 +148,7 @@ class Run:
             config.seed,
             tokenizer,
             config.model.max_length - config.generator.max_completion_tokens,
+            config.verifier.rules,
         )
         if bad := source.quarantine.rows:
             path = self._run.path / QUARANTINE

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from actors.data.chat import Template
 from actors.data.held_out import is_held_out
 from actors.data.prompts import Prompt, PromptSource, build_prompt_source
-from actors.data.sources import Row, Rows, question_key
+from actors.data.schemas import Row
+from actors.data.sources import Rows, question_key
 from common.config.sections import DataConfig, PromptOrder, ReasoningGymConfig
 from common.errors import UserError
 
@@ -203,15 +204,16 @@ GOOD = b'{"prompt": "q", "answer": "a"}\n'
         (GOOD + b'{"prompt": "q"', "line 2: not a JSON object"),
         (GOOD + b"[1]\n", "line 2: a list"),
         (GOOD + b'{"prompt": "\xff", "answer": "a"}\n', r"line 2: not UTF-8 \(byte 12 is 0xff\)"),
-        (GOOD + b'{"question": "q", "answer": "a"}\n', "no column 'prompt'.*question, answer"),
-        (GOOD + b'{"prompt": "q"}\n', "line 2: no column 'answer'.*are prompt"),
-        (b'{"prompt": ["q"], "answer": "a"}\n', "must be text, found a list"),
+        (GOOD + b'{"text": "q", "answer": "a"}\n', "no column with the question.*text, answer"),
+        (GOOD + b'{"prompt": "q"}\n', "line 2: no column with the answer.*are prompt"),
+        (b'{"prompt": ["q"], "answer": "a"}\n', "must be text or a list of messages"),
         (b'{"prompt": " ", "answer": "a"}\n', "blank"),
         (b'{"prompt": "\\ud800", "answer": "a"}\n', "no valid Unicode"),
         (b'{"prompt": "q", "answer": ' + b"9" * 5000 + b"}\n", "line 1: not a JSON object"),
         (b"[" * 100_000 + b"\n", "line 1: not a JSON object"),
-        (b'{"prompt": "q", "answer": null}\n', "text or a number, found a NoneType"),
-        (b'{"prompt": "q", "answer": true}\n', "text or a number, found a bool"),
+        (b'{"prompt": "q", "answer": null}\n', "no column with the answer"),
+        (b'{"prompt": "q", "answer": ""}\n', "'answer' has no answer"),
+        (b'{"prompt": "q", "answer": NaN}\n', "'answer' has no answer"),
         (GOOD, "1 distinct questions, too few"),
     ],
 )
@@ -224,11 +226,11 @@ def test_wrong_jsonl(tokenizer: Any, tmp_path: Path, content: bytes, message: st
 
 def test_wrong_files(tokenizer: Any, tmp_path: Path) -> None:
     (tmp_path / "a.parquet").write_bytes(b"not parquet")
-    (tmp_path / "a.csv").write_text("prompt,answer\n")
+    (tmp_path / "a.txt").write_text("prompt,answer\n")
     for name, message in [
         ("missing.jsonl", "does not exist"),
         ("a.parquet", "cannot be read as Parquet"),
-        ("a.csv", r"neither \.jsonl nor \.parquet"),
+        ("a.txt", r"none of \.jsonl, \.json"),
     ]:
         with pytest.raises(UserError, match=message):
             build(DataConfig(source="file", path=str(tmp_path / name)), tokenizer)
@@ -341,8 +343,10 @@ class LetterTokenizer:
     """As much of a tokenizer as the cursor needs."""
 
     chat_template = None
+    all_special_tokens: list[str] = []  # noqa: RUF012
+    bos_token_id = eos_token_id = None
 
-    def __call__(self, text: list[str], add_special_tokens: bool) -> Any:
+    def __call__(self, text: list[str], add_special_tokens: bool, **kwargs: Any) -> Any:
         return {"input_ids": [[ord(letter) for letter in one] for one in text]}
 
     def apply_chat_template(self, *args: Any, **kwargs: Any) -> Any:
