@@ -46,6 +46,10 @@ Adapt = Callable[[int, Mapping[str, float]], dict[str, float]]
 """What of the rollout adapts to the metrics of a step; returns metrics of its own."""
 
 
+Record = Callable[[int, dict[str, float]], None]
+"""Takes down a step's metrics."""
+
+
 class Evaluation(Protocol):
     async def run(self, step: int) -> dict[str, float]: ...
 
@@ -87,7 +91,7 @@ class LearnerLoop:
         adapt: Adapt,
         evaluation: Evaluation,
         checkpoints: Checkpoints,
-        record: Callable[[int, dict[str, float]], None],
+        record: Record,
         schedule: Schedule,
         keep_batch: Callable[[list[GroupReceipt]], None],
         stop: asyncio.Event | None = None,

@@ -1,24 +1,22 @@
 """The live generators and verifiers, behind two small typed classes.
 
-A pool sends work to the member with the least of it under way. Every answer is waited
-for through `Waits`, with a deadline. A member that dies is replaced, and what it was asked is asked
-again; only what had been sampled of its groups is lost.
+What a member was asked when it died is asked again, of another. Only what had been sampled of its
+groups is lost: `GroupLostError`.
 """
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Iterable, Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Generic, Literal, Protocol, TypeVar
+from collections.abc import AsyncIterator, Awaitable, Iterable, Mapping
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 import pyarrow as pa
 from ray.exceptions import RayActorError
 
 from actors.environments.worker import VerifierWorker
 from actors.generation.generator import Generator
+from actors.rollout.pool import Pool, all_answer
 from common.supervision.calls import Call, Handle, Ref, ask, ask_pair, call, resolved, stream
 from common.supervision.replacement import Replacement, is_own_death
 from common.supervision.waits import Waits
@@ -31,164 +29,22 @@ if TYPE_CHECKING:
 R = TypeVar("R")
 
 
-class Member(Protocol):
-    """What every actor of a pool can be asked."""
-
-    async def ping(self) -> None: ...
-
-
-M = TypeVar("M", bound=Member)
-
-
 class GroupLostError(Exception):
     """A group's completions died with their generator: sample it again."""
 
 
-class Pool(Generic[M]):
-    """Named actor handles and how many calls each has under way.
+async def start_generators(
+    handles: Mapping[str, Handle[Generator]], waits: Waits, deadline_s: float
+) -> None:
+    """Start engines, before they form a pool. One that dies is an error."""
+    await all_answer(handles, call(Generator.start), waits, deadline_s)
 
-    Without a `replacement`, as until all members are up, the death of one is an error. With one, a
-    member that dies leaves the pool and another is started in its place, beside the work of those
-    that are left. What is asked of all waits until `min_live` are there (None: all), for as long
-    as the replacement gives one to arrive.
-    """
 
-    kind = "members"
-    """In the words of a stall report."""
-
-    def __init__(
-        self, handles: dict[str, Handle[M]], waits: Waits, min_live: int | None = None
-    ) -> None:
-        self.handles = handles
-        """The members that serve now."""
-        self.waits = waits
-        self.replacement: Replacement[M] | None = None
-        self._min_live = len(handles) if min_live is None else min_live
-        self._load: Counter[str] = Counter()
-        self._coming: dict[str, asyncio.Task[None]] = {}
-
-    @contextmanager
-    def least_loaded(self) -> Iterator[str]:
-        """The name of the member with the least under way; one more is, inside the context."""
-        name = min(self.handles, key=self._load.__getitem__)
-        self._load[name] += 1
-        try:
-            yield name
-        finally:
-            self._load[name] -= 1
-
-    async def call_all(
-        self, asked: Call[M, R], *, owner: str, deadline_s: float, fewest: int | None = None
-    ) -> dict[str, R]:
-        """Ask every live member and await all answers; by name.
-
-        Args:
-            fewest: members to wait for; None stands for `min_live`.
-        """
-        results: dict[str, R] = {}
-        while True:
-            await self._until_live(self._min_live if fewest is None else fewest)
-            left = [each for each in self.handles.items() if each[0] not in results]
-            if not left:
-                return results
-            calls = [self._call(name, handle, asked, owner, deadline_s) for name, handle in left]
-            # All of them, even when one fails: who tries again must not meet the rest of this.
-            answers = await asyncio.gather(*calls, return_exceptions=True)
-            for (name, handle), answer in zip(left, answers, strict=True):
-                if isinstance(answer, RayActorError):
-                    await self.lost(name, handle, answer)
-                elif isinstance(answer, BaseException):
-                    raise answer
-                else:
-                    results[name] = answer
-
-    async def ping(self, deadline_s: float) -> None:
-        """Returns when every member that serves has answered, or one in its place."""
-        self._raise_failed()
-        await self.call_all(call(Member.ping), owner="heartbeat", deadline_s=deadline_s, fewest=0)
-
-    async def _call(
-        self, name: str, handle: Handle[M], asked: Call[M, R], owner: str, deadline_s: float
-    ) -> R:
-        cause = f"{asked.name} of {name}"
-        return await self.waits.on(
-            asked.to(handle), owner=owner, cause=cause, deadline_s=deadline_s
-        )
-
-    async def lost(self, name: str, dead: Handle[M], error: RayActorError) -> None:
-        """`dead` serves no more, another comes in its place; returns when any serves.
-
-        Raises:
-            RayActorError: the pool cannot replace it; `error`, or that of the new one.
-            RunError: there were too many restarts.
-        """
-        if self.replacement is None or not is_own_death(error):
-            raise error
-        if self.handles.get(name) is dead:
-            del self.handles[name]
-            self._coming[name] = asyncio.create_task(self._replace(name, dead, error))
-        await self._until_live(1)
-
-    async def _until_live(self, count: int) -> None:
-        """Returns when `count` members serve.
-
-        Raises:
-            StallError: they do not, though they had the time to arrive.
-            Exception: that of one which was to come and cannot.
-        """
-        if len(self.handles) < count:
-            assert self.replacement is not None
-            await self.waits.on(
-                self._arrivals(count),
-                owner=self.kind,
-                cause=f"{count} of them to serve ({', '.join(self._coming)} to come)",
-                deadline_s=self.replacement.arrival_s,
-            )
-
-    async def _arrivals(self, count: int) -> None:
-        while len(self.handles) < count:
-            await asyncio.wait(self._coming.values(), return_when=asyncio.FIRST_COMPLETED)
-            self._raise_failed()
-
-    def _raise_failed(self) -> None:
-        for task in self._coming.values():
-            if task.done():
-                task.result()
-
-    def expect(self, names: Iterable[str]) -> None:
-        """Members for which there is no room yet: each joins when there is some."""
-        for name in names:
-            self._coming[name] = asyncio.create_task(self._arrive(name))
-
-    def end(self) -> None:
-        """Wait for no more members."""
-        for task in self._coming.values():
-            task.cancel()
-
-    async def _replace(self, name: str, dead: Handle[M], error: RayActorError) -> None:
-        assert self.replacement is not None
-        await self.replacement.bury(name, dead, error)
-        await self._arrive(name)
-
-    async def _arrive(self, name: str) -> None:
-        assert self.replacement is not None
-        while True:
-            handle = await self.replacement.bring(name)
-            try:
-                await self._prepare(name, handle, self.replacement.deadline_s)
-            except RayActorError as error:
-                # It may have been put on a node of which Ray does not know yet that it is gone.
-                if not is_own_death(error):
-                    raise
-                await self.replacement.bury(name, handle, error)
-            else:
-                break
-        self.handles[name] = handle  # nothing was awaited since it had the newest weights
-        del self._coming[name]
-
-    async def _prepare(self, name: str, handle: Handle[M], deadline_s: float) -> None:
-        """Make a new member ready to serve."""
-        raise NotImplementedError
+async def warm_up_verifiers(
+    handles: Mapping[str, Handle[VerifierWorker]], waits: Waits, deadline_s: float
+) -> None:
+    """Have verifiers import their rules, before they form a pool. One that dies is an error."""
+    await all_answer(handles, call(VerifierWorker.warm_up), waits, deadline_s)
 
 
 class GeneratorPool(Pool[Generator]):
@@ -201,18 +57,31 @@ class GeneratorPool(Pool[Generator]):
         handles: dict[str, Handle[Generator]],
         waits: Waits,
         version: int,
+        replacement: Replacement[Generator] | None = None,
+        *,
+        proof: Proof | None = None,
         min_live: int | None = None,
+        to_come: Iterable[str] = (),
     ) -> None:
-        super().__init__(handles, waits, min_live)
-        self.version = version
+        """Take members that hold the weights of `version`.
+
+        Args:
+            proof: raises unless a member that comes later scores as the learner does.
+        """
+        super().__init__(handles, waits, replacement, min_live=min_live, to_come=to_come)
+        self._version = version
         self._newest: tuple[list[StoredBucket], int] | None = None
         """The last update; the buckets stay in the object store for members that come later."""
-        self.proof: Proof | None = None
-        """Raises unless a member that comes later scores as the learner does."""
+        self._proof = proof
 
-    async def start(self, deadline_s: float) -> None:
-        """Start every engine."""
-        await self.call_all(call(Generator.start), owner="start-up", deadline_s=deadline_s)
+    @property
+    def version(self) -> int:
+        """The weights that every member holds."""
+        return self._version
+
+    def now_hold(self, version: int) -> None:
+        """Every member has got the weights of `version`, in whatever way they came."""
+        self._version = version
 
     async def generate(
         self, request: GroupRequest, deadline_s: float
@@ -257,12 +126,12 @@ class GeneratorPool(Pool[Generator]):
         await answer(call(Generator.start))
         while True:
             update = self._newest
-            version = self.version
+            version = self._version
             if update is not None:
                 await answer(call(Generator.update_weights, *update))
                 version = update[1]
-            if self.proof is not None:
-                await self.proof(
+            if self._proof is not None:
+                await self._proof(
                     name,
                     version,
                     lambda sequences, lengths: answer(call(Generator.score, sequences, lengths)),
@@ -300,10 +169,6 @@ class VerifierPool(Pool[VerifierWorker]):
     """Verifiers."""
 
     kind = "verifiers"
-
-    async def warm_up(self, deadline_s: float) -> None:
-        """Returns when every verifier has imported its rules."""
-        await self.call_all(call(VerifierWorker.warm_up), owner="start-up", deadline_s=deadline_s)
 
     async def failures(self, deadline_s: float) -> Counter[str]:
         """Why rules could not judge, and how often."""

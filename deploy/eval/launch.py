@@ -30,7 +30,7 @@ from actors.data.chat import Template
 from actors.data.prompts import Prompt, PromptSource
 from actors.data.sources import Rows
 from actors.rollout.episodes import Episodes
-from actors.rollout.pools import GeneratorPool, VerifierPool
+from actors.rollout.pools import GeneratorPool, VerifierPool, start_generators, warm_up_verifiers
 from common.config.sections import Config
 from common.errors import RunError, UserError
 from common.record.writer import TrajectoryLogClient
@@ -52,7 +52,7 @@ from deploy.eval.settings import (
 from deploy.eval.suite import Suite, load_problems, load_suite
 from deploy.models.resolve import ModelLocation, check_vocabulary, resolve_model
 from deploy.placement.options import with_compute_dtype
-from deploy.run.actors import start_log
+from deploy.run.actors import Actors, start_log
 from deploy.run.directory import RunDirectory, explained
 from deploy.run.display import PlainDisplay
 from deploy.run.preemption import Preemption
@@ -211,22 +211,16 @@ async def _sample(jobs: list[Job], log_folder: Path, notify: Notify) -> None:
         origin = ModelLocation(first.settings["model"], first.config.model.path)
         actors, _ = await service.open(first.config, 0, origin, notify)
         preemption.listen()
-        generators = GeneratorPool(actors.generators, service.waits, 0)
         deadline_s = first.config.generator.start_timeout_s
-        await generators.start(deadline_s)
+        await start_generators(actors.generators, service.waits, deadline_s)
         restarts = RestartBudget(first.config.restart)
-        generators.replacement = Replacements(
-            service.factory, first.run, restarts, notify
-        ).generators()
-        try:
+        replacement = Replacements(service.factory, first.run, restarts, notify).generators()
+        async with GeneratorPool(actors.generators, service.waits, 0, replacement) as generators:
             for job in jobs:
                 if job is not first:
                     await service.change_verifiers(job.config)
-                verifiers = VerifierPool(actors.verifiers, service.waits)
                 replacements = Replacements(service.factory, job.run, restarts, notify)
-                await _sample_suite(job, service, generators, verifiers, replacements, notify)
-        finally:
-            generators.end()
+                await _sample_suite(job, service, actors, generators, replacements, notify)
     finally:
         await service.end(log_folder)
 
@@ -234,37 +228,36 @@ async def _sample(jobs: list[Job], log_folder: Path, notify: Notify) -> None:
 async def _sample_suite(
     job: Job,
     service: Service,
+    actors: Actors,
     generators: GeneratorPool,
-    verifiers: VerifierPool,
     replacements: Replacements,
     notify: Notify,
 ) -> None:
-    config = job.config
-    deadline_s = config.generator.start_timeout_s
-    await verifiers.warm_up(deadline_s)
-    verifiers.replacement = replacements.verifiers()
+    config, waits = job.config, service.waits
+    await warm_up_verifiers(actors.verifiers, waits, config.generator.start_timeout_s)
     writer = start_log(config, job.run.path)
-    log = TrajectoryLogClient(writer, service.waits, config.verify_timeout_s, replacements.log())
-    episodes = Episodes(
-        generators,
-        verifiers,
-        sample_timeout_s=config.generator.group_timeout_s,
-        judge_timeout_s=config.verify_timeout_s,
-    )
-    runner = SuiteRunner(
-        job.prompts,
-        job.sampling,
-        episodes=episodes,
-        log=log,
-        in_flight=in_flight(config),
-        progress=_Progress(job, notify),
-    )
-    asks = [partial(part.ping, config.restart.silence_s) for part in (generators, verifiers, log)]
+    log = TrajectoryLogClient(writer, waits, config.verify_timeout_s, replacements.log())
     try:
-        await until_it_ends(runner.run(job.missing), beat(config.restart.heartbeat_s, asks))
-        _add_failures(job.run.path / FAILURES, await episodes.failures())
+        async with VerifierPool(actors.verifiers, waits, replacements.verifiers()) as verifiers:
+            episodes = Episodes(
+                generators,
+                verifiers,
+                sample_timeout_s=config.generator.group_timeout_s,
+                judge_timeout_s=config.verify_timeout_s,
+            )
+            runner = SuiteRunner(
+                job.prompts,
+                job.sampling,
+                episodes=episodes,
+                log=log,
+                in_flight=in_flight(config),
+                progress=_Progress(job, notify),
+            )
+            silence_s = config.restart.silence_s
+            asks = [partial(part.ping, silence_s) for part in (generators, verifiers, log)]
+            await until_it_ends(runner.run(job.missing), beat(config.restart.heartbeat_s, asks))
+            _add_failures(job.run.path / FAILURES, await episodes.failures())
     finally:
-        verifiers.end()
         await service.end_run(log.writer)
 
 

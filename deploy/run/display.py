@@ -27,12 +27,16 @@ class Display(Protocol):
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None: ...
 
+    def follow(self, status: Callable[[], str]) -> None:
+        """Show from now on what `status` says, as often as the display is drawn."""
+        ...
 
-def make_display(total_steps: int, waits: Waits, status: Callable[[], str]) -> Display:
+
+def make_display(total_steps: int, waits: Waits) -> Display:
     """Live on a terminal, plain otherwise."""
     console = Console()
     if console.is_terminal:
-        return LiveDisplay(console, total_steps, waits, status)
+        return LiveDisplay(console, total_steps, waits)
     return PlainDisplay(total_steps)
 
 
@@ -63,6 +67,9 @@ class PlainDisplay:
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
         self.event(f"step {step:>4}/{self._total_steps}  {summary(metrics)}")
 
+    def follow(self, status: Callable[[], str]) -> None:
+        """Lines that stand for good show nothing that changes."""
+
 
 def summary(metrics: Mapping[str, float]) -> str:
     """The few numbers of a step that say whether it goes well."""
@@ -85,12 +92,10 @@ def summary(metrics: Mapping[str, float]) -> str:
 class LiveDisplay:
     """Bar, last steps, and who waits for whom, redrawn four times a second."""
 
-    def __init__(
-        self, console: Console, total_steps: int, waits: Waits, status: Callable[[], str]
-    ) -> None:
+    def __init__(self, console: Console, total_steps: int, waits: Waits) -> None:
         self._console = console
         self._waits = waits
-        self._status = status
+        self._status: Callable[[], str] = lambda: "starting"
         self._rows: list[tuple[int, Mapping[str, float]]] = []
         self._progress = Progress(
             TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
@@ -117,6 +122,9 @@ class LiveDisplay:
         self._rows = [*self._rows[-7:], (step, metrics)]
         if "eval/accuracy" in metrics:
             self.event(f"step {step}: held-out accuracy {100 * metrics['eval/accuracy']:.1f} %")
+
+    def follow(self, status: Callable[[], str]) -> None:
+        self._status = status
 
     def _render(self) -> Group:
         steps = Table("step", "reward", "staleness", "tokens/s", "step s", "waited", "trained")

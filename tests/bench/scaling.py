@@ -151,7 +151,7 @@ async def measure(group_size: int, folder: Path, generators: int, tokens: int) -
         await pool.update_weights([], step + 1, DEADLINE_S)
         await pool.score([[1] * 32] * 8, [16] * 8, DEADLINE_S)
         await pool.ping(DEADLINE_S)
-        pool.version = step + 1
+        pool.now_hold(step + 1)
         await book.release()
         if step >= SKIPPED:
             walls.append(time.perf_counter() - wall)

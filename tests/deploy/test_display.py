@@ -22,7 +22,8 @@ def test_brackets_are_shown_and_not_obeyed() -> None:
             waits.on(asyncio.Event().wait(), owner="[/a]", cause=ODD, deadline_s=60.0)
         )
         await asyncio.sleep(0)
-        with LiveDisplay(console, 3, waits, lambda: f"status {ODD}") as display:
+        with LiveDisplay(console, 3, waits) as display:
+            display.follow(lambda: f"status {ODD}")
             display.event(ODD)
         waiting.cancel()
 

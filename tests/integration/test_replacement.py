@@ -14,7 +14,13 @@ from ray.exceptions import RayActorError
 
 from actors.environments.single_turn import last_step
 from actors.environments.worker import with_verdicts
-from actors.rollout.pools import GeneratorPool, GroupLostError, VerifierPool
+from actors.rollout.pools import (
+    GeneratorPool,
+    GroupLostError,
+    VerifierPool,
+    start_generators,
+    warm_up_verifiers,
+)
 from actors.verifiers.base import Verdict
 from common.errors import RunError, StallError, WeightsError
 from common.record.trajectory_log import read_log
@@ -61,18 +67,17 @@ async def versions(pool: GeneratorPool, text: str) -> list[int]:
     return [batch.column("version")[0].as_py() for batch in [await ref for ref in refs]]
 
 
-async def generators(count: int, said: list[str], pauses: list[float] | None = None) -> Any:
-    handles = {f"generator-{index}": actor() for index in range(count)}
-    pool = GeneratorPool(handles, Waits(), 0)
-    await pool.start(60.0)
-    pool.replacement = replacement(said, pauses)
-    return pool
+async def generators(count: int, by: Replacement[Any] | None, **settings: Any) -> GeneratorPool:
+    """`count` that are up; one that dies is replaced `by`."""
+    handles: dict[str, Any] = {f"generator-{index}": actor() for index in range(count)}
+    await start_generators(handles, Waits(), 60.0)
+    return GeneratorPool(handles, Waits(), 0, by, **settings)
 
 
 def test_a_generator_that_dies_comes_back_with_the_newest_weights() -> None:
     async def main() -> None:
         said: list[str] = []
-        pool = await generators(1, said)
+        pool = await generators(1, replacement(said))
         await pool.update_weights(["fine"], 3, 30.0)
         with pytest.raises(GroupLostError, match="generator-0 died with group 0"):
             await versions(pool, "die")
@@ -85,8 +90,6 @@ def test_a_generator_that_dies_comes_back_with_the_newest_weights() -> None:
 
 def test_a_generator_that_comes_back_is_proved_before_it_serves() -> None:
     async def main() -> None:
-        pool = await generators(1, [])
-        await pool.update_weights(["fine"], 3, 30.0)
         proved: list[tuple[str, int, float]] = []
 
         async def proof(name: str, version: int, score: Scorer) -> None:
@@ -95,7 +98,8 @@ def test_a_generator_that_comes_back_is_proved_before_it_serves() -> None:
             if len(proved) == 2:
                 raise WeightsError("not the learner's")
 
-        pool.proof = proof
+        pool = await generators(1, replacement([]), proof=proof)
+        await pool.update_weights(["fine"], 3, 30.0)
         with pytest.raises(GroupLostError):
             await versions(pool, "die")
         assert proved == [("generator-0", 3, -3.0)]
@@ -110,9 +114,9 @@ def test_a_generator_that_comes_back_is_proved_before_it_serves() -> None:
 def test_a_newcomer_that_dies_as_it_starts_gets_a_successor() -> None:
     async def main() -> None:
         said: list[str] = []
-        pool = await generators(1, said)
         kinds = [SecondTime, Stillborn]
-        pool.replacement = replace(pool.replacement, make=lambda name: actor(kinds.pop()))
+        by = replace(replacement(said), make=lambda name: actor(kinds.pop()))
+        pool = await generators(1, by)
         with pytest.raises(GroupLostError):
             await versions(pool, "die")
         assert await versions(pool, "live") == [0]
@@ -124,7 +128,7 @@ def test_a_newcomer_that_dies_as_it_starts_gets_a_successor() -> None:
 def test_others_serve_while_one_starts_again_and_it_starts_once() -> None:
     async def main() -> None:
         said: list[str] = []
-        pool = await generators(2, said, [10.0])
+        pool = await generators(2, replacement(said, [10.0]))
         dying = [asyncio.create_task(versions(pool, "die"))]
         while not said:  # that it is down
             await asyncio.sleep(0.05)
@@ -142,29 +146,25 @@ def test_a_pool_that_may_shrink_goes_on_and_grows_again() -> None:
     """Updates do not wait for who is not there; who comes has the newest weights."""
 
     async def main() -> None:
-        handles = {f"generator-{index}": actor() for index in range(2)}
-        pool = GeneratorPool(handles, Waits(), 0, min_live=1)
-        await pool.start(60.0)
         nodes = asyncio.Event()
 
         async def room(name: str) -> None:
             await nodes.wait()
 
-        pool.replacement = replace(replacement([]), room=room)
-        pool.expect(["generator-2"])
-        with pytest.raises(GroupLostError):
-            await versions(pool, "die")
-        assert len(pool.handles) == 1
-        await asyncio.wait_for(pool.update_weights(["fine"], 4, 30.0), 5.0)
-        assert await versions(pool, "live") == [4]
-        asyncio.get_running_loop().call_later(0.05, nodes.set)
-        await pool.update_weights(["fine"], 5, 30.0)
-        while len(pool.handles) < 3:
-            await pool.ping(30.0)
-            await asyncio.sleep(0.05)
-        held = await pool.score([[1]], [1], 30.0)
-        assert held == {f"generator-{index}": [[-5.0]] for index in range(3)}
-        pool.end()
+        by = replace(replacement([]), room=room)
+        async with await generators(2, by, min_live=1, to_come=["generator-2"]) as pool:
+            with pytest.raises(GroupLostError):
+                await versions(pool, "die")
+            assert len(pool.handles) == 1
+            await asyncio.wait_for(pool.update_weights(["fine"], 4, 30.0), 5.0)
+            assert await versions(pool, "live") == [4]
+            asyncio.get_running_loop().call_later(0.05, nodes.set)
+            await pool.update_weights(["fine"], 5, 30.0)
+            while len(pool.handles) < 3:
+                await pool.ping(30.0)
+                await asyncio.sleep(0.05)
+            held = await pool.score([[1]], [1], 30.0)
+            assert held == {f"generator-{index}": [[-5.0]] for index in range(3)}
 
     asyncio.run(main())
 
@@ -173,26 +173,24 @@ def test_a_member_that_never_comes_back_is_a_stall_and_the_others_show_signs_of_
     """Its node is gone and no other comes: an update must not wait for ever, nor the heartbeat."""
 
     async def main() -> None:
-        pool = await generators(2, [])
-
         async def never(name: str) -> None:
             await asyncio.Event().wait()
 
-        pool.replacement = replace(replacement([]), room=never, deadline_s=0.2)
-        with pytest.raises(GroupLostError):
-            await versions(pool, "die")
-        await asyncio.wait_for(pool.ping(30.0), 10.0)
-        with pytest.raises(StallError, match=r"generators waited .* 2 of them to serve \(gener"):
-            await asyncio.wait_for(pool.update_weights(["fine"], 4, 30.0), 10.0)
-        pool.end()
+        by = replace(replacement([]), room=never, deadline_s=0.2)
+        async with await generators(2, by) as pool:
+            with pytest.raises(GroupLostError):
+                await versions(pool, "die")
+            await asyncio.wait_for(pool.ping(30.0), 10.0)
+            with pytest.raises(
+                StallError, match=r"generators waited .* 2 of them to serve \(gener"
+            ):
+                await asyncio.wait_for(pool.update_weights(["fine"], 4, 30.0), 10.0)
 
     asyncio.run(main())
 
 
 def test_an_update_that_comes_while_a_newcomer_loads_is_loaded_too() -> None:
     async def main() -> None:
-        pool = await generators(2, [])
-        pool._min_live = 1
         proved: list[int] = []
 
         async def proof(name: str, version: int, score: Scorer) -> None:
@@ -200,7 +198,7 @@ def test_an_update_that_comes_while_a_newcomer_loads_is_loaded_too() -> None:
             if len(proved) == 1:
                 await pool.update_weights(["fine"], 7, 30.0)
 
-        pool.proof = proof
+        pool = await generators(2, replacement([]), proof=proof, min_live=1)
         with pytest.raises(GroupLostError):
             await versions(pool, "die")
         while len(pool.handles) < 2:
@@ -214,8 +212,7 @@ def test_an_update_that_comes_while_a_newcomer_loads_is_loaded_too() -> None:
 
 def test_a_newcomer_that_cannot_come_ends_a_pool_that_goes_on_without_it() -> None:
     async def main() -> None:
-        pool = await generators(2, [], [])
-        pool._min_live = 1
+        pool = await generators(2, replacement([], []), min_live=1)
         with pytest.raises(GroupLostError):
             await versions(pool, "die")
         await asyncio.sleep(0.05)
@@ -227,7 +224,7 @@ def test_a_newcomer_that_cannot_come_ends_a_pool_that_goes_on_without_it() -> No
 
 def test_a_generator_that_dies_of_an_update_gets_it_again() -> None:
     async def main() -> None:
-        pool = await generators(2, [])
+        pool = await generators(2, replacement([]))
         await pool.update_weights(["deadly"], 5, 60.0)
         assert await versions(pool, "live") == [5]
 
@@ -236,11 +233,10 @@ def test_a_generator_that_dies_of_an_update_gets_it_again() -> None:
 
 def test_too_many_deaths_end_the_run_and_none_may_be_forbidden() -> None:
     async def main() -> None:
-        pool = await generators(1, [], [])
+        pool = await generators(1, replacement([], []))
         with pytest.raises(RunError, match="too many failures"):
             await versions(pool, "die")
-        pool = await generators(1, [])
-        pool.replacement = None
+        pool = await generators(1, None)
         with pytest.raises(RayActorError):
             await versions(pool, "die")
 
@@ -249,9 +245,9 @@ def test_too_many_deaths_end_the_run_and_none_may_be_forbidden() -> None:
 
 def test_a_verifier_that_dies_is_asked_again() -> None:
     async def main() -> None:
-        pool = VerifierPool({"verifier-0": actor()}, Waits())
-        await pool.warm_up(60.0)
-        pool.replacement = replacement([])
+        handles = {"verifier-0": actor()}
+        await warm_up_verifiers(handles, Waits(), 60.0)
+        pool = VerifierPool(handles, Waits(), replacement([]))
         small = ray.put(pa.record_batch({"a": [1]}))
         scored = await asyncio.gather(*[pool.score(0, small, 30.0) for _ in range(3)])
         assert [(await ref).num_rows for ref in scored] == [1, 1, 1]
@@ -261,8 +257,9 @@ def test_a_verifier_that_dies_is_asked_again() -> None:
 
 def test_completions_that_died_with_their_generator_are_the_groups_loss() -> None:
     async def main() -> None:
-        verifiers = VerifierPool({"verifier-0": actor()}, Waits())
-        await verifiers.warm_up(60.0)
+        handles = {"verifier-0": actor()}
+        await warm_up_verifiers(handles, Waits(), 60.0)
+        verifiers = VerifierPool(handles, Waits())
         dead = actor()
         dead.kill()
         with pytest.raises(GroupLostError):

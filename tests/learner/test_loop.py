@@ -14,7 +14,8 @@ from common.errors import NumbersError, WeightsError
 from common.supervision.loops import first_cause
 from common.trajectory import GroupReceipt
 from learner.loop import LearnerLoop, Schedule
-from learner.weights.publish import Exported, Publisher
+from learner.weights.canary import CanaryProof
+from learner.weights.publish import Exported
 
 SCHEDULE = Schedule(
     first_step=0,
@@ -79,7 +80,7 @@ class Recorder:
         self._news.set()
         return {"time/publish": 0.1}
 
-    until_proved = Publisher.until_proved
+    until_proved = CanaryProof.until_proved
 
     async def prove(self, version: int) -> float:
         self.calls.append(f"prove {version}")

@@ -11,7 +11,8 @@ from common.errors import UserError, WeightsError
 from common.weights.device_to_device import Ipc
 from common.weights.object_store import ObjectStore
 from common.weights.transport import Shipment, Sides
-from learner.weights.publish import Canary, Publisher, largest_gap
+from learner.weights.canary import Canary, CanaryProof, largest_gap
+from learner.weights.publish import Publisher
 
 CANARY = Canary.from_prompts([[1, 2, 3, 4], [5, 6]], scored_tokens=2)
 SCORES = [[-1.0, -2.0], [-3.0]]
@@ -35,6 +36,9 @@ class FakeGenerators:
         self.updated: list[int] = []
         self.version = 2
 
+    def now_hold(self, version: int) -> None:
+        self.version = version
+
     async def update_weights(self, buckets: list[Any], version: int, deadline_s: float) -> float:
         self.updated.append(version)
         return 0.25
@@ -47,21 +51,16 @@ class FakeGenerators:
 
 def publisher_between(
     learner: FakeLearner, generators: FakeGenerators, tolerance: float = 0.1, resends: int = 0
-) -> Publisher:
-    return Publisher(
-        learner,  # type: ignore[arg-type]
-        generators,  # type: ignore[arg-type]
-        ObjectStore(),
-        CANARY,
-        tolerance,
-        1.0,
-        resends,
-    )
+) -> tuple[Publisher, CanaryProof]:
+    proof = CanaryProof(learner, CANARY, tolerance)
+    send: Any = learner
+    receive: Any = generators
+    return Publisher(send, receive, ObjectStore(), proof, 1.0, resends), proof
 
 
 def publish(scores: dict[str, list[list[float]]], tolerance: float = 0.1) -> dict[str, float]:
     learner, generators = FakeLearner(), FakeGenerators(scores)
-    publisher = publisher_between(learner, generators, tolerance)
+    publisher, proof = publisher_between(learner, generators, tolerance)
 
     async def both_halves() -> dict[str, float]:
         exported = await publisher.export(3)
@@ -69,7 +68,7 @@ def publish(scores: dict[str, list[list[float]]], tolerance: float = 0.1) -> dic
         return await publisher.deliver(exported)
 
     metrics = asyncio.run(both_halves())
-    assert publisher.proved == generators.version == 3
+    assert proof.proved == generators.version == 3
     return metrics
 
 
@@ -147,21 +146,21 @@ class Forgetful(FakeGenerators):
         return 0.25
 
 
-def deliver(generators: FakeGenerators, resends: int) -> tuple[Publisher, dict[str, float]]:
-    publisher = publisher_between(FakeLearner(), generators, resends=resends)
+def deliver(generators: FakeGenerators, resends: int) -> tuple[CanaryProof, dict[str, float]]:
+    publisher, proof = publisher_between(FakeLearner(), generators, resends=resends)
 
     async def both_halves() -> dict[str, float]:
         return await publisher.deliver(await publisher.export(3))
 
-    return publisher, asyncio.run(both_halves())
+    return proof, asyncio.run(both_halves())
 
 
 def test_what_arrives_damaged_is_sent_again_as_a_whole() -> None:
     generators = Forgetful(damaged=2)
-    publisher, metrics = deliver(generators, resends=2)
+    proof, metrics = deliver(generators, resends=2)
     assert generators.updated == [3, 3, 3]
     assert metrics["publish/resends"] == 2
-    assert publisher.proved == 3
+    assert proof.proved == 3
 
 
 def test_what_arrives_damaged_again_and_again_is_not_proved() -> None:
@@ -179,7 +178,7 @@ def test_what_the_canary_refutes_is_not_sent_again() -> None:
 
 def test_who_waits_for_a_proof_hears_of_it_before_the_delivery_ends_and_of_its_failure() -> None:
     generators = FakeGenerators({"generator-0": SCORES})
-    publisher = publisher_between(FakeLearner(), generators)
+    publisher, proof = publisher_between(FakeLearner(), generators)
 
     async def main() -> None:
         endless = asyncio.Event()
@@ -190,7 +189,7 @@ def test_who_waits_for_a_proof_hears_of_it_before_the_delivery_ends_and_of_its_f
 
         task = asyncio.create_task(delivery())
         await asyncio.wait_for(publisher.until_proved(3, task), 5.0)
-        assert publisher.proved == 3 and not task.done()
+        assert proof.proved == 3 and not task.done()
         endless.set()
         await task
         generators.scores = {"generator-0": [[0.0, 0.0], [0.0]]}
@@ -203,7 +202,7 @@ def test_who_waits_for_a_proof_hears_of_it_before_the_delivery_ends_and_of_its_f
 
 def test_a_generator_that_comes_later_is_held_to_the_same_canary() -> None:
     learner, generators = FakeLearner(), FakeGenerators({"generator-0": SCORES})
-    publisher = publisher_between(learner, generators)
+    publisher, proof = publisher_between(learner, generators)
     answers = [SCORES, [[-1.0, -2.0], [-4.0]]]
 
     async def score(sequences: list[list[int]], lengths: list[int]) -> list[list[float]]:
@@ -211,15 +210,15 @@ def test_a_generator_that_comes_later_is_held_to_the_same_canary() -> None:
         return answers.pop(0)
 
     async def main() -> None:
-        await publisher.prove_newcomer("generator-1", 0, score)
+        await proof.prove_newcomer("generator-1", 0, score)
         assert len(answers) == 2  # the learner had nothing to compare with
         await publisher.prove(0)
         await publisher.deliver(await publisher.export(1))
-        await publisher.prove_newcomer("generator-1", 1, score)
+        await proof.prove_newcomer("generator-1", 1, score)
         with pytest.raises(WeightsError, match=r"version 0, generator-1 .*1\.0000 nats"):
-            await publisher.prove_newcomer("generator-1", 0, score)
+            await proof.prove_newcomer("generator-1", 0, score)
         await publisher.export(2)
-        await publisher.prove_newcomer("generator-1", 0, score)  # asks nothing: answers are used up
+        await proof.prove_newcomer("generator-1", 0, score)  # asks nothing: answers are used up
 
         async def overtaken(sequences: list[list[int]], lengths: list[int]) -> list[list[float]]:
             for version in (3, 4):  # while it scores, two more versions come
@@ -227,6 +226,6 @@ def test_a_generator_that_comes_later_is_held_to_the_same_canary() -> None:
             return [[-1.0, -2.0], [-5.0]]
 
         with pytest.raises(WeightsError, match=r"version 2, generator-1 .*2\.0000 nats"):
-            await publisher.prove_newcomer("generator-1", 2, overtaken)
+            await proof.prove_newcomer("generator-1", 2, overtaken)
 
     asyncio.run(main())
