@@ -81,8 +81,8 @@ def load_with_origins(
     return loaded
 
 
-def dump_config(config: Config) -> str:
-    """The resolved configuration as YAML that `load_config(resolved=True)` reads back."""
+def dump_config(config: object) -> str:
+    """A configuration as YAML; that of a run `load_config(resolved=True)` reads back."""
     return OmegaConf.to_yaml(OmegaConf.structured(config))
 
 
@@ -251,14 +251,10 @@ def _check_keys(layer: DictConfig, schema: DictConfig, prefix: str = "") -> None
         if OmegaConf.is_missing(schema, key) or OmegaConf.is_missing(layer, key):
             continue
         inner, inner_schema = layer[key], schema[key]
-        if not isinstance(inner_schema, DictConfig) or key in _FREE_FORM:
+        if not is_dataclass(OmegaConf.get_type(inner_schema)):  # a value, or keys of the user's own
             continue
         if not isinstance(inner, DictConfig):
             raise UserError(
                 f"{full_key}={inner} must be a mapping of keys: {', '.join(map(str, inner_schema))}"
             )
         _check_keys(inner, inner_schema, f"{full_key}.")
-
-
-_FREE_FORM = ("params", "resources", "labels", "args")
-"""Mappings whose keys are not ours."""

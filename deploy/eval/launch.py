@@ -31,7 +31,7 @@ from actors.data.prompts import Prompt, PromptSource
 from actors.data.sources import Rows
 from actors.rollout.episodes import Episodes
 from actors.rollout.pools import GeneratorPool, VerifierPool, start_generators, warm_up_verifiers
-from common.config.sections import Config
+from common.config.load import dump_config
 from common.errors import RunError, UserError
 from common.record.writer import TrajectoryLogClient
 from common.supervision.heartbeat import beat
@@ -39,15 +39,15 @@ from common.supervision.loops import first_cause, until_it_ends
 from deploy.eval import report
 from deploy.eval.runner import SuiteRunner, logged
 from deploy.eval.settings import (
+    EvaluationConfig,
     Options,
     Sampling,
-    base_config,
     context_length,
     differences,
-    in_flight,
+    evaluation_config,
+    for_suite,
     sampling_of,
     settings_of,
-    suite_config,
 )
 from deploy.eval.suite import Suite, load_problems, load_suite
 from deploy.models.resolve import ModelLocation, check_vocabulary, resolve_model
@@ -73,7 +73,7 @@ class Job:
     suite: Suite
     sampling: Sampling
     prompts: list[Prompt]
-    config: Config
+    config: EvaluationConfig
     settings: dict[str, Any]
     run: RunDirectory
     missing: list[int]
@@ -104,7 +104,7 @@ def _prepare(options: Options, notify: Notify) -> list[Job]:
 
     if options.data is not None and len(options.suites) > 1:
         raise UserError("--data is one suite's file: name one --suite")
-    base = base_config(options)
+    base = evaluation_config(options)
     suites = [load_suite(name) for name in options.suites]
     if len({suite.name for suite in suites}) != len(suites):
         raise UserError("each suite has a folder of its name: give no --suite twice")
@@ -130,7 +130,7 @@ def _prepare(options: Options, notify: Notify) -> list[Job]:
     jobs: list[Job] = []
     try:
         for suite, sampling, some, each in zip(suites, samplings, prompts, rows, strict=True):
-            config = suite_config(base, suite, sampling)
+            config = for_suite(base, suite, sampling)
             settings = settings_of(options, suite, sampling, each, config)
             jobs.append(_open(options, suite, sampling, some, config, settings, notify))
     except BaseException:
@@ -145,7 +145,7 @@ def _open(
     suite: Suite,
     sampling: Sampling,
     prompts: list[Prompt],
-    config: Config,
+    config: EvaluationConfig,
     settings: dict[str, Any],
     notify: Notify,
 ) -> Job:
@@ -167,13 +167,13 @@ def folder_of(options: Options, suite: str) -> Path:
     return Path("runs") / f"eval-{model.strip('-.')}-{suite}"
 
 
-def open_folder(path: Path, config: Config, settings: dict[str, Any]) -> RunDirectory:
+def open_folder(path: Path, config: EvaluationConfig, settings: dict[str, Any]) -> RunDirectory:
     """A new folder, or one of the same settings, locked for this process.
 
     Raises: `UserError` when it holds something else, or another process is at work in it.
     """
     if not path.exists():
-        run = RunDirectory.create(replace(config, name=path.name, runs_dir=str(path.parent)))
+        run = _new_folder(path, config)
         (path / SETTINGS).write_text(json.dumps(settings, indent=1))
         return run
     if not (path / SETTINGS).is_file() or not (path / "config.yaml").is_file():
@@ -190,6 +190,15 @@ def open_folder(path: Path, config: Config, settings: dict[str, Any]) -> RunDire
             + "\nGive the same settings to go on with it, or choose another --out"
         )
     return run
+
+
+def _new_folder(path: Path, config: EvaluationConfig) -> RunDirectory:
+    try:
+        return RunDirectory.make(path, dump_config(config))
+    except OSError as error:
+        raise UserError(
+            f"cannot write to {path}: {error.strerror}; choose another --out"
+        ) from error
 
 
 def _sample_all(jobs: list[Job], notify: Notify) -> None:
@@ -209,7 +218,7 @@ async def _sample(jobs: list[Job], log_folder: Path, notify: Notify) -> None:
     preemption, service, first = Preemption(task, 0.0), Service(), jobs[0]
     try:
         origin = ModelLocation(first.settings["model"], first.config.model.path)
-        actors, _ = await service.open(first.config, 0, origin, notify)
+        actors, _ = await service.open(first.config, None, 0, origin, notify)
         preemption.listen()
         deadline_s = first.config.generator.start_timeout_s
         await start_generators(actors.generators, service.waits, deadline_s)
@@ -218,7 +227,7 @@ async def _sample(jobs: list[Job], log_folder: Path, notify: Notify) -> None:
         async with GeneratorPool(actors.generators, service.waits, 0, replacement) as generators:
             for job in jobs:
                 if job is not first:
-                    await service.change_verifiers(job.config)
+                    await service.change_verifiers(job.config.verifier)
                 replacements = Replacements(service.factory, job.run, restarts, notify)
                 await _sample_suite(job, service, actors, generators, replacements, notify)
     finally:
@@ -235,7 +244,7 @@ async def _sample_suite(
 ) -> None:
     config, waits = job.config, service.waits
     await warm_up_verifiers(actors.verifiers, waits, config.generator.start_timeout_s)
-    writer = start_log(config, job.run.path)
+    writer = start_log(config.verifier, job.run.path)
     log = TrajectoryLogClient(writer, waits, config.verify_timeout_s, replacements.log())
     try:
         async with VerifierPool(actors.verifiers, waits, replacements.verifiers()) as verifiers:
@@ -250,7 +259,7 @@ async def _sample_suite(
                 job.sampling,
                 episodes=episodes,
                 log=log,
-                in_flight=in_flight(config),
+                in_flight=config.in_flight,
                 progress=_Progress(job, notify),
             )
             silence_s = config.restart.silence_s

@@ -1,8 +1,8 @@
-"""What an evaluation is: the options of the command line, the configuration of its parts, and the
-settings that decide its results.
+"""What an evaluation is: its options, its configuration, and what decides its results.
 
-`Options`: as given. `base_config`: a `Config` without a learner. `settings_of`: what must be the
-same for a second call to go on where a first one stopped.
+Options            one call, as given
+EvaluationConfig   the sections of its parts; that of a run has a learner, this has none
+settings_of        what must be the same for a second call to go on where a first one stopped
 """
 
 from __future__ import annotations
@@ -20,8 +20,19 @@ import xxhash
 from actors.data.schemas import Row
 from common.config.bounds import at_least
 from common.config.load import load_config
-from common.config.sections import BatchConfig, Config
+from common.config.sections import (
+    DataConfig,
+    GeneratorConfig,
+    ModelConfig,
+    PlacementConfig,
+    RayConfig,
+    RestartConfig,
+    VerifierConfig,
+    WeightsConfig,
+)
 from common.errors import UserError
+from common.weights.registry import TRANSPORTS
+from common.weights.transport import WeightTransport
 from deploy.eval.suite import Suite
 from deploy.models.resolve import text_config
 
@@ -38,7 +49,14 @@ _OURS = {
 }
 """Keys that an evaluation decides, and what decides them."""
 _ALLOWED = ("model.", "generator.", "verifier.", "ray.", "placement.cores", "restart.", "seed")
-_TEMPLATE = ("data.template", "data.plain_template", "data.system_prompt")
+_TEMPLATE = (
+    "data.template",
+    "data.plain_template",
+    "data.system_prompt",
+    "data.chat_template",
+    "data.chat_template_kwargs",
+)
+_ARGUMENTS = "data.chat_template_kwargs."
 _VERSIONED = (
     "grpo-lambda",
     "torch",
@@ -79,6 +97,40 @@ class Sampling:
     seed: int
 
 
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """The sections that an evaluation has: one version of the weights, and nothing to train."""
+
+    model: ModelConfig
+    data: DataConfig
+    """Only the keys of the template count: the questions are the suite's."""
+    generator: GeneratorConfig
+    verifier: VerifierConfig
+    placement: PlacementConfig
+    restart: RestartConfig
+    ray: RayConfig
+    seed: int
+
+    @property
+    def learner(self) -> None:
+        """No learner."""
+
+    @property
+    def transport(self) -> WeightTransport:
+        """The weights are those of the model's folder, and none travel."""
+        return TRANSPORTS[WeightsConfig().transport]
+
+    @property
+    def in_flight(self) -> int:
+        """Samples under way at a time: as many as the generators compute at once."""
+        return self.generator.count * self.generator.max_concurrent_sequences
+
+    @property
+    def verify_timeout_s(self) -> float:
+        """Seconds for a sample's verdicts. All that are under way may stand before them."""
+        return 60.0 + self.verifier.timeout_s * len(self.verifier.rules) * self.in_flight
+
+
 def sampling_of(options: Options, suite: Suite, seed: int) -> Sampling:
     """The options' choice, else the suite's; one sample is greedy unless a temperature is given.
 
@@ -104,7 +156,7 @@ def sampling_of(options: Options, suite: Suite, seed: int) -> Sampling:
     return Sampling(samples, temperature, tokens, seed)
 
 
-def base_config(options: Options) -> Config:
+def evaluation_config(options: Options) -> EvaluationConfig:
     """Defaults and overrides; keys that an evaluation has no use for are refused.
 
     Raises: `UserError`, also as `load_config`.
@@ -113,32 +165,31 @@ def base_config(options: Options) -> Config:
         key = override.partition("=")[0]
         if key in _OURS:
             raise UserError(f"{key} is not for eval: it is decided by {_OURS[key]}")
-        if not key.startswith(_ALLOWED) and key not in _TEMPLATE:
+        if not key.startswith((*_ALLOWED, _ARGUMENTS)) and key not in _TEMPLATE:
             raise UserError(
                 f"{key} has no meaning for eval, which takes keys of model, generator, verifier, "
                 f"ray, restart and placement.cores, seed, {', '.join(_TEMPLATE)}"
             )
-    config = load_config([], [f"model.path={options.model}", *options.overrides])
-    # Synchronous: every sample has a seed of its own. No learner, hence no learner's cores.
-    return replace(
-        config,
-        generator=replace(config.generator, max_staleness=0),
-        learner=replace(config.learner, ranks=0, threads=1),
-        batch=BatchConfig(prompts_per_step=in_flight(config), group_size=1),
+    keys = load_config([], [f"model.path={options.model}", *options.overrides])
+    return EvaluationConfig(
+        model=keys.model,
+        data=keys.data,
+        # Synchronous: every sample has a seed of its own.
+        generator=replace(keys.generator, max_staleness=0),
+        verifier=keys.verifier,
+        placement=keys.placement,
+        restart=keys.restart,
+        ray=keys.ray,
+        seed=keys.seed,
     )
 
 
-def in_flight(config: Config) -> int:
-    """Samples under way at a time: as many as the generators compute at once."""
-    return config.generator.count * config.generator.max_concurrent_sequences
-
-
-def suite_config(base: Config, suite: Suite, sampling: Sampling) -> Config:
-    """`base` with the suite's grader."""
+def for_suite(config: EvaluationConfig, suite: Suite, sampling: Sampling) -> EvaluationConfig:
+    """`config` with the suite's grader and length of an answer."""
     return replace(
-        base,
-        generator=replace(base.generator, max_completion_tokens=sampling.max_tokens),
-        verifier=replace(base.verifier, rules=[suite.grader], timeout_s=suite.verdict_timeout_s),
+        config,
+        generator=replace(config.generator, max_completion_tokens=sampling.max_tokens),
+        verifier=replace(config.verifier, rules=[suite.grader], timeout_s=suite.verdict_timeout_s),
     )
 
 
@@ -158,7 +209,7 @@ def settings_of(
     suite: Suite,
     sampling: Sampling,
     rows: Sequence[Row],
-    config: Config,
+    config: EvaluationConfig,
 ) -> dict[str, Any]:
     """All that decides the results, as JSON values; `config.model.path` is the folder."""
     questions = hashlib.sha256("\0".join(r.question + "\0" + r.reference for r in rows).encode())
@@ -171,9 +222,21 @@ def settings_of(
         "model_fingerprint": fingerprint(Path(config.model.path)),
         "dtype": config.model.dtype,
         "template": [data.template, data.plain_template, data.system_prompt],
+        **_chat_template(data),
         "sampling": asdict(sampling),
         "versions": versions(),
     }
+
+
+def _chat_template(data: DataConfig) -> dict[str, Any]:
+    """What is not the tokenizer's own; a file counts by its content."""
+    found: dict[str, Any] = {}
+    if data.chat_template is not None:
+        text = Path(data.chat_template).expanduser().read_bytes()
+        found["chat_template"] = hashlib.sha256(text).hexdigest()[:16]
+    if data.chat_template_kwargs:
+        found["chat_template_kwargs"] = dict(data.chat_template_kwargs)
+    return found
 
 
 def differences(stored: dict[str, Any], wanted: dict[str, Any], prefix: str = "") -> list[str]:

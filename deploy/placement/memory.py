@@ -10,8 +10,8 @@
                          which is kept for generators that start again
     every process        the libraries it imports
 
-Activations are not counted: they follow from `batch.tokens_per_microbatch` and are smaller.
-Without a learner (an evaluation, `learner.ranks` 0) there are generators alone.
+Activations are not counted: they follow from `batch.tokens_per_microbatch` and are smaller. An
+evaluation has generators alone.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from __future__ import annotations
 import json
 import math
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from common.config.sections import Config
 from common.errors import UserError
+from deploy.placement.config import ActorConfig
 from learner.training.optimizer import state_bytes
 
 GIB = 2**30
@@ -36,12 +36,11 @@ _PROCESS_BYTES = {"learner": 0.5 * GIB, "generator": 1.5 * GIB, "others": 1.5 * 
 class MemoryEstimate:
     """Memory in bytes, by what needs it, on a machine that holds the whole run."""
 
-    parameters: int
-    learner: float
-    checkpoint: float
     generators: float
-    transfer: float
     others: float
+    learner: float = 0.0
+    checkpoint: float = 0.0
+    transfer: float = 0.0
 
     @property
     def total(self) -> float:
@@ -60,24 +59,29 @@ class MemoryEstimate:
         return [f"{name:<22} {size / GIB:.1f} GiB" for name, size in rows.items()]
 
 
-def estimate(config: Config, parameters: int) -> MemoryEstimate:
-    """Estimate the memory of a run on a CPU with a model of `parameters`."""
+def estimate(
+    config: ActorConfig, parameters: int, *, has_reference: bool = False
+) -> MemoryEstimate:
+    """Estimate the memory of a run or an evaluation on a CPU.
+
+    Args:
+        parameters: how many the model has.
+        has_reference: the learner holds the model that the run began from, too (a KL term).
+    """
     width = 2 if config.model.dtype == "bfloat16" else 4
-    ranks, generators = config.learner.ranks, config.generator.count
     compute = parameters * width
-    reference = compute if config.algorithm.objective.kl > 0 else 0
-    trained = parameters if ranks else 0
-    kept = state_bytes(config.learner) if ranks else 0.0
-    return MemoryEstimate(
-        parameters=parameters,
-        learner=trained * (2 * _FLOAT32 + kept)
-        + reference
-        + ranks * (compute + _PROCESS_BYTES["learner"]),
-        checkpoint=trained * (_FLOAT32 + kept + width),
-        generators=generators
-        * (compute + config.generator.kv_cache_gib * GIB + _PROCESS_BYTES["generator"]),
-        transfer=(2 + generators) * trained * width,
-        others=_PROCESS_BYTES["others"],
+    each = compute + config.generator.kv_cache_gib * GIB + _PROCESS_BYTES["generator"]
+    serving = MemoryEstimate(config.generator.count * each, _PROCESS_BYTES["others"])
+    if config.learner is None:
+        return serving
+    kept = state_bytes(config.learner)
+    return replace(
+        serving,
+        learner=parameters * (2 * _FLOAT32 + kept)
+        + (compute if has_reference else 0)
+        + config.learner.ranks * (compute + _PROCESS_BYTES["learner"]),
+        checkpoint=parameters * (_FLOAT32 + kept + width),
+        transfer=(2 + config.generator.count) * compute,
     )
 
 
@@ -105,9 +109,9 @@ def available_bytes() -> int:
     return sizes.get("MemAvailable", 0)
 
 
-def check_memory(config: Config, folder: Path) -> None:
-    """Raise `UserError` when this machine cannot hold the run."""
-    needed = estimate(config, count_parameters(folder))
+def check_memory(config: ActorConfig, folder: Path, *, has_reference: bool) -> None:
+    """Raise `UserError` when this machine cannot hold what `estimate` counts."""
+    needed = estimate(config, count_parameters(folder), has_reference=has_reference)
     available = available_bytes()
     if available and needed.total > available:
         raise UserError(

@@ -15,11 +15,13 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
-from common.config.sections import Config
 from common.errors import UserError
+from deploy.placement.config import ActorConfig, num_ranks
 from deploy.placement.cores import available_cores, core_quota
+
+C = TypeVar("C", bound=ActorConfig)
 
 MIB = 2**20
 _FEWEST_TO_DIVIDE = 4
@@ -41,7 +43,7 @@ class CorePlan:
     """Libraries for LD_PRELOAD of the generators."""
 
 
-def plan_here(config: Config, preload: list[str]) -> CorePlan:
+def plan_here(config: ActorConfig, preload: list[str]) -> CorePlan:
     """Divide the cores of this machine, as `plan_cores` does.
 
     Under a quota below the number of cores nothing is bound to a core, since others may have been
@@ -59,15 +61,16 @@ def plan_here(config: Config, preload: list[str]) -> CorePlan:
     )
 
 
-def plan_cores(config: Config, cores: list[int], preload: list[str]) -> CorePlan:
+def plan_cores(config: ActorConfig, cores: list[int], preload: list[str]) -> CorePlan:
     """Divide `cores` between generators and learner ranks; on a cluster Ray gives them."""
-    generators, ranks = config.generator.count, config.learner.ranks
+    generators, ranks = config.generator.count, num_ranks(config)
+    of_learner = config.learner.threads if config.learner else None
     if config.ray.address != "local":
         return CorePlan(
             generator_cores=[None] * generators,
             generator_threads=config.generator.threads or _CLUSTER_THREADS,
             learner_cores=[None] * ranks,
-            learner_threads=config.learner.threads or _CLUSTER_THREADS,
+            learner_threads=of_learner or _CLUSTER_THREADS,
             reason="cores of a cluster",
             preload=preload,
         )
@@ -80,7 +83,8 @@ def plan_cores(config: Config, cores: list[int], preload: list[str]) -> CorePlan
         )
     enough = len(cores) >= max(_FEWEST_TO_DIVIDE, generators + ranks)
     if wanted == "split" or (wanted == "auto" and asynchronous and enough):
-        half = min(max(generators, len(cores) // 2), len(cores) - ranks)
+        half = max(generators, len(cores) // 2) if ranks else len(cores)
+        half = min(half, len(cores) - ranks)
         generator_cores = _deal(cores[:half], generators)
         learner_cores = _deal(cores[half:], ranks)
         reason = "disjoint cores"
@@ -94,7 +98,7 @@ def plan_cores(config: Config, cores: list[int], preload: list[str]) -> CorePlan
         generator_cores=list(generator_cores),
         generator_threads=config.generator.threads or _threads(generator_cores, generators),
         learner_cores=list(learner_cores),
-        learner_threads=config.learner.threads or _threads(learner_cores, ranks),
+        learner_threads=of_learner or _threads(learner_cores, ranks),
         reason=reason,
         preload=preload,
     )
@@ -107,20 +111,20 @@ def _deal(cores: list[int], parts: int) -> list[list[int]]:
 def _threads(cores: list[list[int]], sharing: int) -> int:
     """Threads of each of `sharing` processes of one kind, at most one a core."""
     shared = sharing > 1 and cores[0] == cores[1]
-    fewest = min(map(len, cores))
+    fewest = min(map(len, cores), default=0)
     return max(1, fewest // sharing if shared else fewest)
 
 
-def uses_cuda(config: Config) -> bool:
-    """Whether this run trains on CUDA devices."""
-    if config.learner.device != "auto":
+def uses_cuda(config: ActorConfig) -> bool:
+    """Whether this run is on CUDA devices, which its learner decides if it has one."""
+    if config.learner is not None and config.learner.device != "auto":
         return config.learner.device == "cuda"
     import torch
 
     return torch.cuda.is_available()
 
 
-def with_compute_dtype(config: Config) -> Config:
+def with_compute_dtype(config: C) -> C:
     """Resolve `model.dtype: auto` for this machine."""
     if config.model.dtype != "auto":
         return config
@@ -148,7 +152,7 @@ class ActorOptions:
     verifier: dict[str, object]
 
 
-def actor_options(config: Config, cores: CorePlan, cuda: bool) -> ActorOptions:
+def actor_options(config: ActorConfig, cores: CorePlan, cuda: bool) -> ActorOptions:
     """Give the actors their Ray resources and environment variables."""
     generator_environment = {
         "OMP_NUM_THREADS": str(cores.generator_threads),
@@ -191,24 +195,24 @@ def actor_options(config: Config, cores: CorePlan, cuda: bool) -> ActorOptions:
     )
 
 
-def gpus_each(config: Config) -> tuple[float, float]:
+def gpus_each(config: ActorConfig) -> tuple[float, float]:
     """CUDA devices of a generator and of a learner rank; where they take turns, half of one."""
     share = 0.5 if config.transport.shares_devices else 1.0
     return share * (config.generator.num_gpus or config.generator.devices), share
 
 
-def cpus_needed(config: Config, cores: CorePlan) -> int:
+def cpus_needed(config: ActorConfig, cores: CorePlan) -> int:
     """Logical CPUs of a cluster of our own, where actors that take turns count twice."""
     needed = (
-        config.generator.count * cores.generator_threads
-        + config.learner.ranks * cores.learner_threads
+        len(cores.generator_cores) * cores.generator_threads
+        + len(cores.learner_cores) * cores.learner_threads
         + config.verifier.workers
         + 1
     )
     return max(needed, len(available_cores()))
 
 
-def object_store_bytes(config: Config) -> int:
+def object_store_bytes(config: ActorConfig) -> int:
     """Bytes of the object store of a cluster of our own, within what shared memory can hold."""
     wanted = int(config.ray.object_store_gib * 1024 * MIB)
     shared_memory = Path("/dev/shm")

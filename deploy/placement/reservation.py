@@ -21,8 +21,8 @@ from ray.util.placement_group import (
 )
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from common.config.sections import Config
 from common.errors import UserError
+from deploy.placement.config import ActorConfig
 from deploy.placement.options import ActorOptions
 
 _LOOK_S = 0.5
@@ -45,36 +45,27 @@ class Wish:
         return f"{self.name}: {self.count} x ({wanted})" + (f" on nodes with {on}" if on else "")
 
 
-def wishes(config: Config, options: ActorOptions) -> list[Wish]:
-    """What a run asks of a cluster; an evaluation has no learner (`learner.ranks` 0)."""
+def wishes(config: ActorConfig, options: ActorOptions) -> list[Wish]:
+    """What a run, or an evaluation, asks of a cluster."""
     generator, learner, verifier = config.generator, config.learner, config.verifier
-    verifiers = Wish(
-        VERIFIERS,
-        _bundle(options.verifier, verifier.resources),
-        verifier.workers,
-        verifier.labels,
-        "SPREAD",
-    )
-    if config.transport.shares_devices:
-        both = Counter(_bundle(options.generator, generator.resources))
-        both.update(_bundle(options.learner, learner.resources))
-        labels = generator.labels | learner.labels
-        return [Wish(LEARNER, dict(both), learner.ranks, labels, "PACK"), verifiers]
+    of_generator = _bundle(options.generator, generator.resources)
     generators = [
-        Wish(name, _bundle(options.generator, generator.resources), 1, generator.labels, "PACK")
-        for name in generator_names(config)
+        Wish(name, of_generator, 1, generator.labels, "PACK") for name in generator_names(config)
     ]
-    ranks = Wish(
-        LEARNER, _bundle(options.learner, learner.resources), learner.ranks, learner.labels, "PACK"
-    )
-    return [
-        *([ranks] if learner.ranks else []),
-        verifiers,
-        *generators,
-    ]
+    of_verifier = _bundle(options.verifier, verifier.resources)
+    verifiers = Wish(VERIFIERS, of_verifier, verifier.workers, verifier.labels, "SPREAD")
+    if learner is None:
+        return [verifiers, *generators]
+    of_rank = _bundle(options.learner, learner.resources)
+    if config.transport.shares_devices:
+        both, labels = Counter(of_generator), generator.labels | learner.labels
+        both.update(of_rank)
+        return [Wish(LEARNER, dict(both), learner.ranks, labels, "PACK"), verifiers]
+    ranks = Wish(LEARNER, of_rank, learner.ranks, learner.labels, "PACK")
+    return [ranks, verifiers, *generators]
 
 
-def generator_names(config: Config) -> list[str]:
+def generator_names(config: ActorConfig) -> list[str]:
     """Names of the generators, which are also those of their places."""
     return [f"generator-{index}" for index in range(config.generator.count)]
 
@@ -107,7 +98,7 @@ class Reservation:
         return bool(self._groups[place].wait(0))
 
     async def wait(
-        self, config: Config, deadline_s: float, notify: Callable[[str], None]
+        self, config: ActorConfig, deadline_s: float, notify: Callable[[str], None]
     ) -> list[str]:
         """Wait until all that the run cannot do without has a place.
 
@@ -162,7 +153,7 @@ def _custom(bundle: dict[str, float]) -> dict[str, float]:
     return {name: amount for name, amount in bundle.items() if name not in ("CPU", "GPU")}
 
 
-def fewest_generators(config: Config) -> int:
+def fewest_generators(config: ActorConfig) -> int:
     """Generators without which a run waits."""
     fewest = config.generator.min_count
     return config.generator.count if fewest is None else fewest

@@ -18,12 +18,13 @@ import ray
 from actors.environments.worker import VerifierWorker
 from actors.generation.generator import Generator
 from actors.verifiers.registry import verifier_names
-from common.config.sections import Config
+from common.config.sections import Config, VerifierConfig
 from common.errors import StartError, UserError
 from common.record.writer import TrajectoryLogWriter
 from common.supervision.calls import Handle, start_actor
 from common.supervision.stacks import descendants
 from deploy.models.resolve import ModelLocation
+from deploy.placement.config import ActorConfig
 from deploy.placement.options import (
     LOG_OPTIONS,
     ActorOptions,
@@ -50,7 +51,7 @@ class Actors:
     learners: list[Handle[LearnerRank]]
 
 
-def connect(config: Config, cores: CorePlan) -> None:
+def connect(config: ActorConfig, cores: CorePlan) -> None:
     """Join the cluster that `ray.address` names, or start one of our own for `local`.
 
     Raises:
@@ -127,7 +128,7 @@ class ActorFactory:
     `config.model.path` is a folder of this node by now, with the weights of `version`.
     """
 
-    config: Config
+    config: ActorConfig
     cores: CorePlan
     cuda: bool
     version: int
@@ -145,7 +146,7 @@ class ActorFactory:
             name,
             replace(config.model, path=model_folder),
             config.generator,
-            config.weights.transport,
+            config.transport.name,
             config.seed + index,
             self.version,
             self.cores.generator_cores[index] if self._bound else None,
@@ -161,11 +162,23 @@ class ActorFactory:
     def _place(self, name: str, index: int = 0) -> dict[str, Any]:
         return {} if self.reservation is None else self.reservation.options(name, index)
 
-    def all(self, generators: Sequence[str]) -> Actors:
-        """Every actor but the log's writer; they start up on their own, `Run` awaits them."""
-        config, job = self.config, learner_job(self.config, self.locate)
-        verifiers = [f"verifier-{index}" for index in range(config.verifier.workers)]
-        learners = [
+    def all(self, generators: Sequence[str], job: LearnerJob | None) -> Actors:
+        """Every actor but the log's writer; they start up on their own, their caller awaits them.
+
+        Args:
+            generators: names of those for which there is room.
+            job: what the learner is to do; None where there is none.
+        """
+        config, verifiers = self.config, range(self.config.verifier.workers)
+        learners = self._learners(job) if job is not None else []
+        return Actors(
+            {name: self.generator(name, config.model.path) for name in generators},
+            {name: self.verifier(name) for name in (f"verifier-{index}" for index in verifiers)},
+            learners,
+        )
+
+    def _learners(self, job: LearnerJob) -> list[Handle[LearnerRank]]:
+        return [
             start_actor(
                 LearnerRank,
                 self._options.learner | self._place(LEARNER, rank),
@@ -174,13 +187,8 @@ class ActorFactory:
                 self.cores.learner_cores[rank] if self._bound else None,
                 locate=self.locate,
             )
-            for rank in range(config.learner.ranks)
+            for rank in range(len(self.cores.learner_cores))
         ]
-        return Actors(
-            {name: self.generator(name, config.model.path) for name in generators},
-            {name: self.verifier(name) for name in verifiers},
-            learners,
-        )
 
     @property
     def _options(self) -> ActorOptions:
@@ -212,9 +220,9 @@ def learner_job(config: Config, origin: ModelLocation) -> LearnerJob:
     )
 
 
-def start_log(config: Config, run_folder: Path) -> Handle[TrajectoryLogWriter]:
-    """The writer of one run's trajectory log."""
-    names = verifier_names(config.verifier)
+def start_log(verifier: VerifierConfig, run_folder: Path) -> Handle[TrajectoryLogWriter]:
+    """The writer of one run's trajectory log, in whose rows `verifier` has a column a rule."""
+    names = verifier_names(verifier)
     return start_actor(TrajectoryLogWriter, LOG_OPTIONS, str(run_folder), names)
 
 

@@ -24,7 +24,7 @@ from common.supervision.calls import get_all
 from common.supervision.heartbeat import beat
 from common.supervision.loops import first_cause, until_it_ends
 from common.trajectory import GroupReceipt, batch_refs
-from deploy.run.actors import Actors, start_log
+from deploy.run.actors import Actors, learner_job, start_log
 from deploy.run.assembly import Assembly, Parts
 from deploy.run.checkpoints import Checkpoints
 from deploy.run.directory import FAILED_BATCH, RunDirectory
@@ -72,8 +72,9 @@ class Run:
             for note in notes(self._config):
                 self._notify(note)
             inputs = find_inputs(self._config, self._run, self._notify)
+            job = learner_job(inputs.config, inputs.origin)
             actors, used = await self._service.open(
-                inputs.config, inputs.first_step, inputs.origin, self._notify
+                inputs.config, job, inputs.first_step, inputs.origin, self._notify
             )
             self._preemption.listen()
             try:
@@ -89,7 +90,7 @@ class Run:
         """
         waits, config = self._service.waits, inputs.config
         replacements = Replacements(self._service.factory, self._run, self._restarts, self._notify)
-        writer = start_log(config, self._run.path)
+        writer = start_log(config.verifier, self._run.path)
         log = TrajectoryLogClient(writer, waits, config.verify_timeout_s, replacements.log())
         assembly = Assembly(inputs, self._run, actors, log, replacements, waits, self._notify)
         try:

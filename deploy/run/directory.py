@@ -79,19 +79,25 @@ class RunDirectory:
         name = config.name or datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
         if not re.fullmatch(r"[\w.\-]+", name) or not name.strip("."):
             raise UserError(f"name={name}: use letters, digits, '.', '_' and '-' only")
-        run = cls(Path(config.runs_dir).expanduser() / name)
+        path = Path(config.runs_dir).expanduser() / name
         try:
-            run.path.mkdir(parents=True, exist_ok=False)
+            return cls.make(path, dump_config(config))
         except FileExistsError as error:
             raise UserError(
-                f"{run.path} exists: choose another name=, or go on with it by "
+                f"{path.resolve()} exists: choose another name=, or go on with it by "
                 f"resume={config.runs_dir}/{name}"
             ) from error
         except OSError as error:
             raise UserError(
-                f"cannot write to {run.path}: {error.strerror}; set runs_dir"
+                f"cannot write to {path.resolve()}: {error.strerror}; set runs_dir"
             ) from error
-        (run.path / "config.yaml").write_text(dump_config(config))
+
+    @classmethod
+    def make(cls, path: Path, config: str) -> RunDirectory:
+        """A new folder at `path` with `config` as its config.yaml. Raises `OSError`."""
+        run = cls(path)
+        run.path.mkdir(parents=True, exist_ok=False)
+        (run.path / "config.yaml").write_text(config)
         run._acquire()
         return run
 

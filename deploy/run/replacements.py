@@ -48,7 +48,7 @@ class Replacements:
         return self._by(self._factory.verifier)
 
     def log(self) -> Replacement[TrajectoryLogWriter]:
-        return self._by(lambda _: start_log(self._factory.config, self._run.path))
+        return self._by(lambda _: start_log(self._factory.config.verifier, self._run.path))
 
     def _by(self, make: Callable[[str], Handle[T]], *, has_place: bool = False) -> Replacement[T]:
         """`has_place`: the cluster keeps one under the name of each."""

@@ -3,8 +3,8 @@
 Starting vLLM takes most of a short run's time. A comparison of many recipes therefore keeps one
 `Service`: each run loads its own learner into the processes that the last run left behind, and
 sends its first weights to their generators. These keep the random state of the runs before:
-`seed` then decides the prompts and their order, not the samples. An evaluation has no learner
-(`learner.ranks` 0), and verifiers of its own for each suite.
+`seed` then decides the prompts and their order, not the samples. An evaluation has no learner, and
+verifiers of its own for each suite.
 """
 
 from __future__ import annotations
@@ -16,19 +16,21 @@ from pathlib import Path
 
 from actors.environments.worker import VerifierWorker
 from actors.generation.generator import Generator
-from common.config.sections import Config
+from common.config.sections import VerifierConfig
 from common.errors import UserError
 from common.record.writer import TrajectoryLogWriter
 from common.supervision.calls import Handle, Ref, ask
 from common.supervision.waits import Waits
 from common.weights.registry import names_where
 from deploy.models.resolve import ModelLocation
+from deploy.placement.config import ActorConfig, num_ranks
 from deploy.placement.cpu_runtime import preload_libraries
 from deploy.placement.memory import check_memory
 from deploy.placement.options import CorePlan, actor_options, gpus_each, plan_here, uses_cuda
 from deploy.placement.reservation import Reservation, generator_names, wishes
 from deploy.placement.walls import walls_here
-from deploy.run.actors import ActorFactory, Actors, connect, disconnect, learner_job
+from deploy.run.actors import ActorFactory, Actors, connect, disconnect
+from learner.training.job import LearnerJob
 from learner.training.rank import LearnerRank
 from learner.training.ranks import LearnerRanks
 
@@ -51,12 +53,19 @@ class Service:
         return self._factory
 
     async def open(
-        self, config: Config, version: int, origin: ModelLocation, notify: Callable[[str], None]
+        self,
+        config: ActorConfig,
+        job: LearnerJob | None,
+        version: int,
+        origin: ModelLocation,
+        notify: Callable[[str], None],
     ) -> tuple[Actors, bool]:
         """Actors for `config`, and whether they served another run before.
 
-        `config.model.path` is a local folder with the weights of `version`; `origin` finds the
-        model that the run began from.
+        Args:
+            config: its `model.path` is a local folder with the weights of `version`.
+            job: what the learner is to do; None for an evaluation, which has no learner.
+            origin: finds the model that the run began from.
 
         Raises:
             UserError: the configuration cannot run here, or needs other actors than the runs
@@ -70,10 +79,11 @@ class Service:
                     "weights.transport and ray sections and as many learner ranks "
                     "(generator.max_staleness may differ)"
                 )
-            learner = LearnerRanks(self._actors.learners, self.waits, SHUTDOWN_S)
-            await learner.begin(learner_job(config, origin), SHUTDOWN_S)
+            if job is not None:
+                learner = LearnerRanks(self._actors.learners, self.waits, SHUTDOWN_S)
+                await learner.begin(job, SHUTDOWN_S)
             return self._actors, True
-        cuda = _check(config)
+        cuda = _check(config, has_reference=job is not None and job.algorithm.objective.kl > 0)
         cores = plan_here(config, [] if cuda else preload_libraries())
         notify(_start_message(config, cores))
         if config.ray.address == "local":  # elsewhere each verifier looks at its own host
@@ -84,17 +94,17 @@ class Service:
             reservation = Reservation(wishes(config, actor_options(config, cores, cuda)))
             generators = await reservation.wait(config, config.ray.placement_timeout_s, notify)
         self._factory = ActorFactory(config, cores, cuda, version, origin, reservation)
-        self._actors, self._served = self._factory.all(generators), wanted
+        self._actors, self._served = self._factory.all(generators, job), wanted
         return self._actors, False
 
-    async def change_verifiers(self, config: Config) -> dict[str, Handle[VerifierWorker]]:
-        """Verifiers of `config.verifier` in the place of those that are open; the rest stays."""
+    async def change_verifiers(self, verifier: VerifierConfig) -> dict[str, Handle[VerifierWorker]]:
+        """New verifiers in the place of those that are open; the rest stays."""
         assert self._actors is not None
         old = self._actors.verifiers
         await self._all_answered([ask(handle, VerifierWorker.close) for handle in old.values()])
         for handle in old.values():
             handle.kill()
-        changed = replace(self.factory.config, verifier=config.verifier)
+        changed = replace(self.factory.config, verifier=verifier)
         self._factory, self._served = replace(self.factory, config=changed), _sections(changed)
         self._actors.verifiers = {name: self.factory.verifier(name) for name in old}
         return self._actors.verifiers
@@ -129,25 +139,29 @@ class Service:
         await asyncio.gather(*waiting, return_exceptions=True)
 
 
-def _sections(config: Config) -> object:
+def _sections(config: ActorConfig) -> object:
     """What the actors are made from."""
     generator = replace(config.generator, max_staleness=0)
-    learner = (config.learner.ranks, config.learner.threads, config.learner.device)
-    transport = config.weights.transport
-    placement = config.placement
+    learner = config.learner and (
+        config.learner.ranks,
+        config.learner.threads,
+        config.learner.device,
+    )
+    transport, placement = config.transport.name, config.placement
     return config.model, generator, config.verifier, learner, transport, placement, config.ray
 
 
-def _check(config: Config) -> bool:
+def _check(config: ActorConfig, *, has_reference: bool) -> bool:
     """Whether the run uses CUDA. Raises `UserError` when it cannot run on this machine."""
     cuda = uses_cuda(config)
     if config.transport.needs_cuda and not cuda:
         others = names_where(lambda transport: not transport.needs_cuda)
         raise UserError(
-            f"weights.transport={config.weights.transport} moves weights between CUDA devices "
+            f"weights.transport={config.transport.name} moves weights between CUDA devices "
             f"and there is none: use weights.transport={others}"
         )
-    if config.learner.attention == "varlen" and not (cuda and config.model.dtype == "bfloat16"):
+    varlen = config.learner is not None and config.learner.attention == "varlen"
+    if varlen and not (cuda and config.model.dtype == "bfloat16"):
         raise UserError(
             "learner.attention=varlen is a kernel for CUDA devices and bfloat16, and this run is "
             f"{config.model.dtype} on {'CUDA' if cuda else 'CPU'}: use learner.attention=grids"
@@ -156,16 +170,16 @@ def _check(config: Config) -> bool:
         if cuda:
             _check_devices(config)
         else:
-            check_memory(config, Path(config.model.path))
+            check_memory(config, Path(config.model.path), has_reference=has_reference)
     return cuda
 
 
-def _check_devices(config: Config) -> None:
+def _check_devices(config: ActorConfig) -> None:
     """Actors that ask for devices which a cluster of our own does not have wait for ever."""
     import torch
 
     here = torch.cuda.device_count()
-    generators, ranks = config.generator.count, config.learner.ranks
+    generators, ranks = config.generator.count, num_ranks(config)
     of_generator, of_rank = gpus_each(config)
     wanted = generators * of_generator + ranks * of_rank
     if wanted > here:
@@ -178,10 +192,10 @@ def _check_devices(config: Config) -> None:
         )
 
 
-def _start_message(config: Config, cores: CorePlan) -> str:
+def _start_message(config: ActorConfig, cores: CorePlan) -> str:
     learners = (
-        f"{config.learner.ranks} learner rank(s) of {cores.learner_threads} thread(s), "
-        if config.learner.ranks
+        f"{len(cores.learner_cores)} learner rank(s) of {cores.learner_threads} thread(s), "
+        if cores.learner_cores
         else ""
     )
     return (

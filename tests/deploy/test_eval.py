@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from omegaconf import OmegaConf
 
 from actors.data.prompts import Prompt
 from actors.environments.single_turn import last_step
@@ -24,6 +25,7 @@ from actors.rollout.episodes import Episodes
 from actors.rollout.pools import GroupLostError
 from actors.verifiers import math_answer
 from actors.verifiers.base import Verdict
+from common.config.load import load_config
 from common.config.sections import VerifierSpec
 from common.errors import RunError, StallError, UserError
 from common.record.schema import trajectory_schema
@@ -35,12 +37,13 @@ from deploy.eval.runner import SuiteRunner, logged, sample_seed
 from deploy.eval.settings import (
     Options,
     Sampling,
-    base_config,
     context_length,
     differences,
+    evaluation_config,
     fingerprint,
+    for_suite,
     sampling_of,
-    suite_config,
+    settings_of,
 )
 from deploy.eval.suite import load_suite
 from deploy.placement.memory import estimate
@@ -87,28 +90,44 @@ def test_one_sample_is_greedy_unless_a_temperature_is_given() -> None:
 )
 def test_keys_that_would_do_nothing_are_refused(override: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        base_config(replace(OPTIONS, overrides=[override]))
+        evaluation_config(replace(OPTIONS, overrides=[override]))
 
 
 def test_the_parts_are_those_of_a_synchronous_run_without_a_learner() -> None:
     overrides = ["generator.count=2", "generator.max_concurrent_sequences=3", "verifier.workers=2"]
-    base = base_config(replace(OPTIONS, overrides=overrides))
+    base = evaluation_config(replace(OPTIONS, overrides=overrides))
     suite = load_suite("humaneval")
-    config = suite_config(base, suite, SAMPLING)
+    config = for_suite(base, suite, SAMPLING)
     assert config.generator.max_staleness == 0  # a seed for each request
-    assert config.max_groups_in_flight == 6
+    assert config.in_flight == 6
     assert config.verifier.rules == [suite.grader]
     assert config.verify_timeout_s >= 6 * suite.verdict_timeout_s
-    cores = plan_cores(config, [0, 1], [])
-    assert (cores.generator_threads, cores.learner_cores) == (1, [])
-    names = [wish.name for wish in wishes(config, actor_options(config, cores, cuda=False))]
-    assert names == ["verifiers", "generator-0", "generator-1"]
-    trained = replace(config, learner=replace(config.learner, ranks=1))
-    assert LEARNER in [w.name for w in wishes(trained, actor_options(trained, cores, cuda=False))]
+    trained = load_config([], ["model.path=m", *overrides, "generator.max_staleness=0"])
+    plans = [plan_cores(each, [0, 1], []) for each in (config, trained)]
+    assert [plan.generator_threads for plan in plans] == [1, 1]
+    assert [plan.learner_cores for plan in plans] == [[], [[0, 1]]]
+    of_run = [wish.name for wish in wishes(trained, actor_options(trained, plans[1], cuda=False))]
+    found = [wish.name for wish in wishes(config, actor_options(config, plans[0], cuda=False))]
+    assert found == [name for name in of_run if name != LEARNER] != of_run
     serving, training = estimate(config, 10**9), estimate(trained, 10**9)
     assert serving.learner == serving.checkpoint == serving.transfer == 0
     assert serving.generators == training.generators > 0
     assert training.learner > 16 * 10**9
+
+
+def test_without_a_learner_a_split_gives_every_core_to_a_generator() -> None:
+    overrides = ["generator.count=2", "placement.cores=split"]
+    config = evaluation_config(replace(OPTIONS, overrides=overrides))
+    plan = plan_cores(config, [0, 1, 2, 3, 4], [])
+    assert (plan.generator_cores, plan.learner_cores) == ([[0, 2, 4], [1, 3]], [])
+
+
+def test_the_configuration_is_written_down(tmp_path: Path) -> None:
+    config = evaluation_config(replace(OPTIONS, overrides=["generator.threads=3"]))
+    launch.open_folder(tmp_path / "out", config, {}).release()
+    written = OmegaConf.load(tmp_path / "out" / "config.yaml")
+    assert (written.generator.threads, written.model.path) == (3, "m")
+    assert "learner" not in written
 
 
 def test_a_context_that_the_model_does_not_have_is_refused(tmp_path: Path) -> None:
@@ -116,6 +135,27 @@ def test_a_context_that_the_model_does_not_have_is_refused(tmp_path: Path) -> No
     assert context_length(tmp_path, 100) == 100
     with pytest.raises(UserError, match="lower --max-tokens"):
         context_length(tmp_path, 101)
+
+
+def test_a_chat_template_of_ones_own_counts_by_its_content(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    file = tmp_path / "mine.jinja"
+    keys = [f"data.chat_template={file}", "data.chat_template_kwargs.enable_thinking=false"]
+
+    def settings(overrides: list[str], text: str = "a") -> dict[str, Any]:
+        file.write_text(text)
+        options = Options(model=str(tmp_path), suites=[], overrides=overrides)
+        config = evaluation_config(options)
+        return settings_of(options, load_suite("math500"), SAMPLING, [], config)
+
+    plain = settings([])
+    assert "chat_template" not in plain  # a folder of before goes on
+    assert settings(keys)["chat_template_kwargs"] == {"enable_thinking": False}
+    assert len({settings(keys, text)["chat_template"] for text in ("a", "b", "a")}) == 2
+    assert [line.split(":")[0] for line in differences(plain, settings(keys))] == [
+        "chat_template",
+        "chat_template_kwargs",
+    ]
 
 
 def test_differences_are_named_at_any_depth() -> None:
@@ -156,7 +196,7 @@ def test_seeds_are_those_of_synchronous_training() -> None:
 
 
 def test_a_folder_goes_on_with_its_settings_and_refuses_others(tmp_path: Path) -> None:
-    config = base_config(OPTIONS)
+    config = evaluation_config(OPTIONS)
     path, settings = tmp_path / "out", {"a": 1, "limits": (1, 2)}
     run = launch.open_folder(path, config, settings)
     with pytest.raises(UserError, match="another process"):
@@ -380,9 +420,9 @@ def test_the_numbers_of_a_log_by_hand(tmp_path: Path) -> None:
     # Of three pairs none misses where two are right, one where one is.
     assert values["pass@2"] == pytest.approx((1 + 1 + 2 / 3 + 2 / 3) / 4)
     assert values["pass@3"] == 1.0
-    # 7 wins; 0.5 and \frac12 are one answer and win; 4 wins; of problem 3 one sample has no number
-    # and one no text: "no idea at all of it" and 9 are two answers of one vote each.
-    assert values["maj@3"] == pytest.approx((1 + 1 + 0 + 0.5) / 4)
+    # 7 wins; 0.5 and \frac12 are one answer and win; 4 wins; of problem 3 one sample commits itself
+    # to nothing and one has no text: 9 has the only vote.
+    assert values["maj@3"] == pytest.approx((1 + 1 + 0 + 1) / 4)
     lengths = [8 if text is None else len(text.split()) for p in range(4) for text in SAMPLES[p]]
     assert values["length"] == pytest.approx(sum(lengths) / 12)
     assert values["truncated"] == pytest.approx(1 / 12)
@@ -431,7 +471,7 @@ def test_a_done_folder_starts_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     sample(tmp_path / "out" / "trajectories", ALL)
-    config, settings = base_config(OPTIONS), {"suite": {"name": "mine"}, "model": "m"}
+    config, settings = evaluation_config(OPTIONS), {"suite": {"name": "mine"}, "model": "m"}
     settings |= {"problems": PROBLEMS, "sampling": {"samples": 3, "seed": 5}}
     (tmp_path / "out" / "config.yaml").write_text("")
     (tmp_path / "out" / launch.SETTINGS).write_text(json.dumps(settings))

@@ -20,14 +20,14 @@ def test_parameters_are_counted_from_the_headers(tmp_path: Path) -> None:
 
 
 def test_the_estimate_grows_with_what_it_is_made_of() -> None:
-    def total(*overrides: str) -> float:
-        keys = ["model.path=x", "model.dtype=bfloat16", *overrides]
-        return memory.estimate(load_config([], keys), 10**9).total
+    def total(*overrides: str, has_reference: bool = False) -> float:
+        config = load_config([], ["model.path=x", "model.dtype=bfloat16", *overrides])
+        return memory.estimate(config, 10**9, has_reference=has_reference).total
 
     base = total()
     assert total("generator.kv_cache_gib=3") - base == pytest.approx(2 * memory.GIB)
     assert total("generator.count=2") > base + 2 * 10**9
-    assert total("algorithm.objective.kl=0.1") - base == pytest.approx(2 * 10**9)
+    assert total(has_reference=True) - base == pytest.approx(2 * 10**9)
     assert total("model.dtype=float32") > base
     # AdamW's two moments, one of momentum and none, in the learner and in a checkpoint's copy.
     momentum = ("learner.optimizer.kind=SGD", "learner.optimizer.args={momentum: 0.9}")
@@ -42,6 +42,6 @@ def test_a_run_that_cannot_fit_is_refused_with_the_numbers(
     config = load_config([], [f"model.path={tmp_path}"])
     monkeypatch.setattr(memory, "available_bytes", lambda: 2 * memory.GIB)
     with pytest.raises(UserError, match=r"(?s)needs about .* 2\.0 GiB are.*kv_cache_gib"):
-        memory.check_memory(config, tmp_path)
+        memory.check_memory(config, tmp_path, has_reference=False)
     monkeypatch.setattr(memory, "available_bytes", lambda: 64 * memory.GIB)
-    memory.check_memory(config, tmp_path)
+    memory.check_memory(config, tmp_path, has_reference=False)

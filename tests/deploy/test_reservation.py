@@ -9,6 +9,7 @@ import pytest
 
 from common.config.load import load_config
 from common.errors import UserError
+from deploy.eval.settings import Options, evaluation_config
 from deploy.placement import reservation
 from deploy.placement.options import actor_options, plan_cores
 from deploy.placement.reservation import Wish, fewest_generators, missing, wishes
@@ -66,8 +67,8 @@ def test_an_evaluation_has_no_learner_to_keep_a_place_for(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(reservation, "placement_group", lambda *_, **__: Place())
-    made = config("generator.count=2")
-    made.learner.ranks = 0  # as `grpo-lambda eval` has it
+    overrides = ["generator.count=2", "ray.address=auto"]
+    made = evaluation_config(Options(model="x", suites=[], overrides=overrides))
     options = actor_options(made, plan_cores(made, [0, 1], []), cuda=False)
     wanted = wishes(made, options)
     assert "learner" not in {wish.name for wish in wanted}
