@@ -35,7 +35,7 @@ class GuidedStart:
     token_ids: tuple[int, ...] = ()
     num_completions: int = 0
     mask: bool = True
-    """They stay out of the loss."""
+    """Whether these tokens stay out of the loss."""
 
 
 UNGUIDED = GuidedStart()
@@ -139,7 +139,11 @@ class Guidance:
         return {"length": self._length, "history": list(self._history)}
 
     def load_state_dict(self, state: dict[str, Any], step: int) -> None:
-        """`step`: the learner's; a run that had no guidance until then has observed none."""
+        """Go on from `state_dict`.
+
+        Args:
+            step: the learner's. A run that had no guidance until then has observed no step.
+        """
         self._length = min(float(state["length"]), float(self._longest))
         self._history = [float(reward) for reward in state["history"]]
         self._step = step

@@ -19,7 +19,7 @@ from common.trajectory import GroupReceipt
 
 @dataclass(frozen=True)
 class RolloutState:
-    """The parts of a run's generation that a checkpoint is about."""
+    """The parts of the actors' side that a checkpoint is about: it can be saved and resumed."""
 
     source: PromptSource
     book: GroupBook

@@ -25,8 +25,10 @@ def logged(folder: Path) -> set[int]:
 
 
 def sample_seed(seed: int, problem: int, sample: int) -> int:
-    """As synchronous training seeds completion `sample` of ticket `problem`: the same in every
-    call, whatever else is asked and in whatever order."""
+    """The seed of one sample: the same in every call, whatever else is asked and in what order.
+
+    Synchronous training seeds completion `sample` of ticket `problem` so.
+    """
     return ticket_seed(seed, problem) + sample
 
 

@@ -44,7 +44,7 @@ _TASKS_REMEMBERED = 2_000
 
 @dataclass
 class Actors:
-    """What several runs may use one after the other."""
+    """The actors that several runs may use one after the other."""
 
     generators: dict[str, Handle[Generator]]
     verifiers: dict[str, Handle[VerifierWorker]]
@@ -137,7 +137,7 @@ class ActorFactory:
     """Places on a cluster; None on one of our own, which is as large as the run."""
 
     def generator(self, name: str, model_folder: str) -> Handle[Generator]:
-        """`name` is generator-N."""
+        """Start the generator called `name`, generator-N, with the weights in `model_folder`."""
         config, index = self.config, int(name.rpartition("-")[2])
         options = self._options.generator | self._place(name)
         return start_actor(
@@ -154,7 +154,7 @@ class ActorFactory:
         )
 
     def verifier(self, name: str) -> Handle[VerifierWorker]:
-        """`name` is verifier-N."""
+        """Start the verifier called `name`, verifier-N."""
         index = int(name.rpartition("-")[2])
         options = self._options.verifier | self._place(VERIFIERS, index)
         return start_actor(VerifierWorker, options, self.config.verifier)

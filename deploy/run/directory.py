@@ -1,13 +1,13 @@
 """The run directory: what is where, names of new runs, and which checkpoint to go on from.
 
-runs/NAME/config.yaml        resolved configuration
-         /metrics.jsonl      one object a learner step; tensorboard/ holds the same
-         /trajectories/      every verified group (Arrow, closed segments also Parquet)
-         /credit/            what every token was credited with, a file a step
-         /evaluations/       held-out completions, a Parquet file an evaluation
-         /checkpoints/step-N a Hugging Face folder with training_state/ inside
-         /ledger.sqlite      what became of every completion (`common.record.ledger`)
-         /log/               Ray's logs of this run's processes, copied when it ends
+runs/NAME/config.yaml           the resolved configuration
+         /metrics.jsonl         one object a learner step; tensorboard/ holds the same
+         /trajectories/         every verified group (Arrow; closed segments also as Parquet)
+         /credit/               what every token was credited with (`common.record.credit_log`)
+         /evaluations/          held-out completions, a Parquet file an evaluation
+         /checkpoints/step-N/   a Hugging Face folder with training_state/ inside
+         /ledger.sqlite         what became of every completion (`common.record.ledger`)
+         /log/                  what every process printed, copied when the run ends
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ LEDGER = "ledger.sqlite"
 QUARANTINE = "quarantine.jsonl"
 FAILED_BATCH = "failed-batch.arrow"
 _LOOK_S = 0.5
-"""Longer than who looks whether a run is going on (`deploy.inspector.account.is_live`) holds its
-lock."""
+"""Seconds to try for the lock: longer than `deploy.inspector.account.is_live`, which only looks
+whether a run is going on, holds it."""
 _STEP = re.compile(r"^step-(\d+)$")
 
 

@@ -17,7 +17,7 @@ from common.supervision.waits import Waits
 
 
 class Display(Protocol):
-    """Shows events as they happen and one summary a step."""
+    """Shows events as they happen, and a summary of every step."""
 
     def __enter__(self) -> Self: ...
 
@@ -41,7 +41,7 @@ def make_display(total_steps: int, waits: Waits) -> Display:
 
 
 class PlainDisplay:
-    """One line an event or step."""
+    """Prints one line for each event or step."""
 
     def __init__(self, total_steps: int) -> None:
         self._total_steps = total_steps
@@ -68,7 +68,7 @@ class PlainDisplay:
         self.event(f"step {step:>4}/{self._total_steps}  {summary(metrics)}")
 
     def follow(self, status: Callable[[], str]) -> None:
-        """Lines that stand for good show nothing that changes."""
+        """Show nothing: a line that is printed cannot change any more."""
 
 
 def summary(metrics: Mapping[str, float]) -> str:

@@ -134,7 +134,7 @@ def last_step(run: RunDirectory) -> int:
 
 
 def is_done(run: RunDirectory, steps: int) -> bool:
-    """Whether a whole checkpoint of the last step is there; one that has none is not read."""
+    """Whether a whole checkpoint of the last step is there."""
     last = max(run.checkpoints(), default=0)
     return last >= steps and run.newest_checkpoint(print) >= steps
 

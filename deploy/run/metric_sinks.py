@@ -41,10 +41,10 @@ class RunInfo:
     project: str
     folder: Path
     config: Mapping[str, Scalar]
-    """Flat: `batch.group_size`."""
+    """Every key of the configuration, flat: `batch.group_size`."""
     timeout_s: float
     last_step: int | None
-    """On resume: that of the checkpoint, -1 where there is none. None: a new run."""
+    """Step of the checkpoint that a resumed run goes on from, or -1; None for a new run."""
 
 
 class RemoteSink(MetricSink, Protocol):

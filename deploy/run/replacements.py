@@ -39,7 +39,7 @@ class Replacements:
         self._notify = notify
 
     def generators(self) -> Replacement[Generator] | None:
-        """None where a new one could not get the weights."""
+        """How a generator is replaced; None where a new one could not get the weights."""
         if not self._factory.config.transport.survives_a_death:
             return None
         return self._by(self._generator, has_place=True)
@@ -51,7 +51,7 @@ class Replacements:
         return self._by(lambda _: start_log(self._factory.config.verifier, self._run.path))
 
     def _by(self, make: Callable[[str], Handle[T]], *, has_place: bool = False) -> Replacement[T]:
-        """`has_place`: the cluster keeps one under the name of each."""
+        """`has_place`: the cluster keeps a place for each, under its name."""
         config, reservation = self._factory.config, self._factory.reservation
         deadline_s = config.generator.start_timeout_s
         replacement = Replacement(make, self._restarts.after, self._notify, deadline_s)

@@ -20,8 +20,10 @@ _LOST = (RayActorError, ObjectLostError, NodeDiedError, WorkerCrashedError)
 
 
 def is_recoverable(error: BaseException) -> bool:
-    """A process died, hangs or did not start, or weights did not arrive; not wrong input, not bad
-    numbers."""
+    """Whether starting again may help: a process died, hangs or did not start, or weights got lost.
+
+    Wrong input and bad numbers would be the same again.
+    """
     return isinstance(error, (*_LOST, StallError, StartError, WeightsError))
 
 
