@@ -227,7 +227,7 @@ async def _sample(jobs: list[Job], log_folder: Path, notify: Notify) -> None:
         async with GeneratorPool(actors.generators, service.waits, 0, replacement) as generators:
             for job in jobs:
                 if job is not first:
-                    await service.change_verifiers(job.config.verifier)
+                    actors = await service.change_verifiers(job.config.verifier)
                 replacements = Replacements(service.factory, job.run, restarts, notify)
                 await _sample_suite(job, service, actors, generators, replacements, notify)
     finally:

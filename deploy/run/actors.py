@@ -42,9 +42,12 @@ _TASKS_REMEMBERED = 2_000
 """By Ray's server, for its own tools: of 100,000, its default, a long run has it grow by 200 MB."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class Actors:
-    """The actors that several runs may use one after the other."""
+    """The actors that several runs may use one after the other.
+
+    A pool keeps its mapping up to date: whoever ends the actors finds those that are there then.
+    """
 
     generators: dict[str, Handle[Generator]]
     verifiers: dict[str, Handle[VerifierWorker]]

@@ -97,8 +97,8 @@ class Service:
         self._actors, self._served = self._factory.all(generators, job), wanted
         return self._actors, False
 
-    async def change_verifiers(self, verifier: VerifierConfig) -> dict[str, Handle[VerifierWorker]]:
-        """New verifiers in the place of those that are open; the rest stays."""
+    async def change_verifiers(self, verifier: VerifierConfig) -> Actors:
+        """The actors, with new verifiers in the place of those that are open."""
         assert self._actors is not None
         old = self._actors.verifiers
         await self._all_answered([ask(handle, VerifierWorker.close) for handle in old.values()])
@@ -106,8 +106,9 @@ class Service:
             handle.kill()
         changed = replace(self.factory.config, verifier=verifier)
         self._factory, self._served = replace(self.factory, config=changed), _sections(changed)
-        self._actors.verifiers = {name: self.factory.verifier(name) for name in old}
-        return self._actors.verifiers
+        verifiers = {name: self.factory.verifier(name) for name in old}
+        self._actors = replace(self._actors, verifiers=verifiers)
+        return self._actors
 
     async def end_run(self, log: Handle[TrajectoryLogWriter]) -> None:
         """Close what belongs to one run; the learner lets go of its policy."""
