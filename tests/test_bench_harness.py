@@ -7,7 +7,8 @@ import json
 from pathlib import Path
 
 import pytest
-from bench.harness import Row, ratio_of_times
+
+from tests.bench.harness import Row, ratio_of_times
 
 
 def row(*ratios: float, target: float = 1.0, higher: bool = True, failure: str = "") -> Row:

@@ -13,7 +13,7 @@ from typing import get_type_hints
 import pytest
 from docstrings import complaint, docstrings
 from metric_table import PAGE, with_table
-from test_layering import PACKAGES, ROOT, sources, tree
+from source_tree import PACKAGES, ROOT, sources, tree
 
 from common.config.sections import Config
 from common.record.metric_names import METRICS, SUMMARY

@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import get_args
 
 import pytest
+from source_tree import PACKAGES, ROOT, sources, tree
 
 import common
 from common.weights.registry import TransportName
 
-ROOT = Path(__file__).resolve().parents[1]
-PACKAGES = ("common", "actors", "learner", "deploy")
 FORBIDDEN = {
     "common": {"actors", "learner", "deploy"},
     "actors": {"learner", "deploy"},
@@ -23,14 +22,6 @@ FORBIDDEN = {
 MATHS = sorted(path.stem for path in (ROOT / "learner" / "algorithm").glob("[a-z]*.py"))
 HEAVY = {"ray", "vllm", "transformers"}
 FILE_LINES, FUNCTION_LINES = 400, 60
-
-
-def sources(package: str) -> list[Path]:
-    return sorted((ROOT / package).rglob("*.py"))
-
-
-def tree(path: Path) -> ast.Module:
-    return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
 
 
 def imported(path: Path) -> Iterator[str]:
@@ -141,3 +132,10 @@ def test_transports_are_known_by_their_facts(package: str) -> None:
         if isinstance(side, ast.Constant) and side.value in get_args(TransportName)
     ]
     assert not compared
+
+
+def test_tests_share_what_is_in_support_and_nothing_else() -> None:
+    """Who changes a test must not look for other tests that lean on it."""
+    for path in sorted((ROOT / "tests").rglob("*.py")):
+        leaning = [name for name in imported(path) if name.rpartition(".")[2].startswith("test_")]
+        assert not leaning, f"{path.relative_to(ROOT)} imports {leaning}"

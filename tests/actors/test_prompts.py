@@ -10,42 +10,18 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from byte_tokenizers import byte_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from prompt_sources import LetterTokenizer, small_source
 
 from actors.data.chat import Template
 from actors.data.held_out import is_held_out
 from actors.data.prompts import Prompt, PromptSource, build_prompt_source
 from actors.data.schemas import Row
 from actors.data.sources import Rows, question_key
-from common.config.sections import DataConfig, PromptOrder, ReasoningGymConfig
+from common.config.sections import DataConfig, ReasoningGymConfig
 from common.errors import UserError
-
-CHAT = (
-    "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
-    "{% if add_generation_prompt %}<assistant>{% endif %}"
-)
-
-
-def byte_tokenizer(chat_template: str | None = CHAT) -> Any:
-    """A real fast tokenizer, a token a byte, that puts `<s>` before any text."""
-    from tokenizers import Tokenizer, decoders, pre_tokenizers, processors
-    from tokenizers.models import BPE
-    from transformers import PreTrainedTokenizerFast
-
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {"<s>": 0} | {letter: i for i, letter in enumerate(letters, 1)}
-    tokenizer = Tokenizer(BPE(vocabulary, []))
-    tokenizer.add_special_tokens(["<s>"])
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A", special_tokens=[("<s>", 0)]
-    )
-    fast: Any = PreTrainedTokenizerFast  # untyped in transformers
-    fast = fast(tokenizer_object=tokenizer, bos_token="<s>")
-    fast.chat_template = chat_template
-    return fast
 
 
 @pytest.fixture(scope="module")
@@ -337,26 +313,6 @@ def test_templates_that_do_not_fit(
 ) -> None:
     with pytest.raises(UserError, match=message):
         Template(config, byte_tokenizer(chat_template))
-
-
-class LetterTokenizer:
-    """As much of a tokenizer as the cursor needs."""
-
-    chat_template = None
-    all_special_tokens: list[str] = []  # noqa: RUF012
-    bos_token_id = eos_token_id = None
-
-    def __call__(self, text: list[str], add_special_tokens: bool, **kwargs: Any) -> Any:
-        return {"input_ids": [[ord(letter) for letter in one] for one in text]}
-
-    def apply_chat_template(self, *args: Any, **kwargs: Any) -> Any:
-        raise NotImplementedError
-
-
-def small_source(size: int, seed: int = 0, order: PromptOrder = "shuffle") -> PromptSource:
-    rows = [Row(f"q{i}", "{}", None, None, f"row {i}") for i in range(size)]
-    template = Template(DataConfig(template="plain"), LetterTokenizer())
-    return PromptSource(Rows(rows, [], 0), template, seed, order)
 
 
 def test_order_is_a_function_of_seed_and_epoch() -> None:

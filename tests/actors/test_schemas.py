@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from test_prompts import CHAT, byte_tokenizer
+from byte_tokenizers import CHAT, byte_tokenizer
 
 from actors.data.chat import Template
 from actors.data.prompts import PromptSource, build_prompt_source

@@ -6,7 +6,7 @@ import ast
 from pathlib import Path
 
 import pytest
-from test_layering import PACKAGES, ROOT, sources
+from source_tree import PACKAGES, ROOT, sources
 
 from common.config.sections import Config
 

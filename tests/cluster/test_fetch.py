@@ -10,10 +10,10 @@ import pytest
 import ray
 from cluster_nodes import add
 from learner_models import save_tiny_model, trajectories
+from learner_ranks import make_worker
+from made_up_groups import receipt
 from ray.cluster_utils import Cluster
 from ray.experimental import get_object_locations
-from test_budget import receipt
-from test_trainer import make_worker
 
 from common.supervision.calls import start_actor
 from common.supervision.waits import Waits
@@ -26,7 +26,7 @@ pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
 def test_a_group_is_fetched_while_the_learner_is_busy(cluster: Cluster, tmp_path: Path) -> None:
     add(cluster, "learning", cpus=1)
     tests = Path(__file__).resolve().parents[1]
-    path = f"{tests.parent}:{tests / 'support'}:{tests / 'common'}:{tests / 'learner'}"
+    path = f"{tests.parent}:{tests / 'support'}"
     environment = {"env_vars": {"PYTHONPATH": path}}
     ray.init(address=cluster.address, log_to_driver=False, runtime_env=environment)
     job = make_worker(save_tiny_model(tmp_path))._job

@@ -8,27 +8,9 @@ from dataclasses import dataclass, field
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from made_up_groups import receipt
 
 from common.budget import GroupWindow, StalenessBudget
-from common.trajectory import GroupReceipt
-
-
-def receipt(group_id: int, dispatched_at: int, oldest_token: int) -> GroupReceipt:
-    return GroupReceipt(
-        group_id=group_id,
-        ticket=group_id,
-        batch_ref=None,
-        dispatch_version=dispatched_at,
-        min_version=oldest_token,
-        max_version=oldest_token,
-        num_completions=2,
-        num_tokens=10,
-        reward_mean=0.5,
-        rewards_equal=False,
-        num_unscored=0,
-        unscored_tokens=0,
-        generate_s=1.0,
-    )
 
 
 @dataclass

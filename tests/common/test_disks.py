@@ -6,9 +6,8 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
+from made_up_groups import group, request
 from mounts import remount, small_disk
-from test_ledger import request
-from test_trajectory_log import group
 
 from common.errors import RunError, UserError
 from common.record.ledger import Ledger

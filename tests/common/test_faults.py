@@ -9,7 +9,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from test_layering import PACKAGES, ROOT, sources
+from source_tree import PACKAGES, ROOT, sources
 
 from common.supervision.faults import MARK, POINTS, VARIABLE, reached
 

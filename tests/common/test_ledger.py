@@ -23,9 +23,9 @@ from hypothesis.stateful import (
     precondition,
     rule,
 )
-from test_budget import receipt
-from test_prompts import small_source
-from test_rollout import Verifiers, rollout_of
+from made_up_groups import receipt, request
+from prompt_sources import small_source
+from scripted_rollout import Verifiers, rollout_of
 
 from common.budget import in_time
 from common.errors import RunError, UserError
@@ -35,12 +35,6 @@ from deploy.inspector.account import account_of, inspect_ledger, log_problems
 from deploy.run.directory import LEDGER
 
 TOKENS = 10
-
-
-def request(group_id: int, ticket: int, version: int = 0) -> GroupRequest:
-    return GroupRequest(
-        group_id, ticket, f"p{ticket}", 0, "?", "?", [1], "{}", 2, 8, 1.0, version, 0.0
-    )
 
 
 def ledger_at(folder: Path, prompts: str = "prompts") -> Ledger:
@@ -97,7 +91,7 @@ def test_an_account_that_does_not_close_says_where(
 def test_what_the_ledger_says_is_in_the_log(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from test_trajectory_log import group
+    from made_up_groups import group
 
     from common.record.trajectory_log import TrajectoryLog
 

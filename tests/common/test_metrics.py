@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from metric_doubles import Memory, fail
 from mounts import remount, small_disk
 
 from common.errors import RunError
@@ -21,36 +22,6 @@ from common.record.metrics import (
     read_metrics,
     summarize,
 )
-
-
-class Memory:
-    """A sink that keeps what it is given, and does at a step what it is told."""
-
-    def __init__(self, at: Mapping[int, Callable[[], object]] | None = None) -> None:
-        self.records: list[tuple[int, dict[str, float]]] = []
-        self.end: tuple[dict[str, float], bool] | None = None
-        self._at = at or {}
-
-    def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        if step in self._at:
-            self._at[step]()
-        self.records.append((step, dict(metrics)))
-
-    def close(self, summary: Mapping[str, float], *, failed: bool) -> None:
-        if -1 in self._at:
-            self._at[-1]()
-        self.end = (dict(summary), failed)
-
-    @property
-    def steps(self) -> list[int]:
-        return [step for step, _ in self.records]
-
-
-def fail(error: BaseException) -> Callable[[], object]:
-    def raise_it() -> object:
-        raise error
-
-    return raise_it
 
 
 class Bench:

@@ -7,36 +7,11 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from made_up_groups import group
 
-from actors.generation.engine import Completion
-from actors.generation.generator import rollout_batch
 from common.record.schema import check_schema, rollout_schema
 from common.record.trajectory_log import TrajectoryLog, read_log, read_segment, segments
 from common.record.writer import receipt
-from common.trajectory import GroupRequest
-
-
-def group(group_id: int, tokens: int = 3) -> pa.RecordBatch:
-    request = GroupRequest(
-        group_id=group_id,
-        ticket=group_id,
-        prompt_id=f"p{group_id}",
-        epoch=0,
-        question="1 + 1",
-        prompt_text="1 + 1 =",
-        prompt_ids=[1, 2, 3],
-        reference="{}",
-        num_completions=2,
-        max_tokens=8,
-        temperature=1.0,
-        dispatch_version=4,
-        dispatched_s=100.0,
-    )
-    completions = {
-        0: Completion([7] * tokens, [-0.5] * tokens, [4] * (tokens - 1) + [5], "stop"),
-        1: Completion([8], [-1.5], [4], "length"),
-    }
-    return rollout_batch(request, completions, ["a", "b"], "generator-0")
 
 
 def test_what_is_appended_is_read_back_in_order(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from golden_runs import write_model
 
 from common.config.load import load_config
 from common.config.sections import Config
@@ -16,7 +17,6 @@ from common.errors import UserError
 from deploy import launch
 from deploy.cli import main
 from deploy.command.presets import CONFIGS, RECIPES, choose
-from deploy.models.tiny_model import build_model, build_tokenizer
 from deploy.placement.options import plan_cores
 from deploy.predict.plan import _batches
 from deploy.run import actors as cluster
@@ -41,9 +41,7 @@ def test_plan_prints_everything_and_starts_nothing(capsys: pytest.CaptureFixture
 def untrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny preset's model without its warm start."""
     folder = tmp_path_factory.mktemp("untrained")
-    tokenizer = build_tokenizer()
-    build_model(tokenizer, seed=0).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    write_model(folder)
     return folder
 
 

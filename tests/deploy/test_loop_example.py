@@ -12,6 +12,7 @@ import pyarrow as pa
 import pytest
 import torch
 from learner_models import save_tiny_model, trajectories
+from learner_ranks import SHAPES
 
 from common.config.sections import Config
 from deploy.command.presets import load
@@ -23,7 +24,6 @@ from learner.policy.model import load_policy
 from learner.policy.packing import StepBatch
 from learner.training.rank import LearnerRank
 
-SHAPES = [(9, [5, 12, 3, 7]), (4, [20, 2]), (17, [3, 3, 8]), (6, [10] * 4)]
 Gradients = dict[str, torch.Tensor]
 
 

@@ -11,7 +11,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
-from test_metrics import Memory, fail
+from metric_doubles import Memory, fail
 
 from common.config.load import load_config
 from common.config.sections import Config

@@ -13,8 +13,8 @@ from typing import Any
 import pyarrow as pa
 import pytest
 from learner_models import trajectories
+from made_up_groups import request_for
 from pyarrow import fs
-from test_replay import _request
 
 from common.config.sections import Config
 from common.errors import RunError, UserError
@@ -45,7 +45,7 @@ class RunSoFar:
             columns[name] = [self._groups] * batch.num_rows
         batch = pa.RecordBatch.from_pydict(columns, schema=batch.schema)
         self._log = self._log or TrajectoryLog(self.path / "trajectories", batch.schema)
-        self.ledger.dispatched(_request(batch))
+        self.ledger.dispatched(request_for(batch))
         self._log.append(batch)
         self.ledger.verified(self._groups, 6)
         self._groups += 1

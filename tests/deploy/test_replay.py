@@ -10,7 +10,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from learner_models import save_tiny_model, trajectories
-from test_trainer import worker
+from learner_ranks import worker
+from made_up_groups import request_for
 
 from common.config.algorithm import AlgorithmConfig, CreditConfig
 from common.config.load import dump_config
@@ -21,7 +22,6 @@ from common.record.ledger import Ledger
 from common.record.metrics import JsonlSink
 from common.record.trajectory_log import TrajectoryLog
 from common.record.writer import receipt
-from common.trajectory import GroupRequest
 from deploy.inspector.replay import other_rule, replay, step_batches
 from deploy.inspector.replay_report import cosine, describe, early_share
 from deploy.models.resolve import ModelLocation
@@ -45,14 +45,6 @@ def groups_of(step: int) -> list[pa.RecordBatch]:
             columns[name] = [ticket] * batch.num_rows
         batches.append(pa.RecordBatch.from_pydict(columns, schema=batch.schema))
     return batches
-
-
-def _request(batch: pa.RecordBatch) -> GroupRequest:
-    ticket = batch.column("ticket")[0].as_py()
-    version = batch.column("dispatch_version")[0].as_py()
-    return GroupRequest(
-        ticket, ticket, str(ticket), 0, "", "", [], "{}", batch.num_rows, 32, 1.0, version, 0.0
-    )
 
 
 def _config(folder: Path) -> Config:
@@ -80,7 +72,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for step in range(1, STEPS + 1):
         groups = groups_of(step)
         for batch in reversed(groups):  # logged as they end, taken by ticket
-            ledger.dispatched(_request(batch))
+            ledger.dispatched(request_for(batch))
             log.append(batch)
             ledger.verified(batch.column("ticket")[0].as_py(), 1)
         credit_run = None if step == 1 else str(path)

@@ -12,7 +12,7 @@ import kubernetes_validate
 import pytest
 import ray
 import yaml
-from test_layering import ROOT, sources
+from source_tree import ROOT, sources
 
 from common.config.load import load_config
 from common.config.sections import Config

@@ -41,7 +41,7 @@ def actor(kind: type[Mortal] = Mortal) -> Any:
 
 
 def verified(index: int) -> pa.RecordBatch:
-    from test_trajectory_log import group  # not found by Ray's workers, which import this file
+    from made_up_groups import group  # not found by Ray's workers, which import this file
 
     return with_verdicts(group(index), ["rule"], [last_step([Verdict.scored(1.0)], [1.0])] * 2)
 

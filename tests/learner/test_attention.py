@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from learner_models import ARCHITECTURES, random_groups, tiny_model
+from plain_passes import ROW_SHAPES, assert_same_pass, one_at_a_time, spread_weights
 from torch import Tensor
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
@@ -15,52 +16,25 @@ from learner.policy.attention import ATTENTION_NAME, SegmentLengths, _for_each_h
 from learner.policy.model import Policy
 from learner.policy.packing import pack_row
 
-SHAPES = [(9, (5, 12, 1, 7)), (4, (20,)), (17, (3, 3)), (1, (2, 6, 6))]
-
-
-def _weights(count: int) -> Tensor:
-    return torch.linspace(-1.0, 2.0, count)
-
-
-def _one_at_a_time(model, groups, temperature: float) -> tuple[Tensor, dict[str, Tensor]]:
-    parts = []
-    for prompt, completions in groups:
-        for completion in completions:
-            ids = torch.tensor([*prompt, *completion])[None]
-            logits = model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1]
-            logprobs = (logits / temperature).log_softmax(-1)
-            parts.append(logprobs.gather(1, torch.tensor(completion)[:, None])[:, 0])
-    logprobs_N = torch.cat(parts)
-    (logprobs_N * _weights(len(logprobs_N))).sum().backward()
-    return logprobs_N.detach(), {n: p.grad for n, p in model.named_parameters()}
-
 
 def _packed(model, segments, temperature: float) -> tuple[Tensor, dict[str, Tensor]]:
     policy = Policy(model, chunk_tokens=7)
     count = sum(len(c) for _, cs in segments for c in cs)
     row = pack_row(segments, range(sum(len(cs) for _, cs in segments)), "cpu")
     logprobs_N, _ = policy.logprobs(row, temperature=temperature)
-    (logprobs_N * _weights(count)).sum().backward()
+    (logprobs_N * spread_weights(count)).sum().backward()
     return logprobs_N.detach(), {n: p.grad for n, p in policy.model.named_parameters()}
-
-
-def _assert_same(found, expected) -> None:
-    torch.testing.assert_close(found[0], expected[0], atol=2e-5, rtol=1e-5)
-    assert found[1].keys() == expected[1].keys()
-    for name, gradient in expected[1].items():
-        scale = float(gradient.abs().max())
-        torch.testing.assert_close(found[1][name], gradient, atol=1e-5 * (1 + scale), rtol=1e-4)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_packed_equals_one_sequence_at_a_time(architecture: str, temperature: float) -> None:
     model = tiny_model(architecture)
-    groups = random_groups(SHAPES)
-    expected = _one_at_a_time(copy.deepcopy(model), groups, temperature)
-    _assert_same(_packed(copy.deepcopy(model), groups, temperature), expected)
+    groups = random_groups(ROW_SHAPES)
+    expected = one_at_a_time(copy.deepcopy(model), groups, temperature)
+    assert_same_pass(_packed(copy.deepcopy(model), groups, temperature), expected)
     copies = [(prompt, [c]) for prompt, completions in groups for c in completions]
-    _assert_same(_packed(model, copies, temperature), expected)
+    assert_same_pass(_packed(model, copies, temperature), expected)
 
 
 def test_completions_see_neither_each_other_nor_other_segments() -> None:

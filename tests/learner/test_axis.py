@@ -46,7 +46,7 @@ AXES: dict[str, Axis[Any, Any, Any]] = {
     axis.name: axis
     for axis in (ROLLOUTS, BASELINES, CREDITS, OBJECTIVES, CORRECTIONS, AGGREGATIONS)
 }
-HERE = "test_axis:"
+HERE = f"{__name__}:"
 
 
 @pytest.mark.parametrize("name", AXES)
@@ -285,7 +285,7 @@ def refused(name: str, kind: str, message: str, **keys: Any) -> None:
 
 
 def test_a_rule_that_is_nowhere_is_refused() -> None:
-    for wrong in ("no_such_module:rule", ":rule", "test_axis:"):
+    for wrong in ("no_such_module:rule", ":rule", HERE):
         refused("credit", wrong, "cannot be imported")
     refused("baseline", HERE + "center", "no attribute 'center' .did you mean centred")
 
@@ -428,7 +428,7 @@ def not_of_large_rewards(grouped: GroupedRewards, config: BaselineConfig) -> Adv
 
 def test_an_estimator_that_fails_later_ends_the_run_by_its_name() -> None:
     recipe = Recipe(algorithm(baseline={"kind": HERE + "not_of_large_rewards"}), "none", 16)
-    with pytest.raises(RunError, match=r"kind=test_axis:not_of_large_rewards its advant"):
+    with pytest.raises(RunError, match=f"kind={HERE}not_of_large_rewards its advant"):
         recipe.prepare(REWARDS * 1000, GROUPS, LENGTHS, "v")
 
 

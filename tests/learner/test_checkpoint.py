@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from learner_models import save_tiny_model, tiny_model, trajectories
-from test_trainer import SHAPES, make_worker, on_ranks, untimed, weights, worker
+from learner_ranks import SHAPES, make_worker, on_ranks, untimed, weights, worker
 from transformers import AutoModelForCausalLM
 
 from common.config.algorithm import AlgorithmConfig

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pytest
 import torch
 from learner_models import save_tiny_model, trajectories
-from test_trainer import make_worker, on_ranks, untimed, worker
+from learner_ranks import make_worker, on_ranks, untimed, worker
 from transformers import AutoModelForCausalLM
 
 from common.config.algorithm import AlgorithmConfig, CreditConfig

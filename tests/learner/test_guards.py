@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from learner_models import save_tiny_model, trajectories
-from test_trainer import SHAPES, weights, worker
+from learner_ranks import SHAPES, weights, worker
 
 from common.config.sections import LearnerConfig
 from common.errors import RunError

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from test_budget import receipt
+from made_up_groups import receipt
 
 from common.errors import NumbersError, WeightsError
 from common.supervision.loops import first_cause

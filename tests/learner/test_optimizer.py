@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from learner_models import save_tiny_model, trajectories
-from test_trainer import SHAPES, make_worker, on_ranks, untimed, weights, worker
+from learner_ranks import SHAPES, make_worker, on_ranks, untimed, weights, worker
 from torch import nn
 
 from common.config.load import load_config
@@ -179,7 +179,7 @@ def test_what_an_optimiser_keeps_is_counted() -> None:
 
 
 def test_an_optimiser_of_ones_own(folder: Path, tmp_path: Path) -> None:
-    mine = OptimizerConfig("test_optimizer:Halving", {"share": 0.25})
+    mine = OptimizerConfig(f"{__name__}:Halving", {"share": 0.25})
     check_optimizer(LearnerConfig(optimizer=mine))
     assert state_bytes(LearnerConfig(optimizer=mine)) == 0
     with worker(folder, optimizer=OptimizerConfig("SGD"), learning_rate=1e-4) as made:
@@ -221,9 +221,9 @@ class Exploding(Halving):
         (config("SGD", weight_decay=0.1), "learner.weight_decay is AdamW's: for .*kind=SGD put"),
         (config("Adam", betas=(0.5, 0.5)), "learner.betas is AdamW's"),
         (config("no_such_module:Lion"), "cannot be imported"),
-        (config("test_optimizer:none_at_all"), "made a float: name a torch.optim.Optimizer"),
-        (config("test_optimizer:WithoutRate"), "keeps no lr in its param_groups"),
-        (config("test_optimizer:Exploding"), "makes steps that are not finite"),
+        (config(f"{__name__}:none_at_all"), "made a float: name a torch.optim.Optimizer"),
+        (config(f"{__name__}:WithoutRate"), "keeps no lr in its param_groups"),
+        (config(f"{__name__}:Exploding"), "makes steps that are not finite"),
         (config("torch.optim:LBFGS"), "raised TypeError: .*closure"),
         (config("torch.optim:Muon"), "raised ValueError: .*2D"),
     ],

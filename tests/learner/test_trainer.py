@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import math
-import multiprocessing as mp
-import queue
 import shutil
-import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pytest
 import torch
 from learner_models import save_tiny_model, tiny_model, trajectories
+from learner_ranks import (
+    SHAPES,
+    assert_same_training,
+    make_worker,
+    on_ranks,
+    train,
+    train_work,
+    untimed,
+    weights,
+    worker,
+)
 from transformers import AutoModelForCausalLM
 
 from common.config.algorithm import AlgorithmConfig
@@ -25,16 +30,11 @@ from common.config.sections import LearnerConfig, ModelConfig
 from common.errors import RunError, UserError, WeightsError
 from common.record.credit_log import read_credit
 from common.weights.buckets import check_bucket, pack_tensors, unpack_tensors
-from common.weights.transport import Receivers
 from learner.policy.logprobs import LogitTransform
 from learner.policy.model import Policy, check_policy, load_policy
 from learner.policy.packing import StepBatch
-from learner.training.job import LearnerJob
-from learner.training.rank import LearnerRank
 from learner.training.trainer import learning_rate
 
-SHAPES = [(9, [5, 12, 3, 7]), (4, [20, 2]), (17, [3, 3, 8]), (6, [10] * 4)]
-DEADLINE_S = 120.0
 COMPILES = [
     pytest.mark.long,  # compiling takes a minute
     pytest.mark.skipif(
@@ -43,121 +43,12 @@ COMPILES = [
 ]
 
 
-def make_worker(folder: Path, rank: int = 0, ranks: int = 1, **changes: Any) -> LearnerRank:
-    learner = LearnerConfig(ranks=ranks, device="cpu", warmup_steps=0, learning_rate=1e-3)
-    algorithm = AlgorithmConfig()
-    for name, value in changes.items():
-        section = learner if hasattr(learner, name) else algorithm.objective
-        if hasattr(section, name):
-            setattr(section, name, value)
-    job = LearnerJob(
-        model=ModelConfig(path=str(folder), dtype=changes.get("dtype", "float32")),
-        reference_path=str(changes.get("reference", folder)),
-        learner=learner,
-        algorithm=changes.get("algorithm", algorithm),
-        correction_kind="tis",
-        max_completion_tokens=48,
-        temperature=0.9,
-        seed=0,
-        total_steps=10,
-        primary_verifier="test",
-        bucket_mib=1,
-        tokens_per_microbatch=changes.get("tokens_per_microbatch", 64),
-    )
-    return LearnerRank(job, rank, put=lambda buffer: buffer)
-
-
-@contextmanager
-def worker(folder: Path, **changes: Any) -> Iterator[LearnerRank]:
-    made = make_worker(folder, **changes)
-    made.setup(*made.rendezvous_address())
-    try:
-        yield made
-    finally:
-        made.shutdown()
-
-
-def weights(of: LearnerRank) -> dict[str, torch.Tensor]:
-    of.open_transport(Receivers([], 1, 1.0))
-    buckets = of.export_weights(0).buckets
-    pairs = [pair for bucket in buckets for pair in unpack_tensors(bucket, bucket.buffer)]
-    return {name: tensor.clone() for name, tensor in pairs}
-
-
-def moments(of: LearnerRank) -> dict[str, np.ndarray]:
-    """AdamW's first moments, full: linear in the gradients, unlike the weights they move."""
-    (optimizer,) = of.trainer.optimizers
-    state = optimizer.state
-    named = of.trainer.policy.model.named_parameters()
-    return {name: state[p]["exp_avg"].full_tensor().numpy() for name, p in named if p in state}
-
-
-def _train_work(
-    made: LearnerRank, steps: int = 2, credit_run: str | None = None
-) -> tuple[list[dict], dict, dict]:
-    metrics = [made.step(trajectories(SHAPES, seed=s), s, s, credit_run) for s in range(steps)]
-    exported = {name: tensor.float().numpy() for name, tensor in weights(made).items()}
-    return metrics, exported, moments(made)
-
-
-def train(folder: Path, steps: int = 2, **changes: Any) -> tuple[list[dict], dict, dict]:
-    with worker(folder, **changes) as made:
-        return _train_work(made, steps)
-
-
-def _rank_main(rank: int, ranks: int, pipe, target: Callable, args: tuple) -> None:
-    address, results = pipe
-    try:
-        torch.set_num_threads(1)
-        made, work = target(rank, ranks, *args)
-        if rank == 0:
-            place = made.rendezvous_address()
-            for _ in range(ranks - 1):
-                address.put(place)
-        else:
-            place = address.get(timeout=DEADLINE_S)
-        made.setup(*place)
-        results.put((rank, work(made), None))
-        made.shutdown()
-    except BaseException:
-        results.put((rank, None, traceback.format_exc()))
-        raise
-
-
-def on_ranks(ranks: int, target: Callable, *args: Any) -> list[Any]:
-    """`target(rank, ranks, *args)` -> (worker, work) runs in its own process on every rank."""
-    context = mp.get_context("spawn")
-    pipe = (context.Queue(), context.Queue())
-    processes = [
-        context.Process(target=_rank_main, args=(r, ranks, pipe, target, args), daemon=True)
-        for r in range(ranks)
-    ]
-    for process in processes:
-        process.start()
-    results = {}
-    try:
-        for _ in processes:
-            rank, result, error = pipe[1].get(timeout=DEADLINE_S)
-            assert error is None, f"rank {rank} failed:\n{error}"
-            results[rank] = result
-    except queue.Empty:
-        silent = sorted(set(range(ranks)) - set(results))
-        raise TimeoutError(f"ranks {silent} gave no result within {DEADLINE_S} s") from None
-    finally:
-        for process in processes:
-            process.join(timeout=10 if len(results) == ranks else 0)
-            if process.is_alive():
-                process.terminate()
-                process.join(timeout=10)
-    return [results[rank] for rank in range(ranks)]
-
-
 def _train_target(rank: int, ranks: int, folder: Path, changes: dict) -> tuple:
-    return make_worker(folder, rank, ranks, **changes), _train_work
+    return make_worker(folder, rank, ranks, **changes), train_work
 
 
 def _logged_target(rank: int, ranks: int, folder: Path, changes: dict, run: Path) -> tuple:
-    return make_worker(folder, rank, ranks, **changes), partial(_train_work, credit_run=str(run))
+    return make_worker(folder, rank, ranks, **changes), partial(train_work, credit_run=str(run))
 
 
 @pytest.fixture(scope="module")
@@ -168,23 +59,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def baseline(folder: Path) -> tuple[list[dict], dict, dict]:
     return train(folder)
-
-
-def untimed(metrics: dict[str, float]) -> dict[str, float]:
-    return {name: value for name, value in metrics.items() if not name.startswith("time/")}
-
-
-def assert_same_training(found, expected) -> None:
-    for mine, theirs in zip(found[0], expected[0], strict=True):
-        for name in ("loss/policy", "grad_norm", "clip_fraction", "is_ratio/mean"):
-            assert mine[name] == pytest.approx(theirs[name], rel=1e-4, abs=1e-6), name
-    for name, moment in expected[2].items():
-        np.testing.assert_allclose(found[2][name], moment, atol=1e-4 * np.abs(moment).max(), rtol=0)
-    # AdamW divides by the gradient's own size, so an element whose gradient is rounding noise may
-    # go anywhere within a learning rate (1e-3); a wrong gradient moves most elements that far.
-    for name, weight in expected[1].items():
-        gap = np.abs(found[1][name] - weight)
-        assert gap.max() < 2e-4 and gap.mean() < 1e-6, name
 
 
 def test_a_step_moves_the_weights_and_reports_the_contract(folder: Path, baseline) -> None:
@@ -237,17 +111,17 @@ def test_a_second_run_in_the_same_process_knows_nothing_of_the_first(
     folder: Path, baseline
 ) -> None:
     with worker(folder, kl=0.1, learning_rate=1e-2, seed=5) as made:
-        _train_work(made)
+        train_work(made)
         made.shutdown()
         made.begin(make_worker(folder)._job)
         made.setup(*made.rendezvous_address())
-        again = _train_work(made)
+        again = train_work(made)
     assert_same_training(again, baseline)
 
 
 def test_bfloat16_follows_float32(folder: Path, baseline) -> None:
     with worker(folder, dtype="bfloat16") as made:
-        metrics, _, _ = _train_work(made)
+        metrics, _, _ = train_work(made)
         assert all(tensor.dtype == torch.bfloat16 for tensor in weights(made).values())
     for mine, theirs in zip(metrics, baseline[0], strict=True):
         assert mine["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=0.1)
@@ -283,7 +157,7 @@ def test_kl_in_the_reward_is_the_sampler_against_the_reference(folder: Path) -> 
     results = on_ranks(2, _train_target, folder, {"kl": 0.01, "kl_in": "reward"})
     with worker(folder, kl=0.01, kl_in="reward") as made:
         shaped, found = made.trainer._with_kl_in_rewards(step)
-        alone = _train_work(made)
+        alone = train_work(made)
     np.testing.assert_allclose(shaped.rewards_B, step.rewards_B - 0.01 * np.array(expected), 1e-4)
     assert found["reward/kl_penalty"] == pytest.approx(0.01 * np.mean(expected), rel=1e-4)
     assert alone[0][0]["grad_norm"] != pytest.approx(plain[0]["grad_norm"], rel=1e-3)
@@ -468,7 +342,7 @@ def test_self_check_refuses_an_unknown_logit_transform(tmp_path: Path, monkeypat
 
 
 def _untied_target(rank: int, ranks: int, tied: Path, untied: Path) -> tuple:
-    return make_worker(untied if rank else tied, rank, ranks), _train_work
+    return make_worker(untied if rank else tied, rank, ranks), train_work
 
 
 def test_ranks_with_different_models_are_told_so(folder: Path, tmp_path: Path) -> None:

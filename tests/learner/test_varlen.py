@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import torch
 from learner_models import random_groups, save_tiny_model, tiny_config, tiny_model
-from test_attention import SHAPES, _assert_same, _one_at_a_time, _weights
-from test_trainer import _train_work, assert_same_training, make_worker, on_ranks, train
+from learner_ranks import assert_same_training, make_worker, on_ranks, train, train_work
+from plain_passes import ROW_SHAPES, assert_same_pass, one_at_a_time, spread_weights
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention.varlen import varlen_attn
@@ -88,17 +88,17 @@ def test_numbers_and_gradients_are_those_of_one_sequence_at_a_time(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(varlen, "varlen_attn", by_definition)
-    model, groups = MODELS[name](), random_groups(SHAPES)
-    expected = _one_at_a_time(copy.deepcopy(model), groups, 0.7)
+    model, groups = MODELS[name](), random_groups(ROW_SHAPES)
+    expected = one_at_a_time(copy.deepcopy(model), groups, 0.7)
     for segments in (groups, [(p, [c]) for p, cs in groups for c in cs], [*groups, *groups[::-1]]):
         policy = Policy(copy.deepcopy(model), chunk_tokens=7)
         policy.model.config._attn_implementation = VARLEN_NAME
         row = pack_row(segments, range(sum(len(cs) for _, cs in segments)), "cpu")
         logprobs_N, _ = policy.logprobs(row, temperature=0.7)
         count = len(expected[0])
-        (logprobs_N[:count] * _weights(count)).sum().backward()
+        (logprobs_N[:count] * spread_weights(count)).sum().backward()
         found = {n: p.grad for n, p in policy.model.named_parameters()}
-        _assert_same((logprobs_N[:count].detach(), found), expected)
+        assert_same_pass((logprobs_N[:count].detach(), found), expected)
 
 
 def test_a_row_of_one_idle_token_goes_through(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,7 +120,7 @@ def test_each_layer_after_the_first_reuses_the_sequences(monkeypatch: pytest.Mon
     monkeypatch.setattr(varlen, "varlen_attn", seen)
     policy = Policy(tiny_model("qwen2"), chunk_tokens=64)
     policy.model.config._attn_implementation = VARLEN_NAME
-    row = pack_row(random_groups(SHAPES), range(8), "cpu")
+    row = pack_row(random_groups(ROW_SHAPES), range(8), "cpu")
     policy.logprobs(row, temperature=1.0)
     assert len(edges) == 2
     assert len(set(edges)) == 1
@@ -144,7 +144,7 @@ def test_soft_caps_are_refused() -> None:
     policy = Policy(tiny_model("gemma2"), chunk_tokens=7)
     policy.model.config._attn_implementation = VARLEN_NAME
     with pytest.raises(UserError, match=r"learner\.attention=grids"):
-        policy.logprobs(pack_row(random_groups(SHAPES), range(8), "cpu"), temperature=1.0)
+        policy.logprobs(pack_row(random_groups(ROW_SHAPES), range(8), "cpu"), temperature=1.0)
 
 
 def prove(monkeypatch: pytest.MonkeyPatch, kernel: Any) -> Policy:
@@ -206,7 +206,7 @@ def test_a_learner_without_cuda_is_refused() -> None:
 def _patched_target(rank: int, ranks: int, folder: Path) -> tuple[Any, Any]:
     varlen.varlen_attn = by_definition
     learner.policy.model.VARLEN_DEVICES = {"cpu"}
-    return make_worker(folder, rank, ranks, attention="varlen"), _train_work
+    return make_worker(folder, rank, ranks, attention="varlen"), train_work
 
 
 def test_two_sharded_ranks_learn_what_one_learns_with_the_grids(tmp_path: Path) -> None:
