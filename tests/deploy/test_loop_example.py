@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -32,6 +32,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny_model(tmp_path_factory.mktemp("tiny"))
 
 
+@pytest.fixture(autouse=True)
+def threads() -> Iterator[None]:
+    """The learner sets their number, which decides how sums round, for all tests behind it."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
 def config_of(folder: Path, *overrides: str) -> Config:
     return load(
         TINY,
@@ -39,6 +47,7 @@ def config_of(folder: Path, *overrides: str) -> Config:
             f"model.path={folder}",
             "generator.max_staleness=0",
             "learner.max_grad_norm=.inf",  # gradients as they come, not scaled
+            "algorithm.objective.updates_per_batch=1",
             *overrides,
         ],
     )
@@ -82,7 +91,8 @@ def gradients_of_the_real_step(config: Config, groups: Sequence[pa.RecordBatch])
                 assert parameter.grad is not None
                 found[name] = parameter.grad.full_tensor().clone()
 
-        rank.trainer.optimizer.register_step_pre_hook(keep)
+        (optimizer,) = rank.trainer.optimizers
+        optimizer.register_step_pre_hook(keep)
         rank.step(groups, version=0, max_staleness=0)
     finally:
         rank.shutdown()

@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import attacks
 import pytest
 from attack_table import PAGE, with_table
 from attacks import ATTACKS, HONEST, SECRET, TESTS, Attack, play, sandbox_behind, wrong
@@ -125,7 +126,7 @@ def test_the_same_holds_for_an_ordinary_user(less: str) -> None:
     for folder in above:
         home += ["--perms", "0755", "--dir", folder] if folder.startswith("/root/") else []
     home += ["--ro-bind", sys.base_prefix, sys.base_prefix] if len(home) > 2 else []
-    script = [sys.executable, str(Path(__file__).parent / "attacks.py"), less]
+    script = [sys.executable, attacks.__file__, less]
     # Not in a namespace of users: an ordinary user makes its own, if it may.
     done = subprocess.run(
         [

@@ -10,7 +10,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "actors" / "README.md"
-sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "support"), str(ROOT / "tests" / "hostile")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "support")]
 
 from attacks import ATTACKS  # noqa: E402
 from between_marks import with_part  # noqa: E402
