@@ -52,7 +52,8 @@ class DataConfig:
     reasoning_gym: ReasoningGymConfig = field(default_factory=ReasoningGymConfig)
     path: str | None = None
     """Data to read: a file, a folder, a pattern such as `train-*.parquet`, or the name of a data
-    set on the hub such as `openai/gsm8k`. Files are .jsonl, .json, .csv or .parquet, also with .gz."""
+    set on the hub such as `openai/gsm8k`. Files are .jsonl, .json, .csv or .parquet, also with
+    .gz."""
     subset: str | None = None
     """Subset of the hub's data set, such as `main`; null where it has only one."""
     split: str = "train"

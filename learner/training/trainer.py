@@ -289,7 +289,7 @@ class Trainer:
     def _updates(self, work: Work, sheet: CreditSheet | None) -> dict[str, float]:
         """Take every optimiser step of the batch; returns the metrics that come from them."""
         old = self._old_logprobs(work)
-        totals, norms = _Totals(), list[float]()
+        totals = _Totals()
         metrics = {"grad_norm": 0.0, "steps/skipped": 0.0}
         epochs = self.job.algorithm.objective.epochs
         for epoch, (index, part) in itertools.product(range(epochs), enumerate(work.parts)):
@@ -304,14 +304,11 @@ class Trainer:
             # Without a gradient an optimiser's momentum must not move the weights.
             finite = True
             if part.microbatches:
-                norm, finite = self._optimize()
-                norms.append(norm)
+                metrics["grad_norm"], finite = self._optimize()
             summed = totals.over_ranks()
             if finite:
                 metrics |= self.recipe.end_step(torch.from_numpy(summed.surrogate_sums_B))
             metrics["steps/skipped"] += float(not finite)
-        if norms:
-            metrics["grad_norm"] = float(np.mean(norms))
         return metrics | summed.means(epochs * len(work.parts))
 
     @torch.no_grad()
