@@ -55,7 +55,7 @@ def test_rows_measured_alone_replace_their_own_and_leave_the_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.syspath_prepend(str(Path(__file__).parent / "bench"))
-    bench = importlib.import_module("bench.bench")
+    bench = importlib.import_module("tests.bench.bench")
     monkeypatch.setattr(bench, "RESULTS", tmp_path)
 
     def named(name: str, value: float) -> Row:
@@ -77,7 +77,7 @@ def test_the_last_line_counts_a_row_behind_its_baseline_as_not_holding(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.syspath_prepend(str(Path(__file__).parent / "bench"))
-    bench = importlib.import_module("bench.bench")
+    bench = importlib.import_module("tests.bench.bench")
     rows = [Row("a", "other", [2.0], 1.0, True), Row("b", "other", [1.5], 1.0, True)]
     last = bench.summary(rows, {"a": 2.0, "b": 2.0}, 60.0)
     assert last == "1 of 2 rows hold, after 1 minutes; fallen behind their baseline: b"

@@ -80,7 +80,8 @@ def test_a_receipt_sums_the_group_up() -> None:
     batch = group(9)
     rewards = pa.array([None, 1.0], pa.float32())
     verified = pa.RecordBatch.from_arrays(
-        [*batch.columns, rewards], names=[*batch.schema.names, "reward"]
+        [*batch.columns, rewards, pa.array(["", "files"])],
+        names=[*batch.schema.names, "reward", "suspicious"],
     )
     summed = receipt(verified, "ref")
     assert (summed.group_id, summed.num_completions, summed.num_tokens) == (9, 2, 4)

@@ -220,4 +220,4 @@ def test_a_run_that_cannot_have_it_is_refused_before_anything_starts(device: str
     overrides = ["model.path=none", "learner.attention=varlen", "model.dtype=float32"]
     config = load_config([], [*overrides, f"learner.device={device}"])
     with pytest.raises(UserError, match=r"use learner\.attention=grids"):
-        _check(config)
+        _check(config, has_reference=False)
