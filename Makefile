@@ -3,10 +3,14 @@ VENV ?= .venv
 export VENV PYTHON ENGINE
 RUN = $(VENV)/bin/python
 
-.PHONY: train test test-graders test-unit test-integration test-oracle test-recipes test-cluster faults soak lint compare bench bench-long simulation demo-report setup clean
+.PHONY: train train-agent test test-graders test-models test-agents test-unit test-integration test-oracle test-recipes test-cluster test-gpu faults soak lint compare credit-study bench bench-long simulation demo-report setup clean
 
 train: setup
 	$(RUN) -m deploy.cli train --config deploy/configs/smollm2.yaml $(ARGS)
+
+# Episodes of several turns: a policy that cannot multiply learns to use a calculator.
+train-agent: setup
+	$(RUN) -m deploy.cli train --config deploy/configs/smollm2-calculator.yaml $(ARGS)
 
 test: test-unit test-integration
 
@@ -21,6 +25,15 @@ test-integration: setup
 test-graders: setup
 	$(RUN) -m pytest -m graders tests/graders $(ARGS)
 
+# Some sixty architectures of tiny random models: the learner against transformers, and two updates
+# and a resume on real vLLM. ARGS='-k mixtral' chooses; MEASURED=FILE keeps the numbers.
+test-models: setup
+	$(RUN) -m pytest -m models tests/models $(ARGS)
+
+# Episodes on real parts: weights that change between turns and inside of one, what is killed, replay.
+test-agents: setup
+	$(RUN) -m pytest -m agents tests/agents $(ARGS)
+
 # Our losses against TRL's, in an environment of its own.
 test-oracle: setup
 	@bash tests/bench/peer_setup.sh
@@ -29,11 +42,16 @@ test-oracle: setup
 # Every recipe, ten steps on real parts; the examples, a notebook and an evaluation: a quarter of an
 # hour on two cores.
 test-recipes: setup
-	$(RUN) -m pytest -m long $(ARGS)
+	$(RUN) -m pytest -m "long and not models" $(ARGS)
 
 # Several Ray nodes on this machine.
 test-cluster: setup
 	$(RUN) -m pytest -m cluster $(ARGS)
+
+# On a machine with CUDA devices: runs on one, two and more, and the learner's speed. The report is
+# gpu-report.txt.
+test-gpu: setup
+	$(RUN) -m pytest -m gpu tests/gpu $(ARGS)
 
 # Real runs, killed and broken on purpose.
 faults: setup
@@ -43,9 +61,13 @@ faults: setup
 soak: setup
 	PYTHONPATH=.:tests/support $(RUN) tests/faults/soak.py $(ARGS)
 
-# About two hours on two cores; what is finished is not run again.
+# Five hours on two cores; what is finished, or on record in tests/bench/results, is not run again.
 compare: setup
-	$(RUN) tests/bench/compare.py guidance staleness epochs recipes $(ARGS)
+	$(RUN) tests/bench/compare.py guess updates staleness long guidance epochs recipes --keep $(ARGS)
+
+# Which rule's credit points at the tokens that matter: exact truths, and values by branches.
+credit-study: setup
+	PYTHONPATH=.:tests/bench $(RUN) tests/bench/credit_study.py $(ARGS)
 
 # Every figure of speed as a ratio to something measured beside it.
 bench: setup
@@ -77,4 +99,4 @@ setup:
 	@bash deploy/setup.sh
 
 clean:
-	rm -rf $(VENV) .venv-trl .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-trl .venv-agents .venv-verifiers .mypy_cache .ruff_cache .hypothesis

@@ -35,6 +35,10 @@ class WeightsError(RunError):
     """The generators do not hold the learner's weights (canary, checksum or coverage)."""
 
 
+class RefutedError(WeightsError):
+    """A generator scored the canary as it should not: it computes with other weights."""
+
+
 class NumbersError(RunError):
     """A gradient that is not finite: nothing to train on."""
 

@@ -10,6 +10,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from common.config.follow_up import FollowUpConfig
+from common.record.episodes import EpisodeSums
+from common.record.parts import NOTHING, Aside
 from common.supervision.calls import Ref
 
 if TYPE_CHECKING:
@@ -20,6 +23,24 @@ def ticket_seed(seed: int, ticket: int) -> int:
     """Seed of the samples of a ticket, or of an evaluation's problem; sample i adds i."""
     digest = hashlib.sha256(f"{seed}/{ticket}".encode()).digest()
     return int.from_bytes(digest[:6])
+
+
+def group_seed(seed: int | None, ticket: int) -> int | None:
+    """Seed of a group's samples and of its environment; `seed` is `Config.sampling_seed`."""
+    return None if seed is None else ticket_seed(seed, ticket)
+
+
+@dataclass(frozen=True)
+class Begun:
+    """The beginning of an episode on record, from which others go on."""
+
+    token_ids: tuple[int, ...]
+    """Behind the prompt, with what was given to the policy between its turns."""
+    turns: tuple[tuple[int, int, str], ...]
+    """First token of each turn, the one behind its last, and why it ended. The last turn is to be
+    gone on with where it has no such reason."""
+    seed: int
+    """Seed of the environment in which it was played."""
 
 
 @dataclass(frozen=True)
@@ -46,10 +67,35 @@ class GroupRequest:
     """First tokens of a reference solution; they lead the last `num_guided` completions."""
     num_guided: int = 0
     mask_guidance: bool = True
+    greedy: bool = False
+    """Whether the first completion is sampled at temperature 0 and stays out of the loss."""
+    source: str = ""
+    """Name of the prompt's data set, among several."""
     seed: int | None = None
     """Seed of this group's samples; None leaves them to the engine's random state."""
     cap_s: float | None = None
     """Seconds after which completions still being sampled are aborted and left out."""
+    context_ids: tuple[int, ...] = ()
+    """What a scorer reads in the place of the prompt (`common.config.contexts`)."""
+    answer_pattern: str = ""
+    """Regular expression of the answer in a completion; empty where nobody asks where it stands."""
+    follow_up: FollowUpConfig | None = None
+    """What is asked for after the verdicts; None: nothing."""
+    follow_up_ids: tuple[int, ...] = ()
+    """What that is sampled behind, where it is another prompt; with a hole for what is known only
+    then (`common.config.contexts`)."""
+    num_follow_up: int = 0
+    """Completions of the learner's that a follow-up samples, where it samples any."""
+    part: str = ""
+    """Name of the part of the group that these are (`common.record.parts`)."""
+    first_index: int = 0
+    """Index in the group of the first of these completions."""
+    continues: int | None = None
+    """Index of the completion that probes continue."""
+    sampled_behind: tuple[int, ...] = ()
+    """What is sampled behind where that is not `prompt_ids`, behind which is trained."""
+    begun: Begun | None = None
+    """How every episode of the group begins, in an environment that is brought there again."""
 
 
 @dataclass(frozen=True)
@@ -64,8 +110,9 @@ class GroupReceipt:
     min_version: int
     """Oldest weight version any token was sampled with."""
     max_version: int
-    """Newest weight version any token was sampled with."""
+    """Newest weight version any token was sampled with, those of probes included."""
     num_completions: int
+    """Completions that the learner gets. Drafts and probes count in no field but their own."""
     num_tokens: int
     """Tokens that were sampled: guidance does not count."""
     reward_mean: float
@@ -77,8 +124,29 @@ class GroupReceipt:
     """Tokens of these completions."""
     generate_s: float
     """Seconds from dispatch to the last completion."""
+    accuracy_mean: float = float("nan")
+    """Mean of the first verifier's reward, over the completions that have one."""
+    num_compared: int = 0
+    """Completions with a reward that others are compared with: no token of theirs is in the loss.
+    """
+    compared_tokens: int = 0
+    """Tokens of these completions."""
+    source: str = ""
+    """Name of the data set that the prompt is from, among several."""
     suspicious: tuple[str, ...] = ()
     """One entry a completion that touched a wall of the sandbox: the kinds, joined by commas."""
+    episodes: EpisodeSums | None = None
+    """What the episodes of the group add up to; None where they were played in no environment."""
+    drafts: Aside = NOTHING
+    probes: Aside = NOTHING
+
+    @property
+    def every(self) -> Aside:
+        """All that was sampled of the group."""
+        return Aside(
+            self.num_completions + self.drafts.completions + self.probes.completions,
+            self.num_tokens + self.drafts.tokens + self.probes.tokens,
+        )
 
     @property
     def unjudged(self) -> bool:

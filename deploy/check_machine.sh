@@ -4,7 +4,7 @@
 # `choose_engine` answers which build of vLLM this machine takes; `check_machine` refuses one on
 # which that build cannot work. An error is one line that says what to do, and exit status 2.
 
-DRIVER_NEEDED=580    # torch 2.13 and vLLM 0.32 bring CUDA 13.0, whose oldest driver this is
+DRIVER_NEEDED=580    # torch 2.13 and 2.14 bring CUDA 13.0, whose oldest driver this is
 CAPABILITY_NEEDED=75 # CUDA 13.0 compiles for no device older than Turing
 GPU_GIB=16           # 4 of wheels, 10 unpacked, room for a small model
 CPU_GIB=6            # the environment itself takes 3.6

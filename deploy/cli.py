@@ -6,6 +6,7 @@ Heavy imports wait until a verb needs them, so that `--help` is instant.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from common.errors import RunError, UserError
 from deploy.command.arguments import parse, parser
+from deploy.command.output import NobodyReadsError, Output
 
 if TYPE_CHECKING:
     from common.config.sections import Config
@@ -21,9 +23,18 @@ if TYPE_CHECKING:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a verb; returns the exit status: 0 done, 1 the run failed, 2 wrong input, 130 stopped."""
     options = parse(arguments)
+    with contextlib.redirect_stdout(output := Output(sys.stdout)):
+        output.goes_on = options.verb in ("train", "credit", "eval", "values")
+        return _status(options)
+
+
+def _status(options: argparse.Namespace) -> int:
     try:
-        verb = _VERBS[options.verb]
-        return verb(options)
+        status = _VERBS[options.verb](options)
+        sys.stdout.flush()
+        return status
+    except NobodyReadsError as error:
+        return error.exit_code
     except (UserError, RunError) as error:
         print(f"\nerror: {_message(error)}", file=sys.stderr)
         return error.exit_code
@@ -47,7 +58,7 @@ def _message(error: Exception) -> str:
 def _load(options: argparse.Namespace) -> Config:
     from deploy.command.presets import load
 
-    return load(options.config, options.overrides)
+    return load(options.config, options.overrides, trust_code=options.trust_code)
 
 
 def _train(options: argparse.Namespace) -> int:
@@ -71,11 +82,17 @@ def _pick_preset(options: argparse.Namespace) -> None:
 
 
 def _plan(options: argparse.Namespace) -> int:
-    from deploy.command.presets import load_with_origins
-    from deploy.predict.plan import describe
+    from deploy.command.presets import CONFIGS, FOR_DEVICES, load_with_origins
+    from deploy.predict.plan import describe, describe_proposal
 
-    loaded = load_with_origins(options.config, options.overrides)
-    print(describe(loaded, options.lengths, options.costs))
+    trusted = options.trust_code
+    if options.devices is None:
+        loaded = load_with_origins(options.config, options.overrides, trust_code=trusted)
+        print(describe(loaded, options.lengths, options.costs))
+    else:
+        config = options.config or CONFIGS / f"{FOR_DEVICES}.yaml"
+        loaded = load_with_origins(config, options.overrides, trust_code=trusted)
+        print(describe_proposal(loaded, options.devices, config))
     return 0
 
 
@@ -124,14 +141,70 @@ def _refuse(options: set[str], of: str) -> None:
 
 def _replay(options: argparse.Namespace) -> int:
     from deploy.command.presets import RECIPES
-    from deploy.inspector.replay import other_rule, replay
+    from deploy.command.trust import check_code
+    from deploy.inspector.replay import other_rule, replay, run_config
     from deploy.inspector.replay_report import describe, name_of
 
     rule = options.overrides
-    other = other_rule(options.run, rule, RECIPES) if rule else None
-    found = replay(options.run, options.step, other)
+    if options.episode is not None:
+        return _replay_episode(options)
+    if not options.trust_code:
+        # A step needs no environment: what it said is in the log.
+        check_code(run_config(options.run), options.run, rule, ignored=("environment",))
+    others = [other_rule(options.run, rule, RECIPES)] if rule else []
+    found = replay(options.run, options.step, *others)
     print(describe(found, name_of(options.run)))
     return int(bool(found.differences))
+
+
+def _replay_episode(options: argparse.Namespace) -> int:
+    from deploy.command.trust import check_code
+    from deploy.inspector.replay import run_config
+    from deploy.inspector.replay_episode import describe_episode, replay_episode
+
+    if options.overrides:
+        raise UserError(f"{options.overrides[0]}: another rule goes with --step")
+    if not options.trust_code:
+        check_code(run_config(options.run), options.run, [])
+    found = replay_episode(options.run, options.episode)
+    print(describe_episode(found))
+    return int(found.parting is not None)
+
+
+def _prune(options: argparse.Namespace) -> int:
+    from deploy.run.pruning import describe, prune
+
+    found, size = prune(options.run, options.keep_steps, options.dry_run, print)
+    print(describe(found, size, options.dry_run))
+    return 0
+
+
+def _credit(options: argparse.Namespace) -> int:
+    from deploy.command.trust import check_code
+    from deploy.credit.launch import Options, measure
+    from deploy.inspector.replay import run_config
+
+    if not options.trust_code:
+        config = run_config(options.run)
+        refused = ("environment",) if config.environment.command is not None else ()
+        check_code(config, options.run, options.recipe, ignored=refused)
+    chosen = {} if options.at is None else {"at": options.at}
+    if options.seconds is not None:
+        chosen["seconds"] = options.seconds
+    measure(
+        Options(
+            run=options.run,
+            step=options.step,
+            points=options.points,
+            completions=options.completions,
+            continuations=options.continuations,
+            samples=options.samples,
+            recipes=options.recipe,
+            out=options.out,
+            **chosen,
+        )
+    )
+    return 0
 
 
 def _eval(options: argparse.Namespace) -> int:
@@ -154,6 +227,22 @@ def _eval(options: argparse.Namespace) -> int:
     return 0
 
 
+def _values(options: argparse.Namespace) -> int:
+    from deploy.eval.values import ValueOptions, make_values
+
+    make_values(
+        ValueOptions(
+            _load(options),
+            out=options.out,
+            samples=options.samples,
+            beta=options.beta,
+            column=options.column,
+            dry_run=options.dry_run,
+        )
+    )
+    return 0
+
+
 _VERBS = {
     "train": _train,
     "plan": _plan,
@@ -161,7 +250,10 @@ _VERBS = {
     "completion": _completion,
     "inspect": _inspect,
     "replay": _replay,
+    "prune": _prune,
+    "credit": _credit,
     "eval": _eval,
+    "values": _values,
 }
 
 

@@ -10,15 +10,20 @@ version still unproved waits for its proof.
 from __future__ import annotations
 
 import asyncio
+import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from common.errors import NumbersError
+from common.record.episodes import episode_metrics
+from common.record.metric_names import of_source
+from common.supervision.calls import Ref
 from common.supervision.faults import reached
 from common.trajectory import GroupReceipt
 from learner.training.ranks import LearnerRanks
+from learner.training.scoring import Scores
 from learner.weights.publish import Exported, Publisher
 
 
@@ -52,6 +57,14 @@ Record = Callable[[int, dict[str, float]], None]
 
 class Evaluation(Protocol):
     async def run(self, step: int) -> dict[str, float]: ...
+
+
+class Scorer(Protocol):
+    """A model elsewhere that scores what is trained on."""
+
+    async def score(
+        self, receipts: Sequence[GroupReceipt], deadline_s: float
+    ) -> list[Ref[Scores]]: ...
 
 
 class Checkpoints(Protocol):
@@ -95,11 +108,18 @@ class LearnerLoop:
         schedule: Schedule,
         keep_batch: Callable[[list[GroupReceipt]], None],
         stop: asyncio.Event | None = None,
+        scorer: Scorer | None = None,
+        score_timeout_s: float = 0.0,
     ) -> None:
         """`keep_batch` is given the groups of a step that ended the run by its numbers.
 
         `stop`, once set, ends the run early: the step under way is finished and saved, and no
         other is begun.
+
+        Args:
+            scorer: is asked of the groups before each step; None where nobody is, or the learner
+                scores itself.
+            score_timeout_s: for one group.
         """
         self._learner = learner
         self._publisher = publisher
@@ -111,6 +131,8 @@ class LearnerLoop:
         self._schedule = schedule
         self._keep_batch = keep_batch
         self._stop = stop or asyncio.Event()
+        self._scorer = scorer
+        self._score_timeout_s = score_timeout_s
         self._delivery: asyncio.Future[dict[str, float]]
         """The generators' half of the last step; done before the first."""
         self._writing: asyncio.Future[None]
@@ -174,7 +196,7 @@ class LearnerLoop:
 
     async def _before_training(self) -> None:
         first = self._schedule.first_step
-        metrics = {"policy_version": float(first), "canary/gap": await self._publisher.prove(first)}
+        metrics = {"policy_version": float(first), "canary/gap": self._publisher.gap}
         if first == 0:
             self._record(0, metrics | await self._evaluation.run(0))
 
@@ -189,10 +211,12 @@ class LearnerLoop:
         if self._publisher.shares_devices:
             await self._delivery  # its evaluation too
             await self._publisher.make_room()
+        scores, of_scorer = await self._scores(receipts)
         taken = time.monotonic()
         reached("step begins")
+        staleness = self._schedule.max_staleness
         try:
-            metrics = await self._learner.step(receipts, version, self._schedule.max_staleness)
+            metrics = await self._learner.step(receipts, version, staleness, scores)
         except NumbersError:
             self._keep_batch(receipts)
             raise
@@ -206,6 +230,7 @@ class LearnerLoop:
         exported = await self._publisher.export(step)
         reached("weights exported")
         return exported, metrics | {
+            **of_scorer,
             "policy_version": float(step),
             "time/wait_data": taken - started,
             "time/train": trained - taken,
@@ -214,6 +239,16 @@ class LearnerLoop:
             "time/step": time.monotonic() - started,
             **_summary(receipts),
         }
+
+    async def _scores(
+        self, receipts: list[GroupReceipt]
+    ) -> tuple[list[Ref[Scores]] | None, dict[str, float]]:
+        """What a scorer elsewhere says of a step's groups, and how long that took."""
+        if self._scorer is None:
+            return None, {}
+        started = time.monotonic()
+        scores = await self._scorer.score(receipts, self._score_timeout_s)
+        return scores, {"time/wait_scores": time.monotonic() - started}
 
     async def _deliver(self, exported: Exported, metrics: dict[str, float]) -> dict[str, float]:
         """The generators' half of a step; returns its whole record."""
@@ -229,12 +264,51 @@ class LearnerLoop:
 
 def _summary(receipts: list[GroupReceipt]) -> dict[str, Any]:
     return {
-        "tokens/generated": float(sum(receipt.num_tokens for receipt in receipts)),
+        "tokens/generated": float(sum(receipt.every.tokens for receipt in receipts)),
+        **_aside(receipts),
         "completions/unscored": float(sum(receipt.num_unscored for receipt in receipts)),
         "groups/equal_rewards": float(sum(receipt.rewards_equal for receipt in receipts)),
+        **_of_each_source(receipts),
         **_suspicious([kinds for receipt in receipts for kinds in receipt.suspicious]),
+        **episode_metrics([receipt.episodes for receipt in receipts]),
         "time/generate": sum(receipt.generate_s for receipt in receipts) / len(receipts),
     }
+
+
+def _aside(receipts: list[GroupReceipt]) -> dict[str, float]:
+    """What was sampled of the step's groups and is not for the learner, where there is any."""
+    found = {
+        "completions/drafts": sum(receipt.drafts.completions for receipt in receipts),
+        "completions/probes": sum(receipt.probes.completions for receipt in receipts),
+        "tokens/drafts": sum(receipt.drafts.tokens for receipt in receipts),
+        "tokens/probes": sum(receipt.probes.tokens for receipt in receipts),
+    }
+    return {name: float(count) for name, count in found.items() if count}
+
+
+def _of_each_source(receipts: list[GroupReceipt]) -> dict[str, float]:
+    """The step's groups counted by data set, where there are several."""
+    found: dict[str, float] = {}
+    for name in sorted({receipt.source for receipt in receipts} - {""}):
+        own = [receipt for receipt in receipts if receipt.source == name]
+        scored = [(one.reward_mean, one.num_completions - one.num_unscored) for one in own]
+        values = {
+            "source/*/reward": _mean(scored),
+            "source/*/accuracy": _mean([(one.accuracy_mean, one.num_completions) for one in own]),
+            "source/*/groups": float(len(own)),
+            "source/*/equal_rewards": float(sum(one.rewards_equal for one in own)),
+            "source/*/unscored": float(sum(one.num_unscored for one in own)),
+            "source/*/tokens": float(sum(one.every.tokens for one in own)),
+        }
+        found |= {of_source(metric, name): value for metric, value in values.items()}
+    return found
+
+
+def _mean(weighted: list[tuple[float, int]]) -> float:
+    """Mean of what is known, each value with the number of completions behind it."""
+    known = [(value, weight) for value, weight in weighted if not math.isnan(value)]
+    total = sum(weight for _, weight in known)
+    return sum(value * weight for value, weight in known) / total if total else 0.0
 
 
 def _suspicious(of_completions: list[str]) -> dict[str, float]:

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import importlib
 import json
+from asyncio import CancelledError
 from pathlib import Path
 
 import pytest
 
+from common.config.sections import Config, EnvironmentConfig
 from tests.bench.harness import Row, ratio_of_times
+
+PLAYED = ("a1", "a2", "b1", "b2", "c1")
+"""Runs by name; the letter is their environment."""
 
 
 def row(*ratios: float, target: float = 1.0, higher: bool = True, failure: str = "") -> Row:
@@ -81,3 +86,27 @@ def test_the_last_line_counts_a_row_behind_its_baseline_as_not_holding(
     rows = [Row("a", "other", [2.0], 1.0, True), Row("b", "other", [1.5], 1.0, True)]
     last = bench.summary(rows, {"a": 2.0, "b": 2.0}, 60.0)
     assert last == "1 of 2 rows hold, after 1 minutes; fallen behind their baseline: b"
+
+
+@pytest.mark.parametrize("ends", ["with a checkpoint", "at once"])
+def test_a_comparison_that_is_told_to_stop_begins_no_other_run(
+    ends: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parent / "bench"))
+    compare = importlib.import_module("tests.bench.compare")
+    configs = [Config(name=name, environment=EnvironmentConfig(name=name[0])) for name in PLAYED]
+    begun: list[str | None] = []
+
+    def train_each(runs: list[Config]) -> None:
+        for run in runs:
+            begun.append(run.name)
+            if run.name == "b1" and ends == "at once":
+                raise CancelledError
+            if run.name == "b1":
+                return
+
+    monkeypatch.setattr(compare, "train_each", train_each)
+    monkeypatch.setattr(compare, "is_finished", lambda c: c.name in begun and c.name != "b1")
+    with pytest.raises(SystemExit, match="143"):
+        compare.train(configs)
+    assert begun == ["a1", "a2", "b1"]

@@ -9,18 +9,23 @@ token that is spelled in it is encoded letter by letter.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from actors.data.controls import Controls, control_tokens
 from common.config.sections import DataConfig
 from common.errors import UserError, nearest
 
 _SLOT = "{prompt}"
-_MARK = "grpolambdamark"
+_MARK = "grpolambdaword"
 """Letters that no template and no tokenizer treats in a way of its own."""
 
-Conversation = Sequence[dict[str, str]]
+_BETWEEN_TURNS = "\n\n"
+"""Between the turns of a row under `template: plain`."""
+
+Conversation = Sequence[Mapping[str, Any]]
+"""Messages: `role` and `content`; of an assistant `tool_calls` too, of a tool `tool_call_id`."""
 
 
 class Tokenizer(Protocol):
@@ -45,10 +50,15 @@ class Tokenizer(Protocol):
 class Template:
     """`data.template` applied: `render` for people, `encode` for the model.
 
+    Args:
+        tools: JSON schemas of the tools that the policy may call, for the template to describe.
+
     Raises: `UserError` at construction when the template and the tokenizer do not go together.
     """
 
-    def __init__(self, config: DataConfig, tokenizer: Tokenizer) -> None:
+    def __init__(
+        self, config: DataConfig, tokenizer: Tokenizer, tools: Sequence[Mapping[str, Any]] = ()
+    ) -> None:
         self._chat = config.template == "chat"
         self._plain_template = config.plain_template
         self._tokenizer = tokenizer
@@ -56,7 +66,10 @@ class Template:
         self._options: dict[str, Any] = dict(config.chat_template_kwargs)
         if config.chat_template is not None:
             self._options["chat_template"] = _read_template(config.chat_template)
-        self._controls = sorted(filter(None, tokenizer.all_special_tokens), key=len, reverse=True)
+        self.controls = Controls(control_tokens(tokenizer))
+        if tools:
+            self._options["tools"] = [dict(tool) for tool in tools]
+        self.guard(())
         if self._chat:
             self._check_chat(config)
         else:
@@ -71,14 +84,28 @@ class Template:
         """
         turns = [{"role": "user", "content": asked}] if isinstance(asked, str) else list(asked)
         if not self._chat:
-            if len(turns) != 1 or turns[0]["role"] != "user":
-                raise UserError(
-                    f"data.template=plain takes one question, and there are {len(turns)} turns of "
-                    f"{', '.join(turn['role'] for turn in turns)}: set data.template=chat"
-                )
             # Not str.format: a plain template may hold other braces, and so may the question.
-            return self._plain_template.replace(_SLOT, turns[0]["content"])
-        return self._rendered(turns, generation=True)
+            last = self._plain_template.replace(_SLOT, turns[-1]["content"])
+            return _BETWEEN_TURNS.join([*(turn["content"] for turn in turns[:-1]), last])
+        return self.rendered(turns, generation=True)
+
+    @property
+    def source(self) -> str:
+        """The chat template as a program."""
+        return str(self._options.get("chat_template", self._tokenizer.chat_template) or "")
+
+    def guard(self, tokens: Iterable[str]) -> None:
+        """Let what is said become none of these tokens either.
+
+        Raises: `UserError` where the description of a tool spells a control token.
+        """
+        self.controls = Controls([*self.controls.tokens, *tokens])
+        _, words = self.controls.hide(self._options.get("tools", []))
+        if words:
+            raise UserError(
+                f"the description of a tool spells {', '.join(sorted(set(words.values())))}, which "
+                "is a control token of the model: say it in other words"
+            )
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of rendered prompts. A chat template writes its own special tokens; a plain
@@ -90,11 +117,23 @@ class Template:
 
     def encode_asked(self, asked: Sequence[str | Conversation]) -> list[list[int]]:
         """Token ids of questions or turns, rendered; what they say becomes no control token."""
-        safe = [turn for turn in asked if not self._spells_control(turn)]
-        ids = iter(self.encode([self.render(turns) for turns in safe]) if safe else [])
+        hidden = [self.controls.hide(turns) for turns in asked]
+        texts = [self.render(turns) for turns, _ in hidden]
+        safe = [text for text, (_, words) in zip(texts, hidden, strict=True) if not words]
+        ids = iter(self.encode(safe) if safe else [])
         return [
-            self._encode_apart(turns) if self._spells_control(turns) else next(ids)
-            for turns in asked
+            self.controls.encode(self._tokenizer, text, words, not self._chat)
+            if words
+            else next(ids)
+            for text, (_, words) in zip(texts, hidden, strict=True)
+        ]
+
+    def encode_around(self, asked: Conversation, hole: str) -> list[list[int]]:
+        """Token ids of turns, rendered, on both sides of every place where they say `hole`."""
+        turns, words = self.controls.hide(list(asked))
+        return [
+            self.controls.encode(self._tokenizer, part, words, not self._chat and number == 0)
+            for number, part in enumerate(self.render(turns).split(hole))
         ]
 
     def encode_solution(self, text: str) -> list[int]:
@@ -102,29 +141,25 @@ class Template:
         ids: list[list[int]] = self._tokenizer([text], add_special_tokens=False)["input_ids"]
         return ids[0]
 
-    def _spells_control(self, asked: str | Conversation) -> bool:
-        texts = [asked] if isinstance(asked, str) else [turn["content"] for turn in asked]
-        return any(token in text for text in texts for token in self._controls)
+    def encode_behind(
+        self, opening: Conversation, messages: Conversation, cut: Callable[[str], str]
+    ) -> list[int]:
+        """Token ids of what the chat template writes for `messages` behind `opening`, and of its
+        call to speak.
 
-    def _encode_apart(self, asked: str | Conversation) -> list[int]:
-        """Template and contents encoded one by one, the contents without control tokens."""
-        turns = [{"role": "user", "content": asked}] if isinstance(asked, str) else list(asked)
-        marks = [f"{_MARK}{number}x" for number in range(len(turns))]
-        marked = [turn | {"content": mark} for turn, mark in zip(turns, marks, strict=True)]
-        contents = dict(zip(marks, (turn["content"] for turn in turns), strict=True))
-        ids: list[int] = []
-        parts = re.split(f"({'|'.join(marks)})", self.render(marked))
-        for number, part in enumerate(parts):
-            own = contents.get(part)
-            encoded = self._tokenizer(
-                [part if own is None else own],
-                add_special_tokens=not self._chat and number == 0,
-                split_special_tokens=own is not None,
-            )["input_ids"][0]
-            ids += encoded
-        return ids
+        Args:
+            cut: takes that part out of the rendered text.
+        """
+        turns, words = self.controls.hide(list(messages))
+        text = cut(self.rendered([*opening, *turns], generation=True))
+        return self.controls.encode(self._tokenizer, text, words, add_special_tokens=False)
 
-    def _rendered(self, turns: Conversation, generation: bool) -> str:
+    def rendered(self, turns: Conversation, generation: bool) -> str:
+        """What the chat template makes of messages.
+
+        Args:
+            generation: ask the assistant to speak behind them.
+        """
         if self._system is not None and not any(turn["role"] == "system" for turn in turns):
             turns = [{"role": "system", "content": self._system}, *turns]
         text: str = self._tokenizer.apply_chat_template(
@@ -152,14 +187,13 @@ class Template:
                 )
 
     def _check_chat(self, config: DataConfig) -> None:
-        known = self._options.get("chat_template", self._tokenizer.chat_template)
-        if not known:
+        if not self.source:
             raise UserError(
                 "the tokenizer has no chat template, which data.template=chat needs: "
                 "set data.template=plain, give data.chat_template a file, or use an "
                 "instruction-tuned model"
             )
-        names = sorted(set(re.findall(r"[A-Za-z_]\w+", str(known))))
+        names = sorted(set(re.findall(r"[A-Za-z_]\w+", self.source)))
         for name in config.chat_template_kwargs:
             if name not in names:
                 raise UserError(
@@ -168,8 +202,8 @@ class Template:
                 )
         turns = [{"role": "user", "content": _MARK}]
         try:
-            text = self._rendered(turns, generation=True)
-            without = self._rendered(turns, generation=False)
+            text = self.rendered(turns, generation=True)
+            without = self.rendered(turns, generation=False)
         except Exception as error:  # a template is a program of the model's; it may raise anything
             remedy = "drop data.system_prompt or " if self._system else ""
             raise UserError(
@@ -182,12 +216,21 @@ class Template:
                 "the tokenizer's chat template leaves the system message out: drop "
                 "data.system_prompt, or give data.chat_template a file that writes it"
             )
-        if text == without:
+        if text == without and not self._speaks_next(text, turns):
             raise UserError(
                 "the tokenizer's chat template does not ask the assistant to speak "
                 "(add_generation_prompt changes nothing): give data.chat_template a file that "
                 "does, or set data.template=plain"
             )
+
+    def _speaks_next(self, text: str, turns: Conversation) -> bool:
+        """Whether an answer follows on `text` as it is, as with `[INST] question [/INST]`."""
+        said = {"role": "assistant", "content": _MARK}
+        try:
+            answered = self.rendered([*turns, said], generation=False)
+        except Exception:  # a template that takes no answer does not ask for one
+            return False
+        return answered.startswith(text) and answered[len(text) :].lstrip().startswith(_MARK)
 
     def _check_plain(self, config: DataConfig) -> None:
         if _SLOT not in self._plain_template:

@@ -24,11 +24,6 @@ _BOM = b"\xef\xbb\xbf"
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 
 
-def is_there(name: str) -> bool:
-    """Whether `name` is a file, a folder with files of data, or a pattern that names some."""
-    return bool(_found(name))
-
-
 def data_files(name: str) -> list[Path]:
     """The files that `name` stands for, in the order of their names; commas part several names.
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -10,6 +12,7 @@ from typing import Any, NoReturn
 from common.errors import UserError
 
 _SHOWN = 5
+_NUMBERS, _QUOTED = re.compile(r"\d+"), re.compile(r"'(?:[^'\\]|\\.)*'")
 
 
 @dataclass(frozen=True)
@@ -43,13 +46,24 @@ class Quarantine:
 
     def refuse(self, what: str) -> NoReturn:
         """Raise `UserError`: `what`, and the first reasons."""
-        reasons = "\n".join(row.reason for row in self.rows[:_SHOWN])
-        if len(self.rows) > _SHOWN:
-            reasons += f"\nand {len(self.rows) - _SHOWN} more"
+        reasons = "".join(f"{line}\n" for line in self.kinds())
         raise UserError(
-            f"{reasons}\n{what}: mend them, or let more be left out by data.max_bad_rows "
+            f"{reasons}{what}: mend them, or let more be left out by data.max_bad_rows "
             f"(now {self._share:g})"
         )
+
+    def kinds(self) -> Iterator[str]:
+        """Why rows cannot be used: a line for each kind of reason, with its count and first row."""
+        kinds: dict[str, list[str]] = {}
+        for row in self.rows:
+            reason = row.reason.removeprefix(f"{row.place}: ")
+            kinds.setdefault(_NUMBERS.sub("N", _QUOTED.sub("'...'", reason)), []).append(row.reason)
+        common = sorted(kinds.values(), key=len, reverse=True)
+        for reasons in common[:_SHOWN]:
+            count = f"{len(reasons)} rows: " if len(reasons) > 1 else ""
+            yield f"{count}{reasons[0]}"
+        if others := common[_SHOWN:]:
+            yield f"and {sum(map(len, others))} rows for {len(others)} more reasons"
 
     def write(self, path: Path) -> None:
         """One JSON object a line: place, reason, row. No file where no row is bad."""

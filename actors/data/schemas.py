@@ -7,7 +7,8 @@
     columns       question and answer under the names that public data sets use
 
 A name with dots goes into nested columns. Every column of a record that is not the prompt reaches
-the verifiers in the reference, beside `prompt` and `answer`.
+the verifiers in the reference, beside `prompt` and `answer`. Where an environment alone says what
+an episode was worth, a row needs no answer.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import base64
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from actors.verifiers.final_answer import final_answer
@@ -35,6 +36,8 @@ ANSWERS = (
     *("reward_model.ground_truth", "answer", "ground_truth", "solution", "final_answer"),
     *("expected_answer", "gold", "target", "label", "completion", "output", "response"),
 )
+DATA_SET = "data_set"
+"""Name in the reference of the row's data set, among several."""
 _SHAREGPT = {"human": "user", "gpt": "assistant"}
 _ROLES = ("system", "developer", "user", "assistant", "tool")
 
@@ -47,6 +50,8 @@ class Columns:
     answer: str | None = None
     solution: str | None = None
     difficulty: str | None = None
+    answerless: bool = False
+    """Whether a row may be without an answer: nobody asks for it."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +71,8 @@ class Row:
     """What was found where, in words."""
     source: str = ""
     """Name of its data set, among several."""
+    answerless: bool = False
+    """It has no answer, and needs none: it is a task of an environment."""
 
     @property
     def conversation(self) -> list[Message]:
@@ -75,9 +82,17 @@ class Row:
 
     @property
     def key(self) -> str:
-        """What makes two questions the same: the text of all turns, white space aside."""
+        """What makes two questions the same: the text of all turns, white space aside. Tasks
+        without an answer are the same where their other columns are, too."""
         turns = self.messages or (("user", self.question),)
-        return "\0".join(" ".join(content.split()) for _, content in turns)
+        texts = [" ".join(content.split()) for _, content in turns]
+        return "\0".join([*texts, self.reference] if self.answerless else texts)
+
+
+def named(row: Row, source: str) -> Row:
+    """The row as one of the data set called `source`, which its verifiers are told."""
+    reference = json.loads(row.reference) | {DATA_SET: source}
+    return replace(row, source=source, reference=json.dumps(reference))
 
 
 def to_row(columns: Columns, place: str, record: Record) -> Row:
@@ -105,7 +120,8 @@ def to_row(columns: Columns, place: str, record: Record) -> Row:
         difficulty,
         place,
         tuple(turns) if len(turns) > 1 else (),
-        f"question in {prompt}, answer in {found}",
+        f"question in {prompt}, {f'answer in {found}' if found else 'no answer'}",
+        answerless=not found,
     )
 
 
@@ -150,12 +166,15 @@ def _turn(message: Any, place: str, column: str) -> tuple[str, str]:
 
 
 def _answer(columns: Columns, place: str, record: Record, said: str | None) -> tuple[Any, str]:
-    """The right answer, text where it is one thing, and in words where it was found."""
+    """The right answer, text where it is one thing, and in words where it was found; None and ""
+    where there is none and none is needed."""
     if columns.answer is None and not any(_reach(record, name) is not None for name in ANSWERS):
         if said is not None:
             return final_answer(said) or said, "the last turn of the assistant"
         if record.get("tests") is not None:
             return None, "tests"
+        if columns.answerless:
+            return None, ""
     name = columns.answer or _first(record, ANSWERS, place, "answer", "data.answer_column")
     value = _value(record, name, "data.answer_column", place)
     if isinstance(value, list) and value and all(isinstance(part, dict) for part in value):
@@ -164,6 +183,8 @@ def _answer(columns: Columns, place: str, record: Record, said: str | None) -> t
         value = final_answer(value) or value
     parts = value if isinstance(value, list) else [value]
     if not parts or any(_is_empty(part) for part in parts):
+        if columns.answerless and columns.answer is None:
+            return None, ""
         raise UserError(f"{place}: column {name!r} has no answer: {value!r:.40}")
     if isinstance(value, dict) or any(isinstance(part, (list, dict)) for part in parts):
         return value, name
@@ -222,7 +243,13 @@ def _number(record: Record, column: str, place: str) -> float:
     value = _value(record, column, "data.difficulty_column", place)
     if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value:
         raise _wrong_type(place, column, "a number", value)
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError as error:
+        raise UserError(
+            f"{place}: column {column!r} is a number of {len(str(value))} digits, more than a "
+            "difficulty can have"
+        ) from error
 
 
 def _plain(value: Any) -> Any:

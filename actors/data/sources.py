@@ -10,19 +10,20 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import itertools
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from actors.data.files import file_records
 from actors.data.held_out import is_held_out
 from actors.data.quarantine import Quarantine
-from actors.data.schemas import Columns, Row, to_row
+from actors.data.schemas import Columns, Row, named, to_row
 from actors.verifiers.base import ReferenceCheck
 from actors.verifiers.reasoning_gym import encode_entry, import_reasoning_gym
-from common.config.sections import DataConfig, ReasoningGymConfig
+from common.config.sections import DataSetConfig, ReasoningGymConfig
 from common.errors import UserError
 
 _FRUITLESS_DRAWS = 1000
@@ -31,11 +32,12 @@ _FRUITLESS_DRAWS = 1000
 
 @dataclass(frozen=True)
 class Rows:
-    """`held_out` and `train` have no question in common; `removed` training rows had."""
+    """Rows to train on and rows held out, which have no question in common."""
 
     train: list[Row]
     held_out: list[Row]
     removed: int
+    """Rows that are in neither, since they ask what a row held out asks."""
     repeated: int = 0
     """Rows whose question stood in a row before."""
     contradicted: int = 0
@@ -43,34 +45,45 @@ class Rows:
 
 
 def load_rows(
-    config: DataConfig,
+    config: DataSetConfig,
     held_out: int,
     seed: int,
     quarantine: Quarantine,
     checks: Sequence[ReferenceCheck] = (),
+    screen: Callable[[list[Row]], list[Row]] = list,
+    *,
+    answerless: bool = False,
 ) -> Rows:
     """Training rows, and exactly `held_out` distinct held-out ones; bad rows to `quarantine`.
 
     Args:
         checks: raise `ValueError` for a reference that no completion could satisfy.
+        screen: gives the rows that a prompt can be made of; all others are in quarantine then.
+        answerless: whether rows may be without an answer.
 
     Raises: `UserError` for anything wrong with the data, or too few of them.
     """
-    if config.source == "reasoning_gym":
+    if config.kind == "reasoning_gym":
         drawn = _draw_distinct(config.reasoning_gym, held_out, seed)
         quarantine.seen += len(drawn.train)
-        return drawn
+        screened = replace(drawn, train=screen(drawn.train), held_out=screen(drawn.held_out))
+        if len(screened.held_out) < held_out or not screened.train:
+            quarantine.refuse(f"questions of {config.reasoning_gym.task} cannot be used")
+        return screened
     assert config.path is not None, "refused with the configuration"
-    read = _read_file if config.source == "file" else _read_hub
-    rows = list(_checked(read(config, config.path, config.split, quarantine), checks, quarantine))
+    read = _read(config, config.path, config.split, quarantine, answerless)
+    rows = screen(list(_checked(read, checks, quarantine)))
     others: list[Row] = []
     if config.eval_path is not None:
-        of_file = config.source == "file"
+        of_file = config.kind == "file"
         path, split = (
             (config.eval_path, config.split) if of_file else (config.path, config.eval_path)
         )
-        others = list(_checked(read(config, path, split, quarantine), checks, quarantine))
+        read = _read(config, path, split, quarantine, answerless)
+        others = screen(list(_checked(read, checks, quarantine)))
     quarantine.check()
+    if not rows:
+        quarantine.refuse("no row is left to train on")
     if config.eval_path is None:
         return _split(rows, held_out, config.path)
     return _without(rows, _distinct(others), held_out, config.eval_path)
@@ -104,7 +117,8 @@ def _split(rows: list[Row], held_out: int, name: str) -> Rows:
             f"{name} has {len(distinct)} distinct questions, too few to hold out "
             f"eval.prompts={held_out} and train on the rest: lower eval.prompts"
         )
-    return _without(rows, distinct[len(distinct) - held_out :], held_out, name)
+    found = _without(rows, distinct[len(distinct) - held_out :], held_out, name)
+    return replace(found, removed=found.removed - held_out)
 
 
 def _without(rows: list[Row], others: list[Row], held_out: int, name: str) -> Rows:
@@ -211,13 +225,62 @@ def _task_row(config: ReasoningGymConfig, entry: dict[str, Any], index: int) -> 
     return Row(entry["question"], json.dumps(reference), None, None, place)
 
 
-def _read_file(config: DataConfig, name: str, split: str, quarantine: Quarantine) -> Iterator[Row]:
-    yield from _to_rows(config, name, file_records(name), quarantine)
+def first_rows(config: DataSetConfig, count: int) -> list[Row]:
+    """At most `count` rows from the beginning of a file or a data set of the hub.
+
+    Raises: `UserError`, the first one, where no row can be read.
+    """
+    assert config.path is not None, "refused with the configuration"
+    quarantine = Quarantine(1.0)
+    read = _read(config, config.path, config.split, quarantine)
+    rows = list(itertools.islice(read, count))
+    if not rows:
+        quarantine.refuse(f"no row of {config.path} can be used")
+    return rows
 
 
-def _read_hub(config: DataConfig, name: str, split: str, quarantine: Quarantine) -> Iterator[Row]:
+def together(each: Mapping[str, Rows]) -> Rows:
+    """The rows of several data sets by name, one after the other; each row knows its own.
+
+    A question that one of them holds out serves in no other.
+    """
+    secret = {row.key for rows in each.values() for row in rows.held_out}
+    found = [
+        replace(rows, train=[row for row in rows.train if row.key not in secret])
+        for rows in each.values()
+    ]
+    empty = [name for name, rows in zip(each, found, strict=True) if not rows.train]
+    if empty:
+        raise UserError(
+            f"no training question is left of {', '.join(empty)}: the others of data.sources hold "
+            "them out"
+        )
+    removed = sum(len(rows.train) for rows in each.values()) - sum(len(r.train) for r in found)
+    if list(each) == [""]:
+        return found[0]
+    return Rows(
+        [named(row, name) for name, rows in zip(each, found, strict=True) for row in rows.train],
+        [named(row, name) for name, rows in each.items() for row in rows.held_out],
+        removed + sum(rows.removed for rows in found),
+        sum(rows.repeated for rows in found),
+        sum(rows.contradicted for rows in found),
+    )
+
+
+def _read(
+    config: DataSetConfig, name: str, split: str, quarantine: Quarantine, answerless: bool = False
+) -> Iterator[Row]:
+    columns = Columns(
+        config.prompt_column,
+        config.answer_column,
+        config.solution_column,
+        config.difficulty_column,
+        answerless,
+    )
+    if config.kind == "file":
+        return _to_rows(columns, name, file_records(name), quarantine)
     records = hub_records(name, config.subset, split)
-    yield from _to_rows(config, f"{name} {split}", records, quarantine)
+    return _to_rows(columns, f"{name} {split}", records, quarantine)
 
 
 def hub_records(
@@ -272,12 +335,9 @@ def _load_data_set(name: str, subset: str | None, split: str, files: Sequence[st
 
 
 def _to_rows(
-    config: DataConfig, name: str, records: Iterator[tuple[str, Any]], quarantine: Quarantine
+    columns: Columns, name: str, records: Iterator[tuple[str, Any]], quarantine: Quarantine
 ) -> Iterator[Row]:
     seen = quarantine.seen
-    columns = Columns(
-        config.prompt_column, config.answer_column, config.solution_column, config.difficulty_column
-    )
     for place, record in records:
         quarantine.seen += 1
         if isinstance(record, UserError):

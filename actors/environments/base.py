@@ -1,70 +1,115 @@
-"""What an environment is: it gives the policy something to answer, and rewards the answers.
+"""What a user writes: an environment gives the policy something to do, and says what it was worth.
 
-An *episode* begins with a task, what a row of the data set says to its environment. Then policy and
-environment take turns: the policy gives a reply, the environment answers with a `Step`. A step that
-is done ends the episode and carries its reward.
+    reset   a task and a seed   ->  what the policy reads besides its prompt
+    step    a reply             ->  `Step`: an observation, perhaps a reward, perhaps the end
+    reward  the last reply      ->  the reward of an episode that the environment did not end
+    close   ends what `reset` opened
 
-    reset    tasks    ->  what the policy reads besides its prompt
-    step     replies  ->  steps
-    close    ends whatever it has started
+An *episode* is one instance and what the policy does with it. Policy and environment take *turns*:
+the policy replies, the environment steps. An environment knows text and nothing of tokens. It is
+named by its import path in `environment.name`, and plays in a process of its own
+(`actors.environments.child`). So it may raise, hang or crash: that ends its episode, and is never a
+reward. Any method may be a coroutine; it is awaited.
 
-The verbs take many episodes at once, one entry each, because a child process judges a batch in one
-exchange. E stands for the number of episodes.
-
-There is one environment today, `actors.environments.single_turn`, whose episodes are done after the
-first reply. `actors.environments.worker` plays them.
+`actors.environments.tools` has environments whose methods are tools.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from actors.verifiers.base import Verdict
+if TYPE_CHECKING:
+    from actors.sandbox.programs import Programs
+
+
+@dataclass(frozen=True)
+class ToolCall:
+    """What the policy asked of a tool, as read from its reply."""
+
+    name: str
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    problem: str = ""
+    """Why it cannot be made: it was no JSON, say. The policy is told."""
+
+
+class Reply(str):
+    """What the policy said in a turn: its text, and the tool calls that were found in it."""
+
+    __slots__ = ("calls",)
+    calls: tuple[ToolCall, ...]
+
+    def __new__(cls, text: str, calls: Sequence[ToolCall] = ()) -> Reply:
+        reply = super().__new__(cls, text)
+        reply.calls = tuple(calls)
+        return reply
+
+
+@dataclass(frozen=True)
+class ToolResult:
+    """What came of one tool call."""
+
+    name: str
+    text: str
+    failed: bool = False
+    """The call could not be made, and `text` says why."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """What an environment says to one reply of the policy."""
+    """What an environment says to a reply."""
 
-    done: bool
-    """The episode is over: the policy is not asked again."""
     observation: str = ""
-    """What the policy reads before its next reply. It is the environment's text, so none of it is
-    trained on."""
+    """What the policy reads before its next turn. None of it is trained on."""
     reward: float | None = None
-    """The reward of the whole episode, once it is done. None, and never 0: nobody could tell."""
-    verdicts: tuple[Verdict, ...] = ()
-    """What the reward was made of, one verdict a rule."""
+    """Reward of this turn. The episode's is the sum of those given; where none was given,
+    `verifier.rules` judge it."""
+    done: bool = False
+    """The episode is over: the policy is not asked again."""
+    state: str | None = None
+    """A name of the state that the policy was in when it replied. Turns of a group in one state can
+    be compared (GiGPO)."""
+    results: tuple[ToolResult, ...] = ()
+    """What came of tool calls, one each. They make up the observation where there are any."""
 
 
-class Environment(Protocol):
-    """Plays episodes side by side. One thread calls it; `close` may come from any."""
+class Environment:
+    """Base class of environments. One instance plays one episode."""
 
-    def wait_ready(self) -> None:
-        """Returns when it can play; says what is wrong with its settings where it never will."""
-        ...
+    programs: ClassVar[str] = ""
+    """Module with the entry points of programs that the policy writes (`actors.sandbox.programs`).
+    Where it is named, `runner` is there from `reset` on."""
+    runner: Programs
+    """Runs such programs. Its process was forked before the episode began, and knows no task."""
 
-    def reset(self, tasks: Sequence[str], prompts: Sequence[str] = ()) -> list[str]:
-        """Begin [E] episodes, one a task, and forget those before.
-
-        Args:
-            prompts: [E] texts the policy has read, templates included; empty: nobody knows.
-
-        Returns:
-            [E] first observations; an empty one leaves the policy with its prompt.
-        """
-        ...
-
-    def step(self, replies: Sequence[str], finish_reasons: Sequence[str] = ()) -> list[Step]:
-        """[E] steps, each the answer to the reply of its episode.
+    def reset(self, task: Mapping[str, Any], seed: int) -> Any:
+        """Begin the episode; returns the first observation, "" for none.
 
         Args:
-            finish_reasons: [E] why the replies ended, `stop` or `length`; empty: nobody knows.
+            task: the row of the data set, `prompt` and `answer` among its columns.
+            seed: the same for all episodes of a group. Python's and NumPy's random numbers are
+                seeded with it already.
         """
-        ...
+        return ""
 
-    def close(self) -> None:
-        """End everything that was started. An episode that is being played fails."""
-        ...
+    def step(self, reply: str) -> Any:
+        """Answer the policy's reply, a `Reply`; returns a `Step`."""
+        raise NotImplementedError(f"{type(self).__name__} has no method step")
+
+    def reward(self, reply: str) -> Any:
+        """Return the reward of an episode that a limit ended, on top of what the steps gave.
+
+        Args:
+            reply: the last one; "" where there was none.
+
+        Returns: None for no more than the steps gave.
+        """
+        return None
+
+    def close(self) -> Any:
+        """End what `reset` has opened. The process ends anyway."""
+
+    def tools(self) -> Any:
+        """Return the JSON schemas of the tools that the policy is told of, none by default."""
+        return []

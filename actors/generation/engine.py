@@ -1,9 +1,10 @@
-"""Everything of vLLM that the project uses, behind one adapter, pinned to vLLM 0.32.
+"""Everything of vLLM that the project uses, behind one adapter, for vLLM 0.32 and 0.33.
 
 `Engine` owns one `AsyncLLM`, or on CPU an `EngineThread` that answers to the same names. Tokens go
-in and tokens come out: nothing is detokenised, and a request is one completion, which comes as a
-whole (`FINAL_ONLY`) with flat log-probabilities. With `processed_logprobs`, top_p = 1 and no top_k
-they are those of the distribution sampled from, temperature included.
+in and tokens come out. A request is one completion, which comes as a whole (`FINAL_ONLY`) with flat
+log-probabilities. With `processed_logprobs`, top_p = 1 and no top_k they are those of the
+distribution sampled from, temperature included. Nothing is detokenised, unless a stop text has to
+be looked for; the token that completes it is the last of the completion.
 
 Legend: T tokens of a completion.
 """
@@ -12,19 +13,21 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from actors.generation.engine_arguments import changed_settings, engine_arguments
 from actors.generation.engine_thread import EngineThread
 from common.config.sections import GeneratorConfig, ModelConfig
 from common.errors import RunError, UserError
+from common.supervision.parents import ACTOR_PID
 from common.weights.transport import WeightTransport
 
 if TYPE_CHECKING:
     from vllm.v1.engine.async_llm import AsyncLLM
 
-VLLM_VERSION = "0.32"
-_BATCHED_TOKENS = 8192
+VLLM_VERSIONS = ("0.32", "0.33")
 
 
 @dataclass(frozen=True)
@@ -54,25 +57,32 @@ class Engine:
         transport: WeightTransport,
         seed: int,
         version: int = 0,
+        cache_bytes: int | None = None,
     ) -> Engine:
         """Load the model and label its weights `version`.
+
+        Args:
+            cache_bytes: of the key-value cache on each CUDA device; None lets vLLM take what its
+                share of the device leaves.
 
         Raises:
             UserError: vLLM cannot start with these settings.
         """
-        import vllm
-
-        if not vllm.__version__.startswith(VLLM_VERSION):
-            raise UserError(
-                f"vLLM {vllm.__version__} is installed, {VLLM_VERSION} is needed: run `make setup`"
-            )
+        _check_build()
+        arguments = engine_arguments(model, generator, transport, seed, cache_bytes)
         try:
-            llm = await _start_llm(_engine_arguments(model, generator, transport, seed))
+            llm = await _start_llm(arguments)
         except Exception as error:  # vLLM raises of every kind; whatever it is, it does not run
             raise UserError(
-                f"vLLM did not start for {model.path}: {error} "
-                "(if memory is short, lower generator.kv_cache_gib or model.max_length)"
+                f"vLLM did not start for {model.path}: {error}{_advice(str(error))}"
             ) from error
+        if changed := changed_settings(arguments, llm.vllm_config):
+            llm.shutdown()
+            raise UserError(
+                f"vLLM serves {model.path} with other settings than it was given: "
+                f"{', '.join(changed)}. The learner computes with those given: set them to what "
+                "vLLM takes, or train another model"
+            )
         engine = cls(llm)
         await llm.update_weight_version(str(version))
         return engine
@@ -80,7 +90,7 @@ class Engine:
     async def generate(
         self, request_id: str, prompt_ids: list[int], sampling: dict[str, Any]
     ) -> Completion:
-        """Sample one completion; `sampling` holds temperature, max_tokens and perhaps a seed.
+        """Sample one completion; `sampling` holds temperature, max_tokens, stop and perhaps a seed.
 
         The completions of a group are requests of their own, so that each is there when it ends;
         they share their prompt through vLLM's prefix cache. Cancelling aborts the request.
@@ -88,13 +98,16 @@ class Engine:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
+        asked = sampling | _stops(sampling.get("stop", ()))
         parameters = SamplingParams(
-            logprobs=0,
-            flat_logprobs=True,
-            detokenize=False,
-            output_kind=RequestOutputKind.FINAL_ONLY,
-            **sampling,
+            logprobs=0, flat_logprobs=True, output_kind=RequestOutputKind.FINAL_ONLY, **asked
         )
+        for name, value in asked.items():
+            if getattr(parameters, name) != value:
+                raise UserError(
+                    f"vLLM samples with {name}={getattr(parameters, name)} where it is asked for "
+                    f"{value}, and the learner scores with the latter: choose another value"
+                )
         final = None
         # vLLM cannot clear its prefix cache while requests are under way, and some always are:
         # salted, a prefix is shared only with requests that came in under the same weights.
@@ -197,6 +210,39 @@ class Engine:
         self._llm.shutdown()
 
 
+def device_bytes() -> int:
+    """Memory of the CUDA device that this process was given.
+
+    The driver is asked, not torch: that would take memory of the device for a context.
+    """
+    from vllm.platforms import current_platform
+
+    return int(current_platform.get_device_total_memory())
+
+
+def _check_build() -> None:
+    """Raise `UserError` unless the installed vLLM can run here."""
+    import torch
+    import vllm
+    from vllm.platforms import current_platform
+
+    if not vllm.__version__.startswith(VLLM_VERSIONS):
+        raise UserError(
+            f"vLLM {vllm.__version__} is installed, {' or '.join(VLLM_VERSIONS)} is needed: run "
+            "`make setup`"
+        )
+    if current_platform.is_cpu() or torch.cuda.is_available():
+        return
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
+    why = "learner.device=cpu hides them" if hidden == "" else f"CUDA_VISIBLE_DEVICES={hidden}"
+    raise UserError(
+        f"vLLM {vllm.__version__} here is the build for CUDA, and torch sees no CUDA device"
+        + (f" ({why})" if hidden is not None else "")
+        + f": compare the driver that nvidia-smi shows with CUDA {torch.version.cuda}, or make an "
+        "environment for the CPU (ENGINE=cpu make setup)"
+    )
+
+
 async def _start_llm(arguments: dict[str, Any]) -> AsyncLLM | EngineThread:
     """`AsyncLLM`, or on CPU with one rank the engine in a thread of this process."""
     from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
@@ -207,68 +253,31 @@ async def _start_llm(arguments: dict[str, Any]) -> AsyncLLM | EngineThread:
         return await EngineThread.start(lambda: LLMEngine.from_engine_args(EngineArgs(**arguments)))
     from vllm.v1.engine.async_llm import AsyncLLM
 
+    os.environ[ACTOR_PID] = str(os.getpid())
     return AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
 
 
-def _engine_arguments(
-    model: ModelConfig, generator: GeneratorConfig, transport: WeightTransport, seed: int
-) -> dict[str, Any]:
-    import torch
-    from vllm.config.weight_transfer import WeightTransferConfig
-
-    arguments: dict[str, Any] = {
-        "model": model.path,
-        "dtype": model.dtype,
-        "max_model_len": model.max_length,
-        "trust_remote_code": model.trust_remote_code,
-        "seed": seed,
-        "max_num_seqs": generator.max_concurrent_sequences,
-        "tensor_parallel_size": generator.tensor_parallel,
-        "pipeline_parallel_size": generator.pipeline_parallel,
-        "enforce_eager": generator.enforce_eager,
-        "enable_prefix_caching": True,
-        # The CPU default of 128 exceeds most prompts, and only whole blocks are shared within a
-        # group; 32 is the least its attention kernel takes.
-        "block_size": 32,
-        "logprobs_mode": "processed_logprobs",
-        "disable_log_stats": True,
-        "weight_transfer_config": WeightTransferConfig(backend=transport.name),
-        "worker_extension_cls": "actors.generation.weight_engine.WeightUpdateExtension",
-        # Sampling defaults of the model's own generation_config.json would silently change
-        # the distribution that the learner scores.
-        "generation_config": "vllm",
-    }
-    if torch.cuda.is_available():
-        arguments["gpu_memory_utilization"] = generator.memory_fraction
-        arguments["enable_sleep_mode"] = transport.shares_devices
-    else:
-        arguments["kv_cache_memory_bytes"] = int(generator.kv_cache_gib * 2**30)
-        if generator.max_staleness == 0:
-            # A seed a request and a prompt in pieces do not go together on CPU: vLLM rewinds the
-            # generator of a piece that samples nothing, which CPU generators cannot do.
-            arguments["enable_chunked_prefill"] = False
-            arguments["max_num_batched_tokens"] = max(model.max_length, _BATCHED_TOKENS)
-        arguments.update(_single_process_on_cpu(generator))
-    return arguments
+def _advice(error: str) -> str:
+    """What to do about an error of vLLM's start, where its text tells."""
+    if "memory" in error.lower() or "KV cache" in error:
+        return (
+            " (lower model.max_length, or generator.kv_cache_gib on a CPU and "
+            "generator.memory_fraction on CUDA, or free memory)"
+        )
+    if "attention configuration" in error:
+        return " (vLLM has no attention for heads of this size here: train another model)"
+    return ""
 
 
-def _single_process_on_cpu(generator: GeneratorConfig) -> dict[str, Any]:
-    """Run engine and worker inside this process on CPU.
-
-    vLLM's CPU platform replaces the single-process executor by one process a worker, because it
-    binds OpenMP threads there. We bind them for the whole actor (see `deploy.placement.options`),
-    so the extra processes and their queues would only take a core away.
-    """
-    if generator.devices > 1:
-        return {}
-    from actors.generation.cpu_kernels import IR_OP_PRIORITY
-
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+def _stops(stop: Sequence[str | int]) -> dict[str, Any]:
+    """`generator.stop` as vLLM is told of it. Special tokens are text where texts end it."""
+    texts = [one for one in stop if isinstance(one, str)]
     return {
-        "distributed_executor_backend": "uni",
-        # A step's tokens are out before the next begins: none is stamped with a later version.
-        "async_scheduling": False,
-        "ir_op_priority": IR_OP_PRIORITY,
+        "stop": texts,
+        "stop_token_ids": [one for one in stop if isinstance(one, int)],
+        "detokenize": bool(texts),
+        "skip_special_tokens": False,
+        "spaces_between_special_tokens": False,
     }
 
 

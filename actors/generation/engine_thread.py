@@ -19,7 +19,7 @@ from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
-from common.errors import RunError, WeightsError
+from common.errors import RunError, UserError, WeightsError
 
 if TYPE_CHECKING:
     from vllm.v1.engine.llm_engine import LLMEngine
@@ -84,6 +84,11 @@ class EngineThread:
         seconds: float = await self._call(lambda: self._update(update_infos, version))
         return seconds
 
+    @property
+    def vllm_config(self) -> Any:
+        """The settings with which the engine runs."""
+        return self._engine.vllm_config
+
     async def update_weight_version(self, version: str) -> None:
         """Stamp tokens sampled from now on with `version`."""
         await self._call(lambda: self._engine.set_weight_version(version))
@@ -116,8 +121,11 @@ class EngineThread:
                 self._obey()
                 if self._answers:
                     self._step()
-        except Exception as raised:  # whoever waits for this thread must hear of it
+        except (RunError, UserError) as raised:
             error = raised
+        except Exception as raised:  # whoever waits for this thread must hear of it
+            error = RunError(f"vLLM's engine failed: {type(raised).__name__}: {raised}")
+            error.__cause__ = raised
         except BaseException as raised:
             error = RunError(f"vLLM ended its engine: {raised!r}")
         with self._lock:

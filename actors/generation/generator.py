@@ -10,21 +10,33 @@ import asyncio
 import math
 import os
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
-from actors.generation.engine import Completion, Engine
-from common.config.sections import GeneratorConfig, ModelConfig
-from common.record.schema import rollout_schema
+from actors.data.contexts import with_feedback
+from actors.environments.actor import EnvironmentActor
+from actors.environments.client import EnvironmentClient
+from actors.environments.host import EnvironmentHost
+from actors.generation.engine import Completion, Engine, device_bytes
+from actors.generation.episodes import Episode, Player
+from actors.generation.follow_ups import follow_up_texts, follow_ups, said
+from actors.generation.rows import is_greedy, rollout_batch, with_guidance
+from actors.generation.texts import Texts, ending_tokens
+from common.config.sections import DataConfig, EnvironmentConfig, GeneratorConfig, ModelConfig
+from common.record.parts import learnt
+from common.supervision.calls import Handle
 from common.supervision.faults import reached
 from common.supervision.stacks import arm
 from common.trajectory import GroupRequest
 from common.weights.registry import TRANSPORTS
 
 if TYPE_CHECKING:
+    from actors.endpoint.agents import Agents
     from common.weights.transport import StoredBucket
 
 _GATHER_S = 2.0
@@ -44,6 +56,9 @@ class Generator:
         version: int,
         cores: list[int] | None,
         locate: Callable[[str], str] = str,
+        environment: EnvironmentConfig | None = None,
+        data: DataConfig | None = None,
+        environments: Sequence[Handle[EnvironmentActor]] = (),
     ) -> None:
         """Keep the settings; `start` loads the model.
 
@@ -52,6 +67,9 @@ class Generator:
             version: number of the weights in the model's folder.
             cores: CPU cores of this process; None leaves it where it is.
             locate: gives the model's folder on this node for that of the driver.
+            environment: what episodes are played in; without a name they are one answer each.
+            data: says how the messages of an environment are rendered.
+            environments: actors in which episodes are played; none has them played beside this.
         """
         self._name = name
         self._locate = locate
@@ -62,14 +80,28 @@ class Generator:
         self._version = version
         self._cores = cores
         self._engine: Engine | None = None
+        self._texts: Texts | None = None
         self._tokenizer: Any = None
+        self._environment = environment or EnvironmentConfig()
+        self._data = data or DataConfig()
+        self._environments = environments
+        self._host: EnvironmentHost | EnvironmentClient | Agents | None = None
+        self._player: Player | Agents | None = None
         self._scored = 0
         self._batches: dict[int, pa.RecordBatch] = {}  # by number, until they are taken
         self._num_batches = 0
         self._update_began = 0.0
 
-    async def start(self) -> int:
-        """Start the engine; returns this process's id."""
+    async def device_bytes(self) -> int:
+        """Memory of the CUDA device on which `start` will start the engine."""
+        return await asyncio.to_thread(device_bytes)
+
+    async def start(self, cache_bytes: int | None = None) -> int:
+        """Start the engine; returns this process's id.
+
+        Args:
+            cache_bytes: of the key-value cache on each CUDA device; None leaves that to vLLM.
+        """
         from transformers import AutoTokenizer
 
         arm()
@@ -77,13 +109,60 @@ class Generator:
             os.sched_setaffinity(0, self._cores)  # of this thread and those the engine starts
         folder = await asyncio.to_thread(self._locate, self._model.path)
         self._model = replace(self._model, path=folder)
-        self._tokenizer = AutoTokenizer.from_pretrained(
+        tokenizer = AutoTokenizer.from_pretrained(
             self._model.path, trust_remote_code=self._model.trust_remote_code
         )
+        self._tokenizer = tokenizer
+        self._texts = Texts(tokenizer, ending_tokens(tokenizer, folder), self._config.stop)
         self._engine = await Engine.start(
-            self._model, self._config, self._transport, self._seed, self._version
+            self._model, self._config, self._transport, self._seed, self._version, cache_bytes
         )
+        if self._environment.command is not None:
+            await self._start_agents(self._environment, tokenizer)
+        elif self._environment.name is not None:
+            await self._start_environment(tokenizer)
         return os.getpid()
+
+    async def _start_agents(self, environment: EnvironmentConfig, tokenizer: Any) -> None:
+        from actors.endpoint.agents import Agents
+        from actors.rendering.renderer import Renderer
+
+        def start_renderer(tools: Sequence[Mapping[str, Any]]) -> Renderer:
+            return Renderer.start(
+                tokenizer,
+                self._data,
+                tools=tools,
+                tool_parser=environment.tool_parser,
+                thoughts=environment.thoughts,
+            )
+
+        agents = Agents(environment, start_renderer, self._turn, self._model.max_length)
+        await agents.start()
+        self._host = self._player = agents
+
+    async def _turn(
+        self, request_id: str, prompt_ids: list[int], sampling: dict[str, Any]
+    ) -> Completion:
+        """Sample a turn of an episode."""
+        sampled = await self.engine.generate(request_id, prompt_ids, sampling)
+        reached("turn sampled")
+        return sampled
+
+    async def _start_environment(self, tokenizer: Any) -> None:
+        from actors.rendering.renderer import Renderer
+
+        config, pool = self._environment, self._environments
+        pooled = EnvironmentClient(config, self._name, pool) if pool else None
+        self._host = host = pooled or EnvironmentHost(config)
+        await host.start()
+        self._player = Player(
+            self._environment,
+            host,
+            Renderer.of_environment(tokenizer, self._data, self._environment, host.tools),
+            tokenizer,
+            self._turn,
+            self._model.max_length,
+        )
 
     @property
     def engine(self) -> Engine:
@@ -93,7 +172,7 @@ class Generator:
         return self._engine
 
     async def generate_group(self, request: GroupRequest) -> AsyncIterator[int]:
-        """Sample one group; yields the number of each batch of completions as they end.
+        """Sample the first part of a group; yields the number of each batch as completions end.
 
         `take_batch` gives the batch of a number. Ray hands what is yielded over with its content,
         and the tokens are not for the coordinator.
@@ -102,11 +181,31 @@ class Generator:
         up the verification of no other, and a group of equal lengths is one batch. Completions not
         done after `request.cap_s` are aborted and are in no batch.
         """
+        async for number in self._sample_all([request]):
+            yield number
+
+    async def follow_up(self, request: GroupRequest, *judged: pa.RecordBatch) -> AsyncIterator[int]:
+        """Sample what a group asks for after its verdicts: first how many completions that are.
+
+        Then as `generate_group`, under a cap of its own.
+
+        Args:
+            judged: the batches of the first part.
+        """
+        asked = follow_ups(request, said(judged), follow_up_texts(request, self._tokenizer))
+        yield sum(each.num_completions for each in asked)
+        async for number in self._sample_all(asked):
+            yield number
+
+    async def _sample_all(self, asked: Sequence[GroupRequest]) -> AsyncIterator[int]:
+        """Sample the completions of requests of one group, side by side."""
         tasks = {
-            asyncio.create_task(self._sample(request, index)): index
+            asyncio.create_task(self._sample(request, index)): (place, index)
+            for place, request in enumerate(asked)
             for index in range(request.num_completions)
         }
-        ends = math.inf if request.cap_s is None else time.monotonic() + request.cap_s
+        cap_s = asked[0].cap_s if asked else None
+        ends = math.inf if cap_s is None else time.monotonic() + cap_s
         pending = set(tasks)
         try:
             while pending and (left_s := ends - time.monotonic()) > 0:
@@ -115,7 +214,7 @@ class Generator:
                 if sampled:
                     reached("completion sampled")
                     self._num_batches += 1
-                    batch = self._batch(request, dict(sorted(sampled.items())))
+                    batch = self._batch(asked, dict(sorted(sampled.items())))
                     self._batches[self._num_batches] = batch
                     yield self._num_batches
         finally:
@@ -127,28 +226,70 @@ class Generator:
         return self._batches.pop(number)
 
     async def _sample(self, request: GroupRequest, index: int) -> Completion:
-        """Completion `index`; the last `num_guided` ones begin with the guidance."""
+        """Completion `index`; the last `num_guided` ones begin with the guidance.
+
+        The first is greedy, where the request wants that.
+        """
+        # Only the player knows how to go on from the beginning of an episode.
+        assert request.begun is None or isinstance(self._player, Player), "begun, and not played"
         guidance: list[int] = []
         if index >= request.num_completions - request.num_guided:
             guidance = list(request.guidance_ids)
         sampling: dict[str, Any] = {
-            "temperature": request.temperature,
+            "temperature": 0.0 if is_greedy(request, index) else request.temperature,
             "max_tokens": request.max_tokens - len(guidance),
+            "stop": self._config.stop,
         }
-        if request.seed is not None and self._config.max_staleness == 0:
-            sampling["seed"] = request.seed + index
+        seeded = request.seed is not None and self._config.max_staleness == 0
+        if self._player is not None:
+            del sampling["max_tokens"]  # a turn has its own
+            episode = await self._player.play(request, index, sampling, seeded)
+            reached("episode closed")
+            return episode
+        place = request.first_index + index
+        if request.seed is not None and seeded:
+            sampling["seed"] = request.seed + place
         sampled = await self.engine.generate(
-            f"group-{request.group_id}-{index}-{request.dispatched_s}",
-            request.prompt_ids + guidance,
+            f"group-{request.group_id}-{place}-{request.dispatched_s}",
+            (list(request.sampled_behind) or request.prompt_ids) + guidance,
             sampling,
         )
         return with_guidance(sampled, guidance, request.dispatch_version) if guidance else sampled
 
-    def _batch(self, request: GroupRequest, sampled: dict[int, Completion]) -> pa.RecordBatch:
-        texts = self._tokenizer.batch_decode(
-            [completion.token_ids for completion in sampled.values()], skip_special_tokens=True
+    def _batch(
+        self, asked: Sequence[GroupRequest], sampled: dict[tuple[int, int], Completion]
+    ) -> pa.RecordBatch:
+        """Completions by request and index in it, as one batch."""
+        found = [
+            self._rows(request, {index: one for (of, index), one in sampled.items() if of == place})
+            for place, request in enumerate(asked)
+            if any(of == place for of, _ in sampled)
+        ]
+        return found[0] if len(found) == 1 else pa.concat_batches(found)
+
+    def _rows(self, request: GroupRequest, sampled: dict[int, Completion]) -> pa.RecordBatch:
+        assert self._texts is not None, "start() was not called"
+        texts = [
+            one.text if isinstance(one, Episode) else self._texts.text(one)
+            for one in sampled.values()
+        ]
+        return rollout_batch(
+            request,
+            sampled,
+            texts,
+            self._name,
+            contexts=[self._context(request, one) for one in sampled.values()],
+            spans=[
+                self._texts.answer_span(one, request.answer_pattern)
+                if request.answer_pattern
+                else (0, 0)
+                for one in sampled.values()
+            ],
         )
-        return rollout_batch(request, sampled, texts, self._name)
+
+    def _context(self, request: GroupRequest, one: Completion) -> list[int]:
+        feedback = one.feedback if isinstance(one, Episode) else ""
+        return with_feedback(request.context_ids, feedback, self._tokenizer)
 
     async def score(
         self, sequences: list[list[int]], prompt_lengths: list[int]
@@ -164,6 +305,18 @@ class Generator:
             for index, (sequence, length) in enumerate(zip(sequences, prompt_lengths, strict=True))
         ]
         return list(await asyncio.gather(*requests))
+
+    async def score_group(self, batch: pa.RecordBatch) -> tuple[npt.NDArray[np.float32], None]:
+        """Log-probability at temperature 1 of every token of a group, nats, row behind row.
+
+        Completions that the learner does not get are left out. The second is an acknowledgement,
+        fetched by who has no use for the first.
+        """
+        batch, names = learnt(batch), ("prompt_ids", "token_ids")
+        prompts, sampled = (batch.column(name).to_pylist() for name in names)
+        kept = [(p, t) for p, t in zip(prompts, sampled, strict=True) if t]
+        found = await self.score([p + t for p, t in kept], [len(p) for p, _ in kept])
+        return np.array([value for row in found for value in row], np.float32), None
 
     async def init_weight_transfer(self, init_info: dict[str, Any]) -> None:
         """Pass the transport's start-up parameters to the engine (nccl, ipc)."""
@@ -207,27 +360,13 @@ class Generator:
         """A sign of life."""
 
     async def shutdown(self) -> None:
-        """End the engine."""
+        """End the environment and the engine."""
+        if self._host is not None:
+            await self._host.shutdown()
+            self._host = self._player = None
         if self._engine is not None:
             await asyncio.to_thread(self._engine.shutdown)
             self._engine = None
-
-
-def with_guidance(sampled: Completion, guidance_ids: list[int], version: int) -> Completion:
-    """Put guidance, which the policy did not sample, before a sampled completion.
-
-    Guidance tokens have no behaviour log-probability (NaN). They carry the version of the first
-    sampled token, or `version` when none was sampled.
-    """
-    count = len(guidance_ids)
-    return Completion(
-        token_ids=guidance_ids + sampled.token_ids,
-        logprobs=[math.nan] * count + sampled.logprobs,
-        weight_versions=(sampled.weight_versions[:1] or [version]) * count
-        + sampled.weight_versions,
-        finish_reason=sampled.finish_reason,
-        guidance_length=count,
-    )
 
 
 async def _finished(
@@ -246,41 +385,3 @@ async def _finished(
         more, pending = await asyncio.wait(pending, timeout=min(_GATHER_S, timeout_s))
         done |= more
     return done, pending
-
-
-def rollout_batch(
-    request: GroupRequest, sampled: dict[int, Completion], texts: list[str], generator: str
-) -> pa.RecordBatch:
-    """Completions of a group, by their index in it, as one record batch."""
-    completions = list(sampled.values())
-    count = len(completions)
-    columns: dict[str, list[Any]] = {
-        "group_id": [request.group_id] * count,
-        "ticket": [request.ticket] * count,
-        "completion_index": list(sampled),
-        "prompt_id": [request.prompt_id] * count,
-        "epoch": [request.epoch] * count,
-        "question": [request.question] * count,
-        "prompt_text": [request.prompt_text] * count,
-        "reference": [request.reference] * count,
-        "prompt_ids": [request.prompt_ids] * count,
-        "text": texts,
-        "token_ids": [completion.token_ids for completion in completions],
-        "behaviour_logprobs": [completion.logprobs for completion in completions],
-        "weight_versions": [completion.weight_versions for completion in completions],
-        "loss_mask": [_loss_mask(completion, request.mask_guidance) for completion in completions],
-        "guidance_length": [completion.guidance_length for completion in completions],
-        "finish_reason": [completion.finish_reason for completion in completions],
-        "generator": [generator] * count,
-        "dispatch_version": [request.dispatch_version] * count,
-        "dispatched_s": [request.dispatched_s] * count,
-        "finished_s": [time.time()] * count,
-    }
-    schema = rollout_schema()
-    arrays = [pa.array(columns[field.name], type=field.type) for field in schema]
-    return pa.RecordBatch.from_arrays(arrays, schema=schema)
-
-
-def _loss_mask(completion: Completion, mask_guidance: bool) -> list[bool]:
-    guided = completion.guidance_length
-    return [not mask_guidance] * guided + [True] * (len(completion.token_ids) - guided)

@@ -11,10 +11,7 @@ transport and ties the worker's life to its parent's.
 
 from __future__ import annotations
 
-import ctypes
 import multiprocessing
-import signal
-import sys
 from typing import Any
 
 import torch
@@ -25,13 +22,15 @@ from vllm.distributed.weight_transfer.base import (
 )
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
-from common.errors import WeightsError
+from common.errors import UserError, WeightsError
 from common.supervision.faults import reached
+from common.supervision.parents import die_with_parent
 from common.weights.buckets import WeightBucket, unpack_tensors
 from common.weights.lending import buffer_at
 from common.weights.object_store import ObjectStore
 
-_PR_SET_PDEATHSIG = 1
+_PREPARES_AGAIN = "_prepares_experts_again"
+"""Attribute of a layer's method that `prepare_experts_again` has changed."""
 
 
 class ObjectStoreWeightEngine(
@@ -48,6 +47,7 @@ class ObjectStoreWeightEngine(
     def start_weight_update(self) -> None:
         from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
 
+        prepare_experts_again(self.model)
         initialize_layerwise_reload(self.model)
 
     def finish_weight_update(self) -> None:
@@ -60,9 +60,18 @@ class ObjectStoreWeightEngine(
         """Load one bucket; `update_info` has its fields, with a place for the buffer.
 
         vLLM's own method would synchronise an accelerator, which a CPU has not.
+
+        Raises:
+            UserError: vLLM does not know a tensor, or wants it in another shape.
         """
         bucket = WeightBucket(**update_info)
-        self.model.load_weights(unpack_tensors(bucket, buffer_at(bucket.buffer)))
+        try:
+            self.model.load_weights(unpack_tensors(bucket, buffer_at(bucket.buffer)))
+        except (AssertionError, AttributeError, KeyError, RuntimeError, ValueError) as error:
+            raise UserError(
+                f"vLLM does not take the weights of {type(self.model).__name__} in an update: "
+                f"{type(error).__name__}: {error}. No restart mends that: train another model"
+            ) from error
         reached("weights half loaded")
 
     def receive_weights(self, update_info: WeightTransferUpdateInfo) -> None:
@@ -70,6 +79,27 @@ class ObjectStoreWeightEngine(
 
     def shutdown(self) -> None:
         """No resources outlive an update."""
+
+
+def prepare_experts_again(model: torch.nn.Module) -> None:
+    """Have a reload prepare the weights of experts as their kernel had them at start-up.
+
+    The kernel of a mixture may want another form than the checkpoint's: on CPU padded and packed
+    for its grouped product. vLLM gives it that form when it loads a layer for the first time, and
+    in a reload leaves the plain weights where the kernel reads the packed ones.
+    """
+    for layer in model.modules():
+        method: Any = getattr(layer, "quant_method", None)
+        if getattr(method, "moe_kernel", None) is None or hasattr(method, _PREPARES_AGAIN):
+            continue
+        plain = method.process_weights_after_loading
+
+        def process(layer: torch.nn.Module, _plain: Any = plain, _method: Any = method) -> None:
+            _plain(layer)
+            _method.moe_kernel.fused_experts.process_weights_after_loading(layer)
+
+        method.process_weights_after_loading = process
+        setattr(method, _PREPARES_AGAIN, True)
 
 
 def refresh_tied_heads(model: torch.nn.Module) -> None:
@@ -107,13 +137,7 @@ class WeightUpdateExtension:
     """Named in `worker_extension_cls` so that the worker imports this module; adds nothing."""
 
 
-def _die_with_parent() -> None:
-    """A worker whose generator actor was killed must not live on with its memory and cores."""
-    in_actor = multiprocessing.parent_process() is None  # Ray's processes are Ray's to end
-    if sys.platform.startswith("linux") and not in_actor:
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
 if ObjectStore.name not in WeightTransferEngineFactory._registry:
     WeightTransferEngineFactory.register_engine(ObjectStore.name, ObjectStoreWeightEngine)
-    _die_with_parent()
+    if multiprocessing.parent_process() is not None:  # Ray's processes are Ray's to end
+        die_with_parent()

@@ -1,7 +1,8 @@
 """From a prompt to judged completions: the one way there, for training and for every evaluation.
 
-    request   a prompt and how to sample it  ->  `GroupRequest`
-    run       a request  ->  references to trajectory batches, sampled and judged
+    request    a prompt and how to sample it  ->  `GroupRequest`
+    run        a request  ->  references to trajectory batches, sampled and judged
+    follow_up  these  ->  more of them, where their verdicts ask for it
 
 An *episode* is what the policy does with one prompt, up to its reward; a group is G episodes of one
 prompt. A request says nothing of turns: how an episode goes is the environment's business
@@ -13,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 
 import pyarrow as pa
@@ -20,8 +22,9 @@ import pyarrow as pa
 from actors.data.prompts import Prompt
 from actors.rollout.guidance import UNGUIDED, GuidedStart
 from actors.rollout.pools import GeneratorPool, GroupLostError, VerifierPool
+from common.config.follow_up import FollowUpConfig
 from common.supervision.calls import Ref
-from common.trajectory import GroupRequest
+from common.trajectory import Begun, GroupRequest
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,14 @@ class GroupSampling:
     temperature: float
     cap_s: float | None = None
     """Seconds after which completions still being sampled are aborted and left out."""
+    greedy: bool = False
+    """Whether the first completion is sampled at temperature 0, for the others to compare with."""
+    answer_pattern: str = ""
+    """Regular expression of the answer in a completion; empty where nobody asks for its tokens."""
+    follow_up: FollowUpConfig | None = None
+    """What is asked for after the verdicts; None: nothing."""
+    group_size: int = 0
+    """Completions that the learner gets of a group with a follow-up."""
 
 
 class Episodes:
@@ -59,11 +70,13 @@ class Episodes:
         *,
         group_id: int,
         guided: GuidedStart = UNGUIDED,
+        begun: Begun | None = None,
         seed: int | None = None,
     ) -> GroupRequest:
         """What `run` takes: sample `prompt` now, with the weights that the generators hold.
 
         Args:
+            begun: what the group's episodes go on from; None: from the prompt.
             seed: of the group's samples; None leaves them to the engine's random state.
         """
         return GroupRequest(
@@ -71,6 +84,7 @@ class Episodes:
             ticket=prompt.ticket,
             prompt_id=prompt.prompt_id,
             epoch=prompt.epoch,
+            source=prompt.source,
             question=prompt.question,
             prompt_text=prompt.text,
             prompt_ids=prompt.token_ids,
@@ -83,8 +97,15 @@ class Episodes:
             guidance_ids=guided.token_ids,
             num_guided=guided.num_completions,
             mask_guidance=guided.mask,
+            greedy=sampling.greedy,
             seed=seed,
             cap_s=sampling.cap_s,
+            context_ids=prompt.context_ids,
+            answer_pattern=sampling.answer_pattern,
+            follow_up=sampling.follow_up,
+            follow_up_ids=prompt.follow_up_ids,
+            num_follow_up=sampling.group_size,
+            begun=begun,
         )
 
     async def run(self, request: GroupRequest) -> list[Ref[pa.RecordBatch]]:
@@ -96,23 +117,47 @@ class Episodes:
         Raises:
             ExceptionGroup: of what the pools raise, `StallError` at a deadline among it.
         """
+        return await self._sampled_and_judged(
+            request, lambda: self._generators.generate(request, self._sample_timeout_s)
+        )
+
+    async def follow_up(
+        self,
+        request: GroupRequest,
+        judged: Sequence[Ref[pa.RecordBatch]],
+        asked: Callable[[int], None],
+    ) -> list[Ref[pa.RecordBatch]]:
+        """What a group asks for after its verdicts, sampled and judged; often nothing.
+
+        Args:
+            judged: what `run` gave.
+            asked: is told how many completions these are, before any is sampled; once more, and the
+                same, where a generator dies.
+
+        Raises: as `run`.
+        """
+        return await self._sampled_and_judged(
+            request,
+            lambda: self._generators.follow_up(request, judged, asked, self._sample_timeout_s),
+        )
+
+    async def _sampled_and_judged(
+        self, request: GroupRequest, sample: Callable[[], AsyncIterator[Ref[pa.RecordBatch]]]
+    ) -> list[Ref[pa.RecordBatch]]:
+        """Completions are judged while others of the group are still being sampled."""
         while True:
             try:
-                return await self._sampled_and_judged(request)
+                async with asyncio.TaskGroup() as judging:
+                    parts = [
+                        judging.create_task(
+                            self._verifiers.score(request.group_id, one, self._judge_timeout_s)
+                        )
+                        async for one in sample()
+                    ]
+                return [part.result() for part in parts]
             except ExceptionGroup as group:
                 if group.split(GroupLostError)[1] is not None:
                     raise
-
-    async def _sampled_and_judged(self, request: GroupRequest) -> list[Ref[pa.RecordBatch]]:
-        """Completions are judged while others of the group are still being sampled."""
-        async with asyncio.TaskGroup() as judging:
-            parts = [
-                judging.create_task(
-                    self._verifiers.score(request.group_id, sampled, self._judge_timeout_s)
-                )
-                async for sampled in self._generators.generate(request, self._sample_timeout_s)
-            ]
-        return [part.result() for part in parts]
 
     async def failures(self) -> Counter[str]:
         """Why verifiers could not judge, and how often."""

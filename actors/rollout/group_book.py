@@ -2,6 +2,7 @@
 
     slot        waits until the staleness budget lets another group out
     dispatched  it is on its way                            ledger, window
+    followed_up more of it is on its way                    ledger
     verified    it is in the trajectory log                 ledger
     settle      it is ready for the learner, or dropped     window, or ledger and its slot is free
     take        the next step's groups                      window
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 
 from common.budget import GroupWindow, StalenessBudget, in_time
 from common.errors import StallError
@@ -73,10 +75,17 @@ class GroupBook:
         self._window.dispatch(request.group_id, request.dispatch_version)
         reached("group dispatched")
 
+    def followed_up(self, request: GroupRequest, more: int) -> GroupRequest:
+        """`more` completions of a group are about to go out; the request for all of them."""
+        whole = replace(request, num_completions=request.num_completions + more)
+        self._ledger.followed_up(whole.group_id, whole.num_completions)
+        reached("group followed up")
+        return whole
+
     def verified(self, receipt: GroupReceipt) -> None:
         """A group is in the trajectory log."""
         reached("group in the log")
-        self._ledger.verified(receipt.group_id, receipt.num_tokens)
+        self._ledger.verified(receipt.group_id, receipt.every.tokens)
         reached("group verified")
 
     async def settle(self, request: GroupRequest, receipt: GroupReceipt | None) -> None:
@@ -86,9 +95,9 @@ class GroupBook:
             receipt: None when nothing of it ended in time.
         """
         async with self._changed:
-            if receipt is None or receipt.num_completions < request.num_completions:
+            if receipt is None or receipt.every.completions < request.num_completions:
                 self._counts["groups/abandoned"] += 1
-                tokens = receipt.num_tokens if receipt else 0
+                tokens = receipt.every.tokens if receipt else 0
                 self._drop(request.group_id, {"abandoned": (request.num_completions, tokens)})
             elif self.teaches_nothing(receipt):
                 self._counts["groups/filtered"] += 1
@@ -168,12 +177,12 @@ class GroupBook:
             self._budget.try_acquire()
             self._window.dispatch(receipt.group_id, receipt.dispatch_version)
             self._complete(receipt)
-            self._ledger.verified(receipt.group_id, receipt.num_tokens)
+            self._ledger.verified(receipt.group_id, receipt.every.tokens)
         return kept
 
     def give_up(self, group: OpenGroup, logged: GroupReceipt | None, outcome: Outcome) -> None:
         """A group of an earlier process is not trained on; its ticket is served again."""
-        tokens = logged.num_tokens if logged else 0
+        tokens = logged.every.tokens if logged else 0
         if logged is not None:
             self._ledger.verified(group.group_id, tokens)
         self._ledger.close_group(

@@ -121,10 +121,12 @@ class Guidance:
         self._history = [*self._history, reward][-window:]
 
     def _cycle(self, reward: float) -> None:
+        """Whole tokens, as in the released code: 1 stays where the mean is not twice the reward."""
         if len(self._history) < self._config.window:
             self._history.append(reward)
             return
-        self._length = adapted_length(self._length, self._history, reward, self._longest)
+        adapted = adapted_length(self._length, self._history, reward, self._longest)
+        self._length = float(int(adapted))
         self._history = []
 
     def _fixed(self, reward: float) -> None:

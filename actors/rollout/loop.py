@@ -1,7 +1,7 @@
 """The generation loop: prompts become groups, groups become batches for the learner.
 
     run      waits for a slot of the budget, takes a prompt, dispatches its group; for ever
-    _group   one group's way, a task of its own: sampled, judged, logged, settled
+    _group   one group's way, a task of its own: sampled, judged, followed up, logged, settled
 
 A group that cannot be trained on is dropped: it has no usable reward, or no difference in reward
 (with dynamic sampling), or it ran into `generator.group_cap_s`. Its slot is free at once, and
@@ -12,13 +12,16 @@ from __future__ import annotations
 
 import asyncio
 
+import pyarrow as pa
+
 from actors.data.prompts import Prompt, PromptSource
 from actors.rollout.episodes import Episodes, GroupSampling
 from actors.rollout.group_book import GroupBook
 from actors.rollout.guidance import Guidance
 from common.errors import VerifierError
 from common.record.writer import TrajectoryLogClient
-from common.trajectory import GroupReceipt, GroupRequest, ticket_seed
+from common.supervision.calls import Ref
+from common.trajectory import GroupReceipt, GroupRequest, group_seed
 
 _UNJUDGED_LIMIT = 16
 """Groups in a row without a single reward that end the run."""
@@ -64,7 +67,7 @@ class RolloutLoop:
             guided=self._guidance.start(
                 prompt, self._source.encode, self._sampling.num_completions
             ),
-            seed=None if self._seed is None else ticket_seed(self._seed, prompt.ticket),
+            seed=group_seed(self._seed, prompt.ticket),
         )
         self._book.dispatched(request)
         return request
@@ -72,10 +75,26 @@ class RolloutLoop:
     async def _group(self, request: GroupRequest) -> None:
         receipt = None
         if refs := await self._episodes.run(request):
+            if request.follow_up is not None:
+                request, refs = await self._followed_up(request, refs)
             receipt = await self._log.append(request.group_id, refs)
             self._book.verified(receipt)
             await self._check_judged(receipt)
         await self._book.settle(request, receipt)
+
+    async def _followed_up(
+        self, request: GroupRequest, refs: list[Ref[pa.RecordBatch]]
+    ) -> tuple[GroupRequest, list[Ref[pa.RecordBatch]]]:
+        """The request for all of a group, and all of its batches."""
+        whole = request
+
+        def asked(more: int) -> None:
+            nonlocal whole
+            if more:
+                whole = self._book.followed_up(request, more)
+
+        later = await self._episodes.follow_up(request, refs, asked)
+        return whole, [*refs, *later]
 
     async def _check_judged(self, receipt: GroupReceipt) -> None:
         """End a run whose verifiers judge nothing: its groups would be dropped for ever."""
@@ -84,5 +103,6 @@ class RolloutLoop:
             reasons = await self._episodes.failures()
             listed = "\n".join(f"  {n} times: {why}" for why, n in reasons.most_common(5))
             raise VerifierError(
-                f"{_UNJUDGED_LIMIT} groups in a row got no reward: mend the verifier.\n{listed}"
+                f"{_UNJUDGED_LIMIT} groups in a row got no reward: mend the verifier, or "
+                f"the environment where episodes have one.\n{listed}"
             )

@@ -32,9 +32,12 @@ M = TypeVar("M", bound=Member)
 
 
 async def all_answer(
-    handles: Mapping[str, Handle[T]], asked: Call[T, object], waits: Waits, deadline_s: float
-) -> None:
-    """Ask actors that are to form a pool, and await all. One that dies meanwhile is an error."""
+    handles: Mapping[str, Handle[T]], asked: Call[T, R], waits: Waits, deadline_s: float
+) -> dict[str, R]:
+    """Ask actors that are to form a pool, and await all; what each said, by its name.
+
+    One that dies meanwhile is an error.
+    """
     calls = [
         waits.on(
             asked.to(handle),
@@ -44,7 +47,7 @@ async def all_answer(
         )
         for name, handle in handles.items()
     ]
-    await asyncio.gather(*calls)
+    return dict(zip(handles, await asyncio.gather(*calls), strict=True))
 
 
 class Pool(Generic[M]):

@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Iterable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Literal, TypeVar
 
 import pyarrow as pa
 from ray.exceptions import RayActorError
 
-from actors.environments.worker import VerifierWorker
 from actors.generation.generator import Generator
 from actors.rollout.pool import Pool, all_answer
+from actors.verifiers.worker import VerifierWorker
 from common.supervision.calls import Call, Handle, Ref, ask, ask_pair, call, resolved, stream
 from common.supervision.replacement import Replacement, is_own_death
 from common.supervision.waits import Waits
@@ -34,17 +34,27 @@ class GroupLostError(Exception):
 
 
 async def start_generators(
-    handles: Mapping[str, Handle[Generator]], waits: Waits, deadline_s: float
+    handles: Mapping[str, Handle[Generator]],
+    waits: Waits,
+    deadline_s: float,
+    cache_bytes: int | None = None,
 ) -> None:
-    """Start engines, before they form a pool. One that dies is an error."""
-    await all_answer(handles, call(Generator.start), waits, deadline_s)
+    """Start engines, before they form a pool. One that dies is an error.
+
+    Args:
+        cache_bytes: of the key-value cache on each CUDA device; None leaves that to vLLM.
+    """
+    await all_answer(handles, call(Generator.start, cache_bytes), waits, deadline_s)
 
 
 async def warm_up_verifiers(
     handles: Mapping[str, Handle[VerifierWorker]], waits: Waits, deadline_s: float
-) -> None:
-    """Have verifiers import their rules, before they form a pool. One that dies is an error."""
-    await all_answer(handles, call(VerifierWorker.warm_up), waits, deadline_s)
+) -> dict[str, list[str]]:
+    """Have verifiers import their rules, before they form a pool. One that dies is an error.
+
+    Returns: the walls that stand around each, by its name.
+    """
+    return await all_answer(handles, call(VerifierWorker.warm_up), waits, deadline_s)
 
 
 class GeneratorPool(Pool[Generator]):
@@ -95,6 +105,44 @@ class GeneratorPool(Pool[Generator]):
         Raises:
             GroupLostError: the generator died; another is in its place.
         """
+
+        def begin(handle: Handle[Generator]) -> AsyncIterator[Ref[int]]:
+            return stream(handle, Generator.generate_group, request)
+
+        async for ref in self._batches(request, begin, deadline_s):
+            yield ref
+
+    async def follow_up(
+        self,
+        request: GroupRequest,
+        judged: Sequence[Ref[pa.RecordBatch]],
+        asked: Callable[[int], None],
+        deadline_s: float,
+    ) -> AsyncIterator[Ref[pa.RecordBatch]]:
+        """References to rollout batches of what a group asks for after its verdicts.
+
+        Args:
+            judged: the trajectory batches of its first part.
+            asked: is told how many completions these are, before any is sampled.
+
+        Raises:
+            GroupLostError: the generator died; another is in its place.
+        """
+
+        def begin(handle: Handle[Generator]) -> AsyncIterator[Ref[int]]:
+            return stream(handle, Generator.follow_up, request, *map(resolved, judged))
+
+        async for ref in self._batches(request, begin, deadline_s, asked):
+            yield ref
+
+    async def _batches(
+        self,
+        request: GroupRequest,
+        begin: Callable[[Handle[Generator]], AsyncIterator[Ref[int]]],
+        deadline_s: float,
+        first: Callable[[int], None] | None = None,
+    ) -> AsyncIterator[Ref[pa.RecordBatch]]:
+        """What a member streams: batches by their number, behind a first item for `first`."""
         ends = time.monotonic() + deadline_s
 
         async def on(waited: Awaitable[R]) -> R:
@@ -109,7 +157,9 @@ class GeneratorPool(Pool[Generator]):
         with self.least_loaded() as name:
             handle = self.handles[name]
             try:
-                ready = stream(handle, Generator.generate_group, request)
+                ready = begin(handle)
+                if first is not None:
+                    first(await on(await on(anext(ready))))
                 while (item := await on(anext(ready, None))) is not None:
                     yield ask(handle, Generator.take_batch, await on(item))
             except RayActorError as error:

@@ -51,7 +51,13 @@ class RolloutState:
             receipt.group_id: receipt
             for receipt in await self.log.recover([group.group_id for group in opened])
         }
-        usable = [receipt for receipt in logged.values() if self._is_usable(receipt, step)]
+        asked = {group.group_id: group.completions for group in opened}  # follow-ups included
+        usable = [
+            receipt
+            for receipt in logged.values()
+            if receipt.every.completions == asked[receipt.group_id]
+            and self._is_usable(receipt, step)
+        ]
         kept = {receipt.group_id for receipt in self.book.take_back(usable, step)}
         too_old = {receipt.group_id for receipt in usable} - kept
         lost = [group for group in opened if group.group_id not in kept]

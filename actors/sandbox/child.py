@@ -7,8 +7,6 @@ asks for a runner of programs (`actors.sandbox.programs`). The protocol is descr
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import importlib
 import json
 import math
@@ -21,10 +19,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import IO, Any
 
-from actors.sandbox import blame, programs
-from actors.sandbox.confinement import close_network, limit_files
+from actors.sandbox import blame, kernel, programs
+from actors.sandbox.confinement import close_network, limit_files, lower_limit
 from actors.sandbox.inside import Access, enter
-from actors.sandbox.process import end
+from actors.sandbox.process import end_below
 from actors.sandbox.verdict import Verdict
 from common.errors import UserError
 from common.record.schema import ERROR
@@ -32,7 +30,6 @@ from common.supervision.processes import descendants
 
 LENGTH = struct.Struct(">I")
 BEGUN, BLAMED = "begun", "the completion is to blame"
-_PR_SET_CHILD_SUBREAPER = 36
 
 Rule = Callable[[str, Any, str, str], Verdict]
 """One rule, on a completion's text, its reference, why it ended and the prompt."""
@@ -74,7 +71,7 @@ def _serve(requests: IO[bytes], answers: IO[bytes]) -> None:
             if os.getpid() != me:
                 os._exit(0)  # a rule forked and let the copy return: only one of us may answer
             signal.setitimer(signal.ITIMER_REAL, 0)
-            _end_stragglers(spared)
+            end_below(descendants, spared)
             answers.write(frame(asdict(verdict)))
 
 
@@ -117,13 +114,10 @@ def _read_message(requests: IO[bytes]) -> Any:
 
 
 def _limit(memory_bytes: int) -> None:
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    if sys.platform != "linux":
-        return  # elsewhere RLIMIT_AS cannot be lowered, and orphans cannot be adopted
-    hard = resource.getrlimit(resource.RLIMIT_AS)[1]
-    limit = memory_bytes if hard == resource.RLIM_INFINITY else min(memory_bytes, hard)
-    resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
-    ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    lower_limit(resource.RLIMIT_CORE, 0)
+    if sys.platform == "linux":  # elsewhere RLIMIT_AS cannot be lowered, nor orphans adopted
+        lower_limit(resource.RLIMIT_AS, memory_bytes)
+        kernel.adopt_orphans()
 
 
 def _allow_cpu(timeout_s: float) -> None:
@@ -134,17 +128,6 @@ def _allow_cpu(timeout_s: float) -> None:
     if hard != resource.RLIM_INFINITY:
         soft = min(soft, hard)
     resource.setrlimit(resource.RLIMIT_CPU, (soft, hard))
-
-
-def _end_stragglers(spared: set[int]) -> None:
-    """Kill what the last task left running, wherever it moved: orphans are adopted by us."""
-    while stragglers := [pid for pid in descendants(os.getpid()) if pid not in spared]:
-        for pid in stragglers:
-            end(pid)
-        for pid in stragglers:
-            # A grandchild cannot be waited for yet: it becomes ours in the next round.
-            with contextlib.suppress(ChildProcessError):
-                os.waitpid(pid, 0)
 
 
 if __name__ == "__main__":

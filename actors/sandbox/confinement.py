@@ -3,6 +3,8 @@
 Filters need no privilege, stay for good, and hold for everything the process starts.
 
     close_network    for rules: no network socket, no connection, no io_uring
+    only_internet    for commands in a network of their own: no socket of another family, for those
+                     reach what is outside of it
     compute_only     for programs that a model wrote: the calls of `actors.sandbox.calls` and no
                      other, where a call that can name a process names only its caller
 
@@ -20,14 +22,16 @@ import resource
 import sys
 
 from actors.sandbox import calls
+from actors.sandbox.kernel import gain_no_privileges, syscall
 from common.errors import UserError
 
 MAX_FILE_BYTES = 64 * 2**20
 MAX_OPEN_FILES = 1024
 
-_PR_SET_NO_NEW_PRIVS = 38
 _SET_FILTER, _NEW_LISTENER = 1, 8
 _AF_UNIX, _SOCK_STREAM, _SOCK_FLAGS = 1, 1, (0, 0x800, 0x80000, 0x80800)
+_INTERNET = (2, 10, 16)
+"""AF_INET, AF_INET6, and AF_NETLINK, which asks the kernel what addresses there are."""
 _AUDIT_ARCHES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}  # linux/audit.h
 _LOAD, _EQUAL, _AT_LEAST, _ANY_BIT, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06  # of BPF, on 32 bits
 _ARCH, _NUMBER, _FIRST_ARGUMENT = 4, 0, 16  # offsets in struct seccomp_data
@@ -84,21 +88,43 @@ def can_filter() -> bool:
     return os.path.exists("/proc/sys/kernel/seccomp/actions_avail")
 
 
-def close_network() -> None:
+def close_network(remedy: str = "if you trust them, set verifier.network=true") -> None:
     """From now on this process and what it starts open no network socket and connect to none.
 
     Pairs of sockets still work, and so do sockets of the file system that nobody connects to.
 
+    Args:
+        remedy: what the error tells a person to do.
+
     Raises:
         UserError: this system cannot do it.
     """
-    remedy = "if you trust them, set verifier.network=true"
     _check_machine(remedy)
     special = calls.numbers(calls.REFUSED[calls.NETWORK])
     rules = _head()
     for name in ("io_uring_setup", "connect"):
         rules += [(_EQUAL, 0, 1, special[name]), (_RETURN, 0, 0, _REFUSE)]
-    rules += _by_argument(special["socket"], 0, (_AF_UNIX,), _REFUSE)
+    rules += _by_arguments(special["socket"], {0: (_AF_UNIX,)}, _REFUSE)
+    rules.append((_RETURN, 0, 0, _ALLOW))
+    _install(rules, remedy, 0)
+
+
+def only_internet() -> None:
+    """From now on this process and what it starts open sockets of the internet alone.
+
+    In a network of its own (`actors.sandbox.network`) that is all it takes: sockets of the file
+    system, of a virtual machine's host and the like do not belong to a network. Pairs of sockets
+    still work.
+
+    Raises:
+        UserError: this system cannot do it.
+    """
+    remedy = "if you trust it, set environment.network=true"
+    _check_machine(remedy)
+    special = calls.numbers(calls.REFUSED[calls.NETWORK])
+    rules = _head()
+    rules += [(_EQUAL, 0, 1, special["io_uring_setup"]), (_RETURN, 0, 0, _REFUSE)]
+    rules += _by_arguments(special["socket"], {0: _INTERNET}, _REFUSE)
     rules.append((_RETURN, 0, 0, _ALLOW))
     _install(rules, remedy, 0)
 
@@ -143,16 +169,17 @@ def _compute_rules(refuse: int) -> list[_Rule]:
             rules += _by_bit(special[name], argument, _FOR_WRITING, refuse, _ALLOW)
     rules += _by_bit(special["clone"], 0, _CLONE_THREAD, _ALLOW, refuse)
     streams = tuple(_SOCK_STREAM | flags for flags in _SOCK_FLAGS)
-    for name, argument, values, otherwise in (
-        ("kill", 0, (own,), refuse),
-        ("tgkill", 0, (own,), refuse),
-        ("prlimit64", 0, (0, own), refuse),
-        ("fcntl", 1, _FCNTL, refuse),
-        ("socketpair", 1, streams, refuse),
-        ("ioctl", 1, _IOCTL, _ERROR | errno.ENOTTY),
-        ("prctl", 0, _PRCTL, _ERROR | errno.EPERM),
-    ):
-        rules += _by_argument(special[name], argument, values, otherwise)
+    allowed: tuple[tuple[str, dict[int, tuple[int, ...]], int], ...] = (
+        ("kill", {0: (own,)}, refuse),
+        ("tgkill", {0: (own,)}, refuse),
+        ("prlimit64", {0: (0, own)}, refuse),
+        ("fcntl", {1: _FCNTL}, refuse),
+        ("socketpair", {0: (_AF_UNIX,), 1: streams}, refuse),
+        ("ioctl", {1: _IOCTL}, _ERROR | errno.ENOTTY),
+        ("prctl", {0: _PRCTL}, _ERROR | errno.EPERM),
+    )
+    for name, arguments, otherwise in allowed:
+        rules += _by_arguments(special[name], arguments, otherwise)
     rules.append((_RETURN, 0, 0, refuse))
     return rules
 
@@ -169,14 +196,16 @@ def _head() -> list[_Rule]:
     ]
 
 
-def _by_argument(
-    number: int, argument: int, values: tuple[int, ...], otherwise: int
+def _by_arguments(
+    number: int, arguments: dict[int, tuple[int, ...]], otherwise: int
 ) -> list[_Rule]:
-    """Allow the call `number` when its argument is one of `values`."""
-    body: list[_Rule] = [(_LOAD, 0, 0, _FIRST_ARGUMENT + 8 * argument)]
-    for value in values:
-        body += [(_EQUAL, 0, 1, value), (_RETURN, 0, 0, _ALLOW)]
-    body.append((_RETURN, 0, 0, otherwise))
+    """Allow the call `number` when each of its `arguments` is one of these values."""
+    body: list[_Rule] = []
+    for argument, values in arguments.items():
+        body.append((_LOAD, 0, 0, _FIRST_ARGUMENT + 8 * argument))
+        body += [(_EQUAL, len(values) - place, 0, value) for place, value in enumerate(values)]
+        body.append((_RETURN, 0, 0, otherwise))
+    body.append((_RETURN, 0, 0, _ALLOW))
     return [(_EQUAL, 0, len(body), number), *body]
 
 
@@ -193,23 +222,18 @@ def _by_bit(number: int, argument: int, bits: int, if_any: int, if_none: int) ->
 
 def _check_machine(remedy: str) -> None:
     if sys.platform != "linux" or platform.machine() not in _AUDIT_ARCHES:
-        raise UserError(
-            f"verifiers cannot be confined on {sys.platform} {platform.machine()}: {remedy}"
-        )
+        raise UserError(f"code cannot be confined on {sys.platform} {platform.machine()}: {remedy}")
 
 
 def _install(rules: list[_Rule], remedy: str, flags: int) -> int:
     """Hand a filter to the kernel; returns 0, or the listener's descriptor."""
     program = (_Instruction * len(rules))(*[_Instruction(*rule) for rule in rules])
-    library = ctypes.CDLL(None, use_errno=True)
     filtered = ctypes.byref(_Program(len(rules), program))
     seccomp = calls.numbers(calls.BY_ARGUMENT)["seccomp"]
-    done = library.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
-    if done == 0:
-        done = library.syscall(seccomp, _SET_FILTER, flags, filtered)
-    if done < 0:
+    try:
+        gain_no_privileges()
+        return syscall(seccomp, _SET_FILTER, flags, filtered)
+    except OSError as error:
         raise UserError(
-            f"verifiers cannot be confined here (seccomp: {os.strerror(ctypes.get_errno())}): "
-            f"{remedy}"
-        )
-    return int(done)
+            f"code cannot be confined here (seccomp: {error.strerror}): {remedy}"
+        ) from error

@@ -14,9 +14,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Self
 
-from actors.sandbox import landlock
+from actors.sandbox import kernel, landlock
 
-_PR_SET_DUMPABLE, _PR_SET_NO_NEW_PRIVS = 4, 38
 _CAPSET = {"x86_64": 126, "aarch64": 91}
 _CAPABILITIES_V3 = 0x20080522
 
@@ -61,10 +60,8 @@ def enter(access: Access) -> None:
     if access.landlock:
         landlock.restrict(access.readable, access.writable)
     if sys.platform == "linux":
-        library = ctypes.CDLL(None)
-        library.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
-        # Another process of this user can read neither our memory nor our environment.
-        library.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
+        kernel.gain_no_privileges()
+        kernel.hide_memory()
 
 
 def _drop_capabilities() -> None:
@@ -74,7 +71,7 @@ def _drop_capabilities() -> None:
         return
     header = (ctypes.c_uint32 * 2)(_CAPABILITIES_V3, 0)
     none = (ctypes.c_uint32 * 6)()
-    ctypes.CDLL(None, use_errno=True).syscall(number, ctypes.byref(header), ctypes.byref(none))
+    kernel.syscall(number, ctypes.byref(header), ctypes.byref(none))
 
 
 if __name__ == "__main__":

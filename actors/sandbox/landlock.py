@@ -13,8 +13,9 @@ import stat
 import sys
 from collections.abc import Sequence
 
+from actors.sandbox.kernel import gain_no_privileges, syscall
+
 _CREATE, _ADD, _RESTRICT = 444, 445, 446  # the same on all machines
-_PR_SET_NO_NEW_PRIVS = 38
 _ASK_VERSION, _PATH_BENEATH = 1, 1
 _READ = 1 << 0 | 1 << 2 | 1 << 3
 """Execute, read files, list folders."""
@@ -42,7 +43,10 @@ def abi() -> int:
     """The kernel's version of Landlock; 0 without one, or where it is switched off."""
     if sys.platform != "linux":
         return 0
-    return max(0, int(ctypes.CDLL(None).syscall(_CREATE, None, 0, _ASK_VERSION)))
+    try:
+        return syscall(_CREATE, None, 0, _ASK_VERSION)
+    except OSError:
+        return 0
 
 
 def restrict(readable: Sequence[str], writable: Sequence[str]) -> None:
@@ -58,14 +62,13 @@ def restrict(readable: Sequence[str], writable: Sequence[str]) -> None:
     every = (1 << 13) - 1 | (version >= 2) << 13 | (version >= 3) << 14 | (version >= 5) << 15
     scopes = _SCOPES if version >= _SCOPES_SINCE else 0
     sizes = 24 if version >= _SCOPES_SINCE else 16 if version >= 4 else 8
-    ruleset = _call(_CREATE, ctypes.byref(_Ruleset(every, 0, scopes)), sizes, 0)
+    ruleset = syscall(_CREATE, ctypes.byref(_Ruleset(every, 0, scopes)), sizes, 0)
     try:
         for paths, allowed in ((readable, _READ), (writable, every)):
             for path in paths:
                 _allow(ruleset, path, allowed, every)
-        if ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) != 0:
-            raise OSError(ctypes.get_errno(), "no_new_privs")
-        _call(_RESTRICT, ruleset, 0)
+        gain_no_privileges()
+        syscall(_RESTRICT, ruleset, 0)
     finally:
         os.close(ruleset)
 
@@ -82,14 +85,6 @@ def _allow(ruleset: int, path: str, allowed: int, every: int) -> None:
         if not stat.S_ISDIR(mode):
             allowed &= _OF_FILES
         beneath = _Beneath(allowed & every, parent)
-        _call(_ADD, ruleset, _PATH_BENEATH, ctypes.byref(beneath), 0)
+        syscall(_ADD, ruleset, _PATH_BENEATH, ctypes.byref(beneath), 0)
     finally:
         os.close(parent)
-
-
-def _call(number: int, *arguments: object) -> int:
-    done = ctypes.CDLL(None, use_errno=True).syscall(number, *arguments)
-    if done < 0:
-        error = ctypes.get_errno()
-        raise OSError(error, f"Landlock: {os.strerror(error)}")
-    return int(done)

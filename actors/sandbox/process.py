@@ -17,7 +17,7 @@ from typing import IO
 
 from actors.sandbox.inside import Access
 from actors.sandbox.walls import Walls, command, environment, free_user
-from common.supervision.processes import descendants
+from common.supervision.processes import descendants, memory_of
 
 _EXIT_TIMEOUT_S = 10.0
 
@@ -26,6 +26,24 @@ def end(pid: int, send: Callable[[int, int], None] = os.kill) -> None:
     """Kill a process that may be gone already."""
     with contextlib.suppress(ProcessLookupError):
         send(pid, signal.SIGKILL)
+
+
+def end_below(below: Callable[[int], list[int]], spared: set[int]) -> None:
+    """Kill what runs below us, wherever it moved.
+
+    Orphans become our children where we adopt them, so none is left when there is none.
+
+    Args:
+        below: looks for processes below one: `children`, or `descendants`, which ends more in a
+            round and walks further.
+    """
+    while left := [pid for pid in below(os.getpid()) if pid not in spared]:
+        for pid in left:
+            end(pid)
+        for pid in left:
+            # A grandchild cannot be waited for yet: it becomes ours in the next round.
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(pid, 0)
 
 
 class WalledProcess:
@@ -76,6 +94,7 @@ class WalledProcess:
         os.close(guardian_end)
         # A file object, so that the pipe closes with its owner when nobody calls end().
         self._lifeline: IO[bytes] = os.fdopen(parent_end, "wb", buffering=0)
+        self._below = 0
         self.stdin, self.stdout = self._process.stdin, self._process.stdout
 
     @property
@@ -90,10 +109,20 @@ class WalledProcess:
     def ended(self) -> bool:
         return self._process.poll() is not None
 
-    def started(self, limit: int) -> int:
-        """How many processes it has started itself, counted up to `limit`."""
+    def excess(self, processes: int, memory_bytes: int) -> str:
+        """What it and all it has started hold too much of, in words; empty while they do not.
+
+        One process alone is bound by the kernel, so memory is added up where there are more. That
+        takes a millisecond for each, so it waits until they have stopped to multiply.
+        """
         own = 1 + self._walls.processes_between  # the guardian, and the walls'
-        return max(0, len(descendants(self.pid, limit + own)) - own)
+        below = descendants(self.pid, processes + 1 + own)
+        if len(below) - own > processes:
+            return f"more than {processes} processes"
+        grew, self._below = len(below) != self._below, len(below)
+        if len(below) > own and not grew and memory_of([self.pid, *below]) > memory_bytes:
+            return f"more than {memory_bytes / 2**30:g} GiB of memory"
+        return ""
 
     def death(self, patience_s: float) -> str:
         """How it ended, in words."""

@@ -78,10 +78,6 @@ class Runner:
             )
 
     @property
-    def pid(self) -> int:
-        return self._process.pid
-
-    @property
     def folder(self) -> str:
         return self._process.folder
 
@@ -93,16 +89,25 @@ class Runner:
 class Programs:
     """Runs programs of one `module`, whose functions are their entry points."""
 
-    def __init__(self, module: str) -> None:
+    def __init__(self, module: str, runner: socket.socket | None = None) -> None:
+        """Keep the module's name.
+
+        Args:
+            runner: where a runner listens already; when that is lost, there is no other.
+        """
         self._module = module
-        self._socket: socket.socket | None = None
+        self._socket = runner
+        self._given = runner is not None
         self._own: Runner | None = None
 
     def start(self) -> socket.socket:
         """Have a runner; returns the socket it listens at.
 
-        Raises: `UserError` where the walls here would not hold a program.
+        Raises: `UserError` where the walls here would not hold a program; `RunnerLostError` when
+        the one that was given is lost.
         """
+        if self._socket is None and self._given:
+            raise RunnerLostError
         if self._socket is None:
             self._socket = self._from_desk() if _Desk.socket else self._from_here()
         return self._socket
@@ -181,9 +186,15 @@ def programs(module: str) -> Programs:
 
 def check_walls(walls: Walls) -> None:
     """Raise `UserError` where a program behind `walls` could reach its judge."""
-    gaps = walls.gaps()
+    check_gaps(
+        walls.gaps(), ", or set verifier.sandbox=trusted if a program may read and do what you can"
+    )
+
+
+def check_gaps(gaps: Sequence[str], otherwise: str = "") -> None:
+    """Raise `UserError` where walls have `gaps`; it says to mend that, or `otherwise`."""
     if gaps:
         raise UserError(
             f"programs that a model writes are not safe to run here: {'; '.join(gaps)}. "
-            "Mend that, or set verifier.sandbox=trusted if a program may read and do what you can"
+            f"Mend that{otherwise}"
         )

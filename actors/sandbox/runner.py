@@ -12,7 +12,6 @@ before its first line (`_confine`). It leaves with its own death: nobody else's 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import gc
 import importlib
 import io
@@ -29,13 +28,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Literal, Self
 
-from actors.sandbox import landlock
+from actors.sandbox import kernel, landlock
 from actors.sandbox.calls import FILES
-from actors.sandbox.confinement import compute_only, lower_limit
+from actors.sandbox.confinement import compute_only, limit_files, lower_limit
 from actors.sandbox.inside import Access, enter
 from actors.sandbox.programs import MAX_HANDED, Ended, Request
 from actors.sandbox.watch import refuse_one
-from common.errors import UserError
 
 MAX_OUTPUT_BYTES = 16 * 2**20
 MAX_OPEN_FILES = 64
@@ -43,7 +41,8 @@ MAX_THREADS = 64
 MAX_STACK_BYTES = 112 * 2**20
 """Linux keeps 128 MiB free below a stack."""
 _POLL_MS = 50
-_PR_SET_PDEATHSIG = 1
+_LISTENER, _CONFINED, _FAILED = b"=", b"+", b"-"
+"""What a program's process tells the runner before the program's first line."""
 _PRELOADED = (
     *("bisect", "collections", "copy", "datetime", "decimal", "fractions", "functools", "heapq"),
     *("itertools", "math", "operator", "random", "re", "statistics", "string", "threading"),
@@ -58,10 +57,23 @@ def main() -> None:
     desk = socket.socket(fileno=int(sys.argv[2]))
     memory_bytes, module = int(sys.argv[3]), sys.argv[4]
     enter(access)
+    limit_files()
     for name in (*_PRELOADED, module):
         importlib.import_module(name)
     gc.freeze()  # what is here is copied on no program's collection
-    program = _serve(desk, importlib.import_module(module), access, memory_bytes)
+    serve(desk, importlib.import_module(module), access, memory_bytes)
+
+
+def serve(desk: socket.socket, module: object, access: Access, memory_bytes: int) -> None:
+    """Run the programs that are asked for at `desk`, until its other end closes.
+
+    It returns in the processes of programs too, once they have run. The caller stands behind walls
+    already, and knows nothing that a program may not know.
+
+    Args:
+        module: its functions are the entry points.
+    """
+    program = _serve(desk, module, access, memory_bytes)
     if program is not None:
         program()
 
@@ -127,19 +139,24 @@ class _Watch:
         return others
 
     def _hear(self) -> None:
-        message, handed, _, _ = socket.recv_fds(self._told, 2**12, 1)
-        if not message:
-            self._poll.unregister(self._told)
-        elif not self.failure:
+        if not self.failure:
+            # Descriptors that a program sends along are not taken: they would pile up here.
+            message = self._told.recv(2**12)
             self.touched[FILES] += len(message)
-        elif message[:1] == b"+":
+            if not message:
+                self._poll.unregister(self._told)
+            return
+        # A byte, and not what a program may have sent behind it, descriptors and all.
+        said, handed, _, _ = socket.recv_fds(self._told, 1, 1)
+        if said == _LISTENER:
+            (self._listener,) = handed
+            self._poll.register(self._listener, select.POLLIN)
+        elif said == _CONFINED:
             self.failure = ""
-            self.touched[FILES] += len(message) - 1
-            if handed:
-                (self._listener,) = handed
-                self._poll.register(self._listener, select.POLLIN)
+        elif said == _FAILED:
+            self.failure = self._told.recv(2**12).decode()
         else:
-            self.failure = message.decode()
+            self._poll.unregister(self._told)
 
 
 def _attend(pid: int, told: socket.socket, deadline: float) -> Ended:
@@ -155,7 +172,8 @@ def _attend(pid: int, told: socket.socket, deadline: float) -> Ended:
                     return Ended(None, reason, dict(watch.touched), "")
             status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
             watch.listen()  # what it said last
-            return Ended(status, "", dict(watch.touched), watch.failure)
+            failure = watch.failure and f"{watch.failure} (status {status})"
+            return Ended(status, "", dict(watch.touched), failure)
     finally:
         os.close(process)
 
@@ -181,12 +199,14 @@ def _become(
     """Be the process of one program: confine it, say so, run it."""
     try:
         _take_places(handed)
-        for what, limit in (
-            (resource.RLIMIT_CORE, 0),
-            (resource.RLIMIT_FSIZE, MAX_OUTPUT_BYTES),
-            (resource.RLIMIT_NOFILE, MAX_OPEN_FILES),
-            (resource.RLIMIT_AS, memory_bytes),
-        ):
+        limits = {
+            resource.RLIMIT_CORE: 0,
+            resource.RLIMIT_FSIZE: MAX_OUTPUT_BYTES,
+            resource.RLIMIT_AS: memory_bytes,
+        }
+        if access.user is not None:  # whose are the runner's two, and these; elsewhere we count
+            limits[resource.RLIMIT_NPROC] = MAX_THREADS + 2
+        for what, limit in limits.items():
             lower_limit(what, limit)
         _deepen_stack()
         open_to_all = [*(path for path in access.readable if path != "/proc"), *access.writable]
@@ -194,20 +214,22 @@ def _become(
             landlock.restrict(open_to_all, ())
         _count_opens(told.fileno(), (*open_to_all, "/dev/"))
         listener = compute_only(watched=True)
-    except (OSError, UserError) as error:
-        told.send(b"-" + str(error).encode()[:500])
+        if listener is not None:
+            socket.send_fds(told, [_LISTENER], [listener])
+            os.close(listener)
+        # Behind the send: this limit also bounds what all processes of a user have under way, and
+        # another program may have filled that.
+        lower_limit(resource.RLIMIT_NOFILE, MAX_OPEN_FILES)
+        told.send(_CONFINED)
+    except Exception as error:  # whatever it is, it is told: the program has not run
+        told.send(_FAILED + f"{type(error).__name__}: {error}".encode()[:500])
         os._exit(1)
-    if listener is None:
-        told.send(b"+")
-    else:
-        socket.send_fds(told, [b"+"], [listener])
-        os.close(listener)
     entry(handed[2:])
 
 
 def _take_places(handed: Sequence[int]) -> None:
     """Standard input and output as the request says, errors nowhere, fresh files on top."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    kernel.die_with_parent()
     null = os.open(os.devnull, os.O_WRONLY)
     for source, place in ((handed[0], 0), (handed[1], 1), (null, 2)):
         os.dup2(source, place)

@@ -137,11 +137,6 @@ class Sandbox:
         runner = [] if self._runner is None else [self._runner.folder]
         return [self._process.folder, *runner]
 
-    @property
-    def runner_pid(self) -> int | None:
-        """The process that runs programs, once a rule has asked for it."""
-        return None if self._runner is None else self._runner.pid
-
     def wait_ready(self) -> None:
         """Return when the child can judge.
 
@@ -315,8 +310,8 @@ class Sandbox:
                 return
             if self._process.ended():
                 raise self._death()
-            if self._process.started(MAX_PROCESSES + 1) > MAX_PROCESSES:
-                raise _ChildDiedError(f"it was ended, with more than {MAX_PROCESSES} processes")
+            if much := self._process.excess(MAX_PROCESSES, self._memory_bytes):
+                raise _ChildDiedError(f"it was ended, with {much}")
             if time.monotonic() > deadline:
                 raise TimeoutError
 

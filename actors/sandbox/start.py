@@ -13,6 +13,8 @@ import shutil
 import signal
 import sys
 
+from common.supervision.processes import descendants
+
 
 def main() -> None:
     lifeline, folder, command = int(sys.argv[1]), sys.argv[2], sys.argv[3:]
@@ -32,9 +34,13 @@ def _guard(lifeline: int, folder: str) -> None:
                 continue
     os.read(lifeline, 1)
     group = os.getpgrp()
+    left_it = [pid for pid in descendants(group) if pid != os.getpid()]
     os.setsid()
     with contextlib.suppress(ProcessLookupError):  # the command had ended by itself
         os.killpg(group, signal.SIGKILL)
+    for pid in left_it:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.kill(pid, signal.SIGKILL)
     shutil.rmtree(folder, ignore_errors=True)  # gone if the parent had time for it
     os._exit(0)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from common.record.schema import ERROR, FAIL, PASS, TIMEOUT
+from common.record.schema import ERROR, FAIL, PASS, SKIPPED, TIMEOUT
 
 
 @dataclass(frozen=True)
@@ -14,7 +14,8 @@ class Verdict:
 
     `pass` is a reward above 0 and `fail` one of 0 or less: a graded rule passes with any credit
     at all, so that "never solved" means exactly "nothing to learn from". `error` and `timeout`
-    say that the rule could not judge; they carry no reward, and never 0.
+    say that the rule could not judge; they carry no reward, and never 0. `skipped` says that it
+    was not asked.
     """
 
     kind: str
@@ -24,9 +25,9 @@ class Verdict:
     """Walls that the completion's program touched, by kind, joined by commas; mostly empty."""
 
     def __post_init__(self) -> None:
-        if self.kind not in (PASS, FAIL, ERROR, TIMEOUT):
-            raise ValueError(f"verdict {self.kind!r} is none of pass, fail, error, timeout")
-        if self.kind in (ERROR, TIMEOUT):
+        if self.kind not in (PASS, FAIL, ERROR, TIMEOUT, SKIPPED):
+            raise ValueError(f"verdict {self.kind!r} is none of the kinds there are")
+        if self.kind in (ERROR, TIMEOUT, SKIPPED):
             if self.reward is not None:
                 raise ValueError(f"verdict {self.kind} carries the reward {self.reward!r}")
         elif not isinstance(self.reward, float) or not math.isfinite(self.reward):

@@ -192,7 +192,7 @@ def python_paths() -> list[str]:
     """What an interpreter like this one reads: its own files and the system's libraries."""
     prefixes = [sys.base_prefix, sys.prefix, sys.exec_prefix, str(Path(sys.prefix).resolve())]
     libraries = os.environ.get("LD_LIBRARY_PATH", "").split(os.pathsep)
-    return outermost([*_SYSTEM, *prefixes, *_links(sys.executable), *libraries])
+    return outermost([*_SYSTEM, *prefixes, *links(sys.executable), *libraries])
 
 
 def package_paths() -> list[str]:
@@ -210,12 +210,21 @@ def rule_paths(extra: Sequence[str] = ()) -> list[str]:
     return [*places, "/proc", *_DEVICES]
 
 
+def command_paths(extra: Sequence[str]) -> list[str]:
+    """What a command reads: the system, and `extra`. Nothing of what can be imported here."""
+    return [
+        *outermost([*python_paths(), *package_paths(), *_OF_RULES, *extra]),
+        "/proc",
+        *_DEVICES,
+    ]
+
+
 def program_paths() -> list[str]:
     """What the runner of programs reads; the programs themselves do without /proc."""
     return [*python_paths(), *package_paths(), "/proc", *_DEVICES]
 
 
-def _links(path: str) -> list[str]:
+def links(path: str) -> list[str]:
     """The places a chain of symbolic links goes through."""
     found = [path]
     while os.path.islink(found[-1]) and len(found) < 16:

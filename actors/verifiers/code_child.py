@@ -12,12 +12,14 @@ right result from a wrong one ever comes here: the program gets its input, and g
 
 from __future__ import annotations
 
+import contextlib
 import json
 import linecache
 import os
+import signal
 import sys
 import types
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, SupportsFloat
 
 from actors.verifiers.values import Handles, read_message, write_message
@@ -35,13 +37,29 @@ def run_call(handed: Sequence[int]) -> None:
     """Descriptors: the program's text, the job (`function`, `arguments`), the report."""
     source, job_file, report = handed
     job = json.loads(_content(job_file))
-    space = _execute(source, "program")
-    name = job["function"]
-    function = getattr(space["Solution"](), name) if "Solution" in space else space[name]
-    results = [function(*arguments) for arguments in job["arguments"]]
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    with _at_most(job["seconds"]):
+        space = _execute(source, "program")
+        name = job["function"]
+        function = getattr(space["Solution"](), name) if "Solution" in space else space[name]
+    results = []
+    for arguments in job["arguments"]:
+        with _at_most(job["seconds"]):
+            results.append(function(*arguments))
     left = memoryview(json.dumps(results, default=_plain).encode())
     while left:
         left = left[os.write(report, left) :]
+
+
+@contextlib.contextmanager
+def _at_most(seconds: float) -> Iterator[None]:
+    """End this process by SIGALRM when the block takes longer.
+
+    A program can undo it, and gains no more than the limit of the whole process.
+    """
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    yield
+    signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 def run_script(handed: Sequence[int]) -> None:

@@ -30,7 +30,7 @@ from actors.sandbox.programs import Ended, RunnerLostError, programs
 from actors.verifiers.base import Verdict
 from actors.verifiers.outputs import same_output, same_value
 from actors.verifiers.program import find_program
-from actors.verifiers.script import PASSED, check_script, run_script
+from actors.verifiers.script import CANNOT_JUDGE, PASSED, check_script, run_script
 from actors.verifiers.thoughts import answer_part
 from common.errors import UserError, VerifierError
 
@@ -70,12 +70,14 @@ def score(
     """1.0 when the program in `text` passes all tests of `reference["tests"]`, else 0.0.
 
     Args:
-        seconds: limit of one process, wall-clock; a case of `stdin`, all of `call` or `script`.
+        seconds: limit of a case, wall-clock: a process of `stdin`, one call of `call`, all of a
+            `script`.
         total_seconds: limit of all cases together; below the verifier's own deadline.
 
     Raises:
         ValueError: the prompt has no tests that can be read.
-        VerifierError: programs cannot be confined on this machine.
+        VerifierError: programs cannot be confined on this machine; or a script of tests hands the
+            program something that is no plain value (`actors.verifiers.script`).
     """
     tests = reference.get("tests")
     if not isinstance(tests, dict) or tests.get("kind") not in _JUDGES:
@@ -153,10 +155,11 @@ def _judge_call(program: str, tests: dict[str, Any], seconds: float, total: floa
     arguments = [[json.loads(line) for line in given.split("\n") if line] for given, _ in cases]
     blame_completion()
     judged = _Judged()
-    with _files(5) as (source, stdin, stdout, job, report):
+    job = {"function": tests["function"], "arguments": arguments, "seconds": seconds}
+    with _files(5) as (source, stdin, stdout, asked, report):
         _write(source, program)
-        _write(job, json.dumps({"function": tests["function"], "arguments": arguments}))
-        _run(judged, "run_call", [stdin, stdout, source, job, report], total)
+        _write(asked, json.dumps(job))
+        _run(judged, "run_call", [stdin, stdout, source, asked, report], total)
         if not judged.failure:
             judged.failure = _wrong_result(_content(report), [expected for _, expected in cases])
     return judged
@@ -192,6 +195,8 @@ def _judge_script(program: str, tests: dict[str, Any], seconds: float, total: fl
             os.close(asked)
             os.close(answer)
             told = _wait(judge, ends) and _content(report).decode()
+        if told and told.startswith(CANNOT_JUDGE):
+            raise VerifierError(f"the tests {told}")
         if not told:
             judged.failure = "time limit"
         elif not judged.failure:
@@ -221,6 +226,8 @@ def _run(judged: _Judged, entry: str, handed: Sequence[int], seconds: float) -> 
 def _how_it_ended(ended: Ended) -> str:
     if ended.status is None:
         return ended.reason
+    if ended.status == -signal.SIGALRM:
+        return "time limit of a call"
     return f"exit status {ended.status}" if ended.status else ""
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from typing import Literal, get_args
 
+from actors.verifiers.braces import closing_braces
 from common.errors import UserError
 
 Extract = Literal["full", "last_number", "boxed", "answer_tag", "last_line"]
@@ -20,6 +21,9 @@ _TAG = re.compile(r"<(/?)answer>", re.IGNORECASE)
 _BOXED = re.compile(r"\\(?:boxed|fbox)\s*(?:\{|(?=[\d.]))")
 _BARE_BOX = re.compile(r"[\d.]*\d")
 _LINK = re.compile(r"[\s$]*(?:,|;|and|or|,\s*and|,\s*or)[\s$]*")
+
+
+_BESIDE = re.compile(r"(?:[ $]|\\q?quad)*")
 
 
 def check_extract(extract: str) -> None:
@@ -70,12 +74,17 @@ def last_boxed(text: str) -> str | None:
 def last_boxes(text: str) -> list[str]:
     """What the last `\\boxed{...}` holds, and those before it that are named with it.
 
-    `\\boxed{1} and \\boxed{2}` is one answer of two parts; between other boxes stand words, and a
-    later one replaces an earlier one. Of a box inside a box the inner one is the answer.
+    `\\boxed{1} and \\boxed{2}` is one answer of two parts, as are different boxes side by side on a
+    line; between other boxes stand words, and a later one replaces an earlier one. Of a box inside
+    a box the inner one is the answer.
     """
     found = _boxes(text)
     first = len(found) - 1
-    while first > 0 and _LINK.fullmatch(text[found[first - 1][1] : found[first][0]]):
+    while first > 0:
+        between = text[found[first - 1][1] : found[first][0]]
+        beside = _BESIDE.fullmatch(between) and found[first - 1][2] != found[first][2]
+        if not (beside or _LINK.fullmatch(between)):
+            break
         first -= 1
     return [content for _, _, content in found[max(first, 0) :]]
 
@@ -99,15 +108,3 @@ def _boxes(text: str) -> list[tuple[int, int, str]]:
             found.pop()
         found.append(box)
     return found
-
-
-def closing_braces(text: str) -> dict[int, int]:
-    """For every place of a `{` that is closed, the place of its `}`; escaped ones do not group."""
-    pairs: dict[int, int] = {}
-    opened: list[int] = []
-    for brace in re.finditer(r"\\.|[{}]", text, re.DOTALL):
-        if brace[0] == "{":
-            opened.append(brace.start())
-        elif brace[0] == "}" and opened:
-            pairs[opened.pop()] = brace.start()
-    return pairs

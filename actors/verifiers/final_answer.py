@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import re
 
+from actors.verifiers.braces import without_unopened
 from actors.verifiers.extract import NUMBER, last_boxes, last_tagged
 
 _SAID = re.compile(
-    r"\banswers?\b(?:\s+(?:to|of|for|in)\b[^.:\n$\\]{0,80}?)?"
-    r"(?:\s*(?:is|are|be|equals|was)\b\s*:?|\s*\**\s*[:=]\s*\**)\s*"
-    r"|答案\s*(?:是|为|為|[:：])\s*",
+    r"\banswers?\b[\"']?(?:\s+(?:to|of|for|in)\b[^.:\n$\\]{0,80}?)?"
+    r"(?:\s*(?:is|are|be|equals|was)\b\s*:?|\s*\**\s*[:=](?!=)\s*\**)[\s}]*"
+    r"|答案\s*(?:[是为為]\s*[:：]?|[:：])\s*|答え\s*[は:：]\s*|정답\s*[은:：]\s*",
     re.IGNORECASE,
 )
 _HASHES = re.compile(r"^\s*#{4}\s*([^\n]*)$", re.MULTILINE)
@@ -38,12 +39,25 @@ _DOUBT = re.compile(
     r"|n['’]t\b",
     re.IGNORECASE,
 )
-_PROSE = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}\W+[A-Za-z]{2,}|[\u4e00-\u9fff]")
+_RETRACTED = re.compile(
+    r"\b(?:wait\s*(?:[,.!…—]|-)|scratch that|correction\s*:|actually\s*,"
+    r"|(?:that|this|which)(?:['’]s|\s+is|\s+was)\s+(?:wrong|incorrect|not\s+(?:right|correct))\b"
+    r"|(?:made|is)\s+an?\s+(?:mistake|error)\b)",
+    re.IGNORECASE,
+)
+_PROSE = re.compile(
+    r"(?<![\\A-Za-z])[^\W\d_]{2,}\W+[^\W\d_]{2,}"
+    r"|[^\W\d_\u0000-\u024f\u0370-\u03ff\u1d00-\u214f]"  # neither Latin nor Greek, nor a sign
+)
+_MARKUP = re.compile(r"</?(?:b|i|u|p|em|strong|span|div|center|code|br)\b[^<>]*>", re.IGNORECASE)
+_BULLET = re.compile(r"(?:[*•>]|#{1,6}|\d{1,2}[.)])\s+")
+_CELL = re.compile(r"\|.*\|\s*([^|]+?)\s*\|")
 _MATH_WORDS = re.compile(r"\\[A-Za-z]+(?:\{[A-Za-z]+\})?")
 _LEAD = re.compile(
     r"(?:(?:so|thus|hence|therefore|it|we|is|get|got|have|no|yes)\b[\s,:]{0,3}){1,4}", re.IGNORECASE
 )
-_LABEL = re.compile(r"[A-Za-z]{2}")
+_SAYS = re.compile(r"\w")
+_LABEL = re.compile(r"[^\W\d_]{2}")
 _VALUE = re.compile(rf"(?:[$£€¥]\s*)?{NUMBER.pattern}(?:\s*/\s*\d+)?(?:\s*\\?%)?")
 _LINKED = re.compile(r"\s*(?:,|;|,?\s*and|,?\s*or)\s+\Z")
 _MOST_WORDS_BEHIND = 3
@@ -67,7 +81,7 @@ def final_answer(text: str, complete: bool = True) -> str | None:
     tagged = last_tagged(text)
     if tagged is not None:
         return (_said(tagged) or _last_words(tagged) or tagged) if tagged else None
-    text = text.rstrip()[-_SEARCHED:]
+    text = _MARKUP.sub("", text.rstrip()[-_SEARCHED:])
     if not complete:
         text = _before_the_cut(text)
     hashes = [line.strip() for line in _HASHES.findall(text)]
@@ -97,13 +111,16 @@ def _before_the_cut(text: str) -> str:
 
 
 def _said(text: str) -> str | None:
-    """What stands behind the last `answer is` that gives anything."""
+    """What stands behind the last `answer is` that gives anything, and is not taken back."""
     for found in reversed(list(_SAID.finditer(text))):
+        if _RETRACTED.search(text, found.end()):
+            return None
         rest = text[found.end() : found.end() + _SEARCHED].lstrip()
         formula = _FORMULA.match(rest.lstrip("*_ "))
         if formula:
             return _formulas(rest)
-        sentence = _SENTENCE.split(rest.strip("*_` "), maxsplit=1)[0]
+        sentence = _SENTENCE.split(rest.strip("*_` \"'"), maxsplit=1)[0]
+        sentence = without_unopened(sentence).rstrip("\"' ")  # of {"answer": "42"}
         if _DOUBT.match(sentence) or sentence.endswith("?"):
             continue
         sentence = _CLAUSE.split(_ASIDE.sub("", sentence))[0].strip()
@@ -120,14 +137,21 @@ def _last_words(text: str) -> str | None:
     ending = _FORMULA_AT_END.search(stripped[-_SEARCHED:])
     if ending:
         return _formulas(ending[0])
-    lines = stripped.splitlines()
-    line = lines[-1].strip()[-_SEARCHED:] if lines else ""
-    if not line:
+    lines = [line.strip() for line in stripped.splitlines() if _SAYS.search(line)]
+    line = lines[-1][-_SEARCHED:] if lines else ""
+    if not line or line.endswith(("?", "？")):
         return None
+    cell = _CELL.fullmatch(line)
+    line = cell[1] if cell else _without_bullet(line)
     if not _has_prose(line) and not _FORMULA.search(line):
         return _without_lead(line)
     sentences = [sentence for sentence in _SENTENCE.split(line) if sentence.strip()]
     return _value_of(sentences[-1]) if sentences else None
+
+
+def _without_bullet(line: str) -> str:
+    bullet = _BULLET.match(line)
+    return line[bullet.end() :] if bullet else line
 
 
 def _without_lead(line: str) -> str:
@@ -143,6 +167,9 @@ def _without_lead(line: str) -> str:
 
 def _value_of(sentence: str) -> str | None:
     """The value with which a sentence ends, at most a few words behind it; None without one."""
+    retracted = list(_RETRACTED.finditer(sentence))
+    if retracted:
+        sentence = sentence[retracted[-1].end() :].lstrip(" ,.:!—-")
     sentence = _ASIDE.sub("", sentence.strip())
     clause = _CLAUSE.split(sentence)[-1]
     if clause.rstrip().endswith(("?", "？")) or _DOUBT.search(clause):

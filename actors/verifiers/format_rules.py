@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from actors.sandbox.blame import blame_completion
 from actors.verifiers.base import Verdict
 from actors.verifiers.thoughts import whole_answer
 from common.errors import UserError
@@ -53,6 +54,7 @@ def score(
     those that must not. `tags`: each exactly once as `<tag>...</tag>`, one after the other in
     this order, counted as one rule. `max_characters`: longest completion.
     """
+    blame_completion()
     length = len(text)
     text = whole_answer(text, prompt)
     broken = [f"no {p!r}" for p in patterns if not re.search(p, text, re.DOTALL)]

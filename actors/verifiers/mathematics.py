@@ -13,14 +13,17 @@ import re
 from functools import lru_cache
 from typing import Any
 
+from actors.verifiers.braces import depth
 from actors.verifiers.numeric import Values, same_values
 from actors.verifiers.quantity import without_unit
-from actors.verifiers.relations import is_relation, same_relation
+from actors.verifiers.relations import is_relation, same_relation, union_of
 
 LONGEST = 2000
 """Characters of the longest expression that is read as mathematics."""
 
+_OR = re.compile(r"\s+or\s+|\s*\\(?:lor|vee)(?![A-Za-z])\s*")
 _DEEPEST = 40
+"""Braces in each other that its grammar is given."""
 
 _MACRO = re.compile(r"\\([A-Za-z]+)")
 _FUNCTIONS = (
@@ -48,7 +51,7 @@ def same_mathematics(stored: str, given: str) -> bool:
     stored, given = without_unit(stored), without_unit(given)
     if max(len(stored), len(given)) > LONGEST or _clash(stored, given):
         return False
-    gold, answer = parsed(stored), parsed(given)
+    gold, answer = _tree(stored), _tree(given)
     if gold is None or answer is None:
         return False
     if is_relation(gold) and is_relation(answer):
@@ -57,6 +60,12 @@ def same_mathematics(stored: str, given: str) -> bool:
     if verdict is Values.UNKNOWN:
         return _verified(gold, answer)
     return verdict is Values.EQUAL
+
+
+def _tree(expression: str) -> Any:
+    """The tree of an expression, a set where relations stand beside each other with `or`."""
+    parts = _OR.split(expression)
+    return parsed(expression) if len(parts) == 1 else union_of([parsed(part) for part in parts])
 
 
 def has_words(expression: str) -> bool:
@@ -74,7 +83,8 @@ def parsed(expression: str) -> Any:
 
     if has_words(expression) or not all(map(_KNOWN.fullmatch, _MACRO.findall(expression))):
         return None
-    if not _balanced(expression):
+    deep = depth(expression)
+    if deep is None or deep > _DEEPEST:
         return None
     try:
         found = parse(
@@ -88,16 +98,6 @@ def parsed(expression: str) -> Any:
         return None
     tree = found[0] if found else None
     return tree if tree is not None and not _lost(expression, tree) else None
-
-
-def _balanced(expression: str) -> bool:
-    """Whether its braces close, and do not stand too deep in each other for a grammar."""
-    depth = 0
-    for brace in re.finditer(r"\\.|[{}]", expression, re.DOTALL):
-        depth += {"{": 1, "}": -1}.get(brace[0], 0)
-        if not 0 <= depth <= _DEEPEST:
-            return False
-    return depth == 0
 
 
 def _lost(expression: str, tree: Any) -> bool:

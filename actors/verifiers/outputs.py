@@ -1,7 +1,8 @@
 """Whether a program gave what its test expects: texts that were printed, values that came back.
 
 Numbers are compared by how the test writes them. Integers are equal exactly, however large; where
-either side has a decimal point or an exponent, they may differ by a millionth of their size.
+either side has a decimal point or an exponent, they may differ by a millionth of their size. True
+is 1 and false is 0, as they are to Python.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ def same_output(found: bytes, expected: str) -> bool:
 def same_value(found: Any, wanted: Any) -> bool:
     """Whether two JSON values are equal, the numbers in them as this module says."""
     if isinstance(found, bool) or isinstance(wanted, bool):
-        return found is wanted
+        return isinstance(found, float | int) and bool(found == wanted)
     if isinstance(wanted, list):
         return (
             isinstance(found, list)

@@ -4,23 +4,40 @@ Measured on reasoning-gym 0.1.25: 73 of its 106 tasks have a scorer of their own
 gives len(right)/len(given) to any answer that contains the right one (0.5 to 13 where 3 is
 right), and many give 0.01 to 0.05 to anything. Hence `partial_credit=False`: less than full
 marks counts 0. Turn it on for a task whose grades mean something.
+
+Nine of its scorers evaluate the answer as Python, which could then do as it likes with the process
+that knows the right one. Here they read literals and mathematics alone. Two count the numbers of an
+answer by a pattern that `0x1f` and `1e1` go past; theirs are counted before (`_HELD`).
 """
 
 from __future__ import annotations
 
+import ast
+import importlib
 import json
+import re
 import warnings
+from collections.abc import Callable
 from fractions import Fraction
 from functools import lru_cache
 from typing import Any
 
+from actors.sandbox.blame import blame_completion
 from actors.verifiers.base import Verdict
+from actors.verifiers.expressions import read_safely
 from actors.verifiers.extract import NUMBER, Extract, check_extract, extract_answer
 from actors.verifiers.thoughts import answer_part
+from common.errors import VerifierError
 
 _TUPLE, _ITEMS = "__tuple__", "__items__"
 _LONGEST = 20_000
 """Characters of the longest answer that a task's scorer is given."""
+_EVALUATING = (
+    *("algorithmic.binary_matrix", "algorithmic.spiral_matrix", "algorithmic.string_insertion"),
+    "games.n_queens",
+)
+"""Modules of the package whose scorers call `eval` on the answer, for a list of literals."""
+_ARITHMETIC = re.compile(r"(?:\d+|[-+()\s]|\*(?!\*)|/(?!/))*", re.ASCII)
 
 
 def import_reasoning_gym() -> Any:
@@ -68,7 +85,7 @@ def check_args(extract: Extract = "last_number", partial_credit: bool = False) -
 
 
 def warm_up() -> None:
-    import_reasoning_gym()
+    _gym()
 
 
 def score(
@@ -88,12 +105,17 @@ def score(
         raise ValueError("the prompt is no reasoning-gym task: use data.source=reasoning_gym")
     entry = decode_entry(reference["entry"])
     stored = entry["answer"]
+    scorer = _scorer(reference["task"], json.dumps(reference.get("params") or {}, sort_keys=True))
+    blame_completion()
     answer = _given(answer_part(text, prompt), stored, extract)
     if answer is None:
         return Verdict.scored(0.0, f"no answer ({extract})")
     if len(answer) > _LONGEST:
         return Verdict.scored(0.0, f"an answer of {len(answer)} characters is none")
-    grade = _grade(reference["task"], reference.get("params") or {}, answer, entry)
+    held = _HELD.get(entry["metadata"].get("source_dataset", ""))
+    if held is not None and not held(answer, entry):
+        return Verdict.scored(0.0, f"answer {answer[:80]!r} is not made of the numbers given")
+    grade = _grade(scorer, answer, entry)
     if grade < 1.0 and not partial_credit:
         grade = 0.0
     return Verdict.scored(grade, f"answer {answer[:80]!r}, stored {str(stored)[:80]!r}")
@@ -121,17 +143,44 @@ def _given(text: str, stored: object, extract: Extract) -> str | None:
     return extract_answer(text, extract)
 
 
-def _grade(task: str, params: dict[str, Any], answer: str, entry: dict[str, Any]) -> float:
-    scorer = _scorer(task, json.dumps(params, sort_keys=True))
+def _made_of_the_numbers(answer: str, entry: dict[str, Any]) -> bool:
+    """Whether an answer is arithmetic in which each number of the question stands once."""
+    if not _ARITHMETIC.fullmatch(answer):
+        return False
+    used = [int(number) for number in re.findall(r"\d+", answer)]
+    return sorted(used) == sorted(entry["metadata"]["numbers"])
+
+
+_HELD: dict[str, Callable[[str, dict[str, Any]], bool]] = {
+    "countdown": _made_of_the_numbers,
+    "puzzle24": _made_of_the_numbers,
+}
+"""What an answer must be before the task's scorer sees it, where that one would be taken in."""
+
+
+def _grade(scorer: Any, answer: str, entry: dict[str, Any]) -> float:
     try:
         return float(scorer.score_answer(answer, entry))
     except Exception:
         # Some scorers raise on text that is no answer at all. One that can mark the stored
         # answer is sound, so what it choked on is a wrong answer and not a broken verifier.
-        scorer.score_answer(entry["answer"], entry)
+        try:
+            scorer.score_answer(entry["answer"], entry)
+        except Exception as error:
+            raise VerifierError(f"the task cannot mark its own answer: {error}") from error
         return 0.0
 
 
 @lru_cache(maxsize=32)
 def _scorer(task: str, params: str) -> Any:
-    return import_reasoning_gym().create_dataset(task, **json.loads(params))
+    return _gym().create_dataset(task, **json.loads(params))
+
+
+@lru_cache
+def _gym() -> Any:
+    """The package, its scorers kept from running an answer."""
+    gym = import_reasoning_gym()
+    read_safely()
+    for name in _EVALUATING:
+        vars(importlib.import_module(f"reasoning_gym.{name}"))["eval"] = ast.literal_eval
+    return gym

@@ -16,13 +16,25 @@ from typing import TYPE_CHECKING, Any
 
 from actors.sandbox.blame import completion_is_to_blame
 from actors.verifiers.base import ReferenceCheck, Verdict, as_verdict
+from common.config.environment import ENVIRONMENT_RULE
+from common.config.names import misfit
 from common.errors import RunError, UserError
 from common.record.schema import ERROR
 
 if TYPE_CHECKING:
     from common.config.sections import VerifierConfig, VerifierSpec
 
-BUILTIN = ("reasoning_gym", "math_answer", "format_rules", "choice", "code_tests")
+BUILTIN = (
+    *(
+        "reasoning_gym",
+        "math_answer",
+        "format_rules",
+        "choice",
+        "code_tests",
+        "llm_judge",
+        "column",
+    ),
+)
 TOLD = ("finish_reason", "prompt")
 """What a rule is told beside text and reference, when it has parameters of these names."""
 _VOTING = ("reasoning_gym", "math_answer", "choice")
@@ -134,7 +146,8 @@ def _import_callable(target: str) -> Callable[..., object]:
         raise UserError(
             f"verifier {target!r} is unknown"
             + (f"; did you mean {near[0]!r}?" if near else "")
-            + f" Give one of {', '.join(BUILTIN)}, or your own as package.module:callable"
+            + f" Give one of {', '.join((*BUILTIN, ENVIRONMENT_RULE))}, or your own as "
+            "package.module:callable"
         )
     try:
         found: Any = importlib.import_module(module_name)
@@ -154,13 +167,8 @@ def _import_callable(target: str) -> Callable[..., object]:
 def _check_signature(
     target: str, function: Callable[..., object], head: tuple[object, ...], args: dict[str, Any]
 ) -> None:
-    try:
-        signature = inspect.signature(function)
-    except ValueError:  # a builtin without a signature can only be tried
-        return
-    try:
-        signature.bind(*head, **args)
-    except TypeError as error:
+    if (wrong := misfit(function, head, args)) is not None:
+        error, signature = wrong
         raise UserError(
             f"verifier {target!r} does not take the args {args}: {error}; "
             f"it is called as score{signature}"

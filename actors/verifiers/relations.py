@@ -8,6 +8,7 @@ spelling alone.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from actors.verifiers.numeric import Values, points, same_values, value_at
@@ -34,12 +35,17 @@ def same_relation(stored: Any, given: Any) -> bool:
 
 
 def _same_single(stored: Any, given: Any) -> bool:
-    from sympy import Eq
+    from sympy import Eq, Ne
 
     if isinstance(stored, Eq) != isinstance(given, Eq):
         return False
     if isinstance(stored, Eq):
         return _same_equation(stored, given)
+    if isinstance(stored, Ne) or isinstance(given, Ne):
+        return type(stored) is type(given) and (
+            _constant_ratio(stored.lhs - stored.rhs, given.lhs - given.rhs) is not None
+            or _same_set(stored, given)
+        )
     mine, other = _upwards(stored), _upwards(given)
     if mine is None or other is None:
         return False
@@ -116,6 +122,20 @@ def _constant_ratio(left: Any, right: Any) -> Any:
     if any(abs(ratio - first) > _AGREE * abs(first) for ratio in ratios[1:]):
         return None
     return first if first.is_real else None
+
+
+def union_of(trees: Sequence[Any]) -> Any:
+    """The set in which one of some relations holds; None where sympy cannot say."""
+    from sympy import Union
+
+    if not all(tree is not None and is_relation(tree) for tree in trees):
+        return None
+    if len({symbol for tree in trees for symbol in tree.free_symbols}) != 1:
+        return None
+    try:
+        return Union(*map(_as_set, trees))
+    except Exception:  # as_set raises of every kind for what it cannot solve
+        return None
 
 
 def _same_set(stored: Any, given: Any) -> bool:

@@ -4,6 +4,9 @@ The script's own interpreter is not the program's: each name that the script tak
 is a stand-in, which asks the program and returns plain values (`actors.verifiers.values`). So
 `assert f(3) == 9` compares an integer of ours with an integer of ours, whatever the program made.
 
+What such values cannot carry is the task's fault: a script that hands a function, an iterator or
+an object of its own to the program cannot be judged here, and says so (`CANNOT_JUDGE`).
+
 `run_script` forks: a script may do what it likes to its interpreter.
 """
 
@@ -19,7 +22,10 @@ from typing import Any
 from actors.verifiers.values import Handles, read_message, write_message
 
 PASSED = "passed"
+CANNOT_JUDGE = "cannot judge: "
+"""Begins a report that says nothing of the program."""
 _REPORT_CHARACTERS = 500
+_ENDED = "it ended before its tests had"
 
 
 class ProgramError(Exception):
@@ -30,6 +36,10 @@ class _Lost(BaseException):
     """The program ended, or answers nonsense: no `except Exception` of the script may hide it."""
 
 
+class _NotPlainError(BaseException):
+    """The script hands over what is no plain value; nor may the script hide that."""
+
+
 class Link:
     """The program as the script's side asks it."""
 
@@ -38,27 +48,41 @@ class Link:
         self._handles = Handles(lambda number: Remote(self, number), _number_of)
 
     def ask(
-        self, kind: str, of: int, positional: tuple[Any, ...], named: dict[str, Any] | None = None
+        self,
+        kind: str,
+        of: int,
+        positional: tuple[Any, ...],
+        named: dict[str, Any] | None = None,
+        *,
+        iterates: bool = False,
     ) -> Any:
-        """One question. Raises what the program raised, as an exception of ours."""
-        question = {
-            "ask": kind,
-            "of": of,
-            "positional": self._handles.encode(list(positional)),
-            "named": self._handles.encode(named or {}),
-        }
+        """One question. Raises what the program raised, as an exception of ours.
+
+        Args:
+            iterates: it asks an iterator, which may say that it is at its end.
+        """
+        try:
+            given = self._handles.encode(list(positional)), self._handles.encode(named or {})
+        except TypeError as error:
+            raise _NotPlainError(str(error)) from error
+        question = {"ask": kind, "of": of, "positional": given[0], "named": given[1]}
         try:
             write_message(self._questions, question)
             answer = read_message(self._answers)
             if answer is None:
-                raise _Lost("it ended before its tests had")
+                raise _Lost(_ENDED)
             if "raised" in answer:
                 raised = _exception(answer["raised"], str(answer["text"]))
             else:
                 _take_over(positional, self._handles.decode(answer["positional"]))
                 return self._handles.decode(answer["value"])
+        except BrokenPipeError as error:  # it ended before the question, not after
+            raise _Lost(_ENDED) from error
         except (OSError, ValueError, KeyError, TypeError, RecursionError, MemoryError) as error:
             raise _Lost(f"it answers its tests with nonsense ({type(error).__name__})") from error
+        if isinstance(raised, StopIteration) and not iterates:
+            # It would end a loop of the script's over its tests, as `map` runs one.
+            raise RuntimeError("the program raised StopIteration") from raised
         raise raised
 
 
@@ -81,7 +105,14 @@ class Remote:
         self._link.ask("assign", self._number, (name, value))
 
     def _method(self, name: str, *positional: Any) -> Any:
-        return getattr(self, name)(*positional)
+        """What the program's own method says; `getattr` would find the one of this class."""
+        try:
+            number = _number_of(self._link.ask("attribute", self._number, (name,)))
+        except AttributeError as error:
+            raise TypeError(f"the program's object has no {name}") from error
+        if number is None:
+            raise TypeError(f"the program's {name} is no method")
+        return self._link.ask("call", number, positional, iterates=name == "__next__")
 
     def __eq__(self, other: object) -> bool:
         """Two objects of the program are equal when it says so; one of ours is another thing."""
@@ -228,6 +259,8 @@ def _outcome(run: Callable[[], None]) -> str:
         run()
     except _Lost as lost:
         return str(lost)
+    except _NotPlainError as error:
+        return CANNOT_JUDGE + str(error)
     except BaseException as error:  # of the script: nothing else runs in this process
         return f"a test failed: {type(error).__name__}: {error}"[:_REPORT_CHARACTERS].rstrip(": ")
     return PASSED

@@ -12,6 +12,8 @@ import unicodedata
 from collections.abc import Callable
 from fractions import Fraction
 
+from actors.verifiers.braces import is_group
+
 _SUPER = dict(zip("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿ", "0123456789+-()n", strict=True))
 _SUB = dict(zip("₀₁₂₃₄₅₆₇₈₉", "0123456789", strict=True))
 _SIGNS = {
@@ -117,6 +119,10 @@ _REWRITES: tuple[_Rewrite, ...] = tuple(
     for pattern, replacement in (
         (r"\\(?:boxed|fbox|ensuremath)\s*\{([^{}]*)\}", r"\1"),
         (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
+        (r"\\[dt]binom(?![A-Za-z])", r"\\binom"),
+        (r"\\log\s*_\s*(?:\{\s*e\s*\}|e(?![A-Za-z]))", r"\\ln "),
+        (r"\(\s*\\?[pb]?mod(?![A-Za-z])\s*\{?\s*(\w+)\s*\}?\s*\)", r" \\mod \1"),
+        (r"\\[pb]?mod(?![A-Za-z])\s*\{?\s*(\w+)\s*\}?", r" \\mod \1"),
         (r"\\frac\s*(\d)\s*(\d)(?!\d)", r"\\frac{\1}{\2}"),  # \frac12
         (r"\\frac\s*(\d)\s*\{", r"\\frac{\1}{"),
         (r"\\frac\s*(\{[^{}]*\})\s*(\d)", r"\\frac\1{\2}"),
@@ -136,7 +142,6 @@ _REWRITES: tuple[_Rewrite, ...] = tuple(
         (r"\\lbrace(?![A-Za-z])", r"\\{"),
         (r"\\rbrace(?![A-Za-z])", r"\\}"),
         (r"\\varnothing(?![A-Za-z])", r"\\emptyset"),
-        (r"\\bmod(?![A-Za-z])", r"\\mod"),
         (r"(?<=[\w)}])\*\*(?=[\w({-])", "^"),
         (r"\\degrees?(?![A-Za-z])|\^\s*\\circ(?![A-Za-z])", r"^{\\circ}"),
         (r"(?<=\d)\s*degrees?\b", r"^{\\circ}"),
@@ -182,7 +187,8 @@ def without_thousands(expression: str) -> str:
 
 def key(expression: str) -> str:
     """What equal spellings of one answer share, of an expression that is `spelled`."""
-    text = re.sub(r"\\(?![{}])([A-Za-z]+)\s+", r"\\\1 ", expression)
+    text = re.sub(r"\\([A-Za-z]+)\s+(?=[A-Za-z])", r"\\\1 ", expression)
+    text = re.sub(r"\\([A-Za-z]+)\s+(?![A-Za-z\s])", r"\\\1", text)
     text = re.sub(r"(?<=[^\w\s])\s+|\s+(?=[^\w\s])", "", text)
     text = re.sub(r"([\^_])\{(\w)\}", r"\1\2", text)
     return re.sub(r"(?<![\\A-Za-z])[A-Za-z]{2,}", lambda word: word[0].lower(), text)
@@ -217,17 +223,8 @@ def _undecorated(text: str) -> str:
     """`text` without marks of emphasis, quotation and the end of a sentence around it."""
     while True:
         plain = text.strip(_DECORATION).rstrip(".,;:").removesuffix("\\").strip(_DECORATION)
-        if len(plain) > 2 and plain[0] == "{" and plain[-1] == "}" and _one_group(plain):
+        if len(plain) > 2 and is_group(plain):
             plain = plain[1:-1]
         if plain == text:
             return text
         text = plain
-
-
-def _one_group(text: str) -> bool:
-    depth = 0
-    for place, sign in enumerate(text):
-        depth += {"{": 1, "}": -1}.get(sign, 0)
-        if depth == 0:
-            return place == len(text) - 1
-    return False

@@ -68,7 +68,9 @@ class Handles:
         number = self._number_of(value)
         if number is None:
             if self._stand_in is not None:
-                raise TypeError(f"a {type(value).__name__} cannot be handed to the program")
+                raise TypeError(
+                    f"they hand a {type(value).__name__} to the program, which takes plain values"
+                )
             self._objects.append(value)
             number = len(self._objects) - 1
         return ["handle", number]

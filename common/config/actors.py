@@ -15,6 +15,7 @@ from common.config.bounds import (
     Positive,
     PositiveShare,
     Seconds,
+    Temperature,
 )
 
 
@@ -34,20 +35,28 @@ class GeneratorConfig:
     """Labels of the nodes on which generators may stand."""
     max_completion_tokens: Count = 48
     """Longest completion in tokens; what is longer is cut."""
-    temperature: Positive = 1.0
+    temperature: Temperature = 1.0
     """Temperature of sampling. At 0 all completions of a group would be the same and teach nothing.
     Evaluation is greedy by itself."""
+    stop: list[Any] = field(default_factory=list)
+    """Texts and numbers of tokens at which a completion ends, beside EOS: base models need them.
+    The policy is trained on the tokens of a stop; a verifier does not see them. Example:
+    `["\\n\\n", "Question:", 128009]`."""
     max_staleness: Natural = 1
     """Most versions (S) that a trained token may be older than the learner. 0 is synchronous."""
     kv_cache_gib: Positive = 1.0
     """GiB of a generator's key-value cache on a CPU."""
     max_concurrent_sequences: Count = 256
     """Most completions that a generator samples at a time."""
+    max_batched_tokens: Count | None = None
+    """Most tokens, of prompts and completions together, that a generator computes at a time. Null
+    is 8192 on CUDA, and vLLM's own choice on a CPU."""
     enforce_eager: bool = True
     """Whether vLLM runs without compilation and CUDA graphs. It starts sooner and decodes
     slower."""
     memory_fraction: PositiveShare = 0.85
-    """Share of a CUDA device's memory that vLLM may take."""
+    """Share of a CUDA device's memory that vLLM may take. On devices that generators and learner
+    share it is that of both together while generators sample."""
     threads: Count | None = None
     """CPU threads of each generator. Null lets the core plan decide, and is 4 on a cluster."""
     num_gpus: NotNegative = 0.0
@@ -61,16 +70,23 @@ class GeneratorConfig:
     start_timeout_s: Seconds = 600.0
     """Seconds for a generator to start."""
     group_timeout_s: Seconds = 600.0
-    """Seconds for a group to be sampled. One that takes longer ends the run, since something
-    hangs."""
+    """Seconds for a group to be sampled, and for its follow-up besides. One that takes longer ends
+    the run, since something hangs."""
     group_cap_s: Seconds | None = None
-    """Seconds after which a group is given up and its place goes to another prompt. It bounds how
-    long a straggler is held, at the price of training on fewer long answers. Null never does."""
+    """Seconds after which a group is given up and its place goes to another prompt. A follow-up has
+    as many of its own. It bounds how long a straggler is held, at the price of training on fewer
+    long answers. Null never does."""
 
     @property
     def devices(self) -> int:
         """CUDA devices of each generator."""
         return self.tensor_parallel * self.pipeline_parallel
+
+    @property
+    def batched_tokens(self) -> int:
+        """`max_batched_tokens` on CUDA. vLLM's default is that of a server that nobody named:
+        2048, with which prompts hold up decoding."""
+        return self.max_batched_tokens or 8192
 
 
 @dataclass
@@ -84,6 +100,8 @@ class VerifierSpec:
     """Factor of the rule's score in the reward. A negative one punishes."""
     args: dict[str, Any] = field(default_factory=dict)
     """Keyword arguments of the rule."""
+    sources: list[str] = field(default_factory=list)
+    """Names of `data.sources` whose completions the rule judges. Empty: it judges all."""
 
 
 @dataclass
@@ -105,6 +123,7 @@ class VerifierConfig:
     `trusted` runs them all the same. `plan` says which walls hold."""
     readable: list[str] = field(default_factory=list)
     """Files and folders that rules may read, beside Python and what can be imported."""
-    rules: list[VerifierSpec] = field(default_factory=lambda: [VerifierSpec(name="reasoning_gym")])
-    """Rules that judge each completion, at least one. The reward is the weighted sum of their
-    scores. What is called accuracy is the first one's score."""
+    rules: list[VerifierSpec] = field(default_factory=list)
+    """Rules that judge each completion. The reward is the weighted sum of their scores. What is
+    called accuracy is the first one's score. Empty takes the rule that fits the data, and says
+    which."""

@@ -87,6 +87,9 @@ Positive = Annotated[float, above(0)]
 NotNegative = Annotated[float, at_least(0)]
 Limit = Annotated[float, or_infinite(above(0))]
 """`.inf` is no limit."""
+TEMPERATURES = between(0.01, 2)
+Temperature = Annotated[float, TEMPERATURES]
+"""vLLM samples at 0.01 where it is asked for less, without a word, and takes no more than 2."""
 Seconds = Annotated[float, above(0)]
 """A deadline: every wait has one, so it is finite."""
 Share = Annotated[float, between(0, 1)]

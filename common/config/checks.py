@@ -5,24 +5,71 @@ What bounds one number alone stands beside its field (`common.config.bounds`).
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+from common.config.algorithm import ALONE, CriticConfig
 from common.config.bounds import check_bounds
-from common.config.names import check_names
+from common.config.environment import BUILTIN_ENVIRONMENTS, ENVIRONMENT_RULE
+from common.config.follow_up import check_follow_up
+from common.config.names import check_name, check_names
+from common.config.scorers import check_scorer
 from common.config.sections import Config
-from common.errors import UserError
+from common.errors import UserError, nearest
 from common.weights.registry import names_where
 
 
 def check_config(config: Config) -> None:
     """Raise `UserError` for values that cannot work together, naming the keys and a remedy."""
     check_bounds(config)
+    check_secrets(asdict(config))
     _check_lengths(config)
+    _check_stops(config)
     _check_processes(config)
     _check_groups(config)
     _check_shared_devices(config)
     _check_data(config)
     _check_rules(config)
     _check_guidance(config)
+    _check_environment(config)
+    check_follow_up(config)
+    check_scorer(config)
+    _check_critic(config)
+    _check_memory(config)
     check_names(config)
+
+
+_WITH_PASSWORD = re.compile(
+    r"\w[\w+.-]*://[^/?#\s]*:[^/?#\s]*@|[?&;](?:\w*(?:secret|password|token|access_key)\w*)=", re.I
+)
+_OF_A_SECRET = re.compile(
+    r"(?:.*_)?(?:api_?key|secret(?:_.*)?|password|passwd|(?:access|auth|bearer)_(?:key|token))",
+    re.I,
+)
+
+
+def check_secrets(values: Mapping[str, Any], prefix: str = "") -> None:
+    """Refuse passwords and keys: a configuration is written to config.yaml and to every sink.
+
+    Raises:
+        UserError: a value holds one. It is not repeated.
+    """
+    for name, value in values.items():
+        key = f"{prefix}{name}"
+        each = value if isinstance(value, (list, tuple)) else [value]
+        for inner in each:
+            if isinstance(inner, Mapping):
+                check_secrets(inner, f"{key}.")
+            elif isinstance(inner, str) and (
+                _WITH_PASSWORD.search(inner) or (inner and _OF_A_SECRET.fullmatch(str(name)))
+            ):
+                raise UserError(
+                    f"{key} holds a password or a key, which would be written to config.yaml and "
+                    "to every metrics sink. Give it by the environment (AWS_ACCESS_KEY_ID and "
+                    "AWS_SECRET_ACCESS_KEY for s3://), or by a file that only you can read"
+                )
 
 
 def _check_lengths(config: Config) -> None:
@@ -35,6 +82,16 @@ def _check_lengths(config: Config) -> None:
             raise UserError(
                 f"{key}={tokens} leaves no room for a prompt within model.max_length={longest}: "
                 "raise the latter"
+            )
+
+
+def _check_stops(config: Config) -> None:
+    for stop in config.generator.stop:
+        is_token = isinstance(stop, int) and not isinstance(stop, bool) and stop >= 0
+        if not (is_token or (isinstance(stop, str) and stop)):
+            raise UserError(
+                f"generator.stop holds {stop!r}: give texts that are not empty, and numbers of "
+                "tokens"
             )
 
 
@@ -75,26 +132,45 @@ def _check_groups(config: Config) -> None:
             f"algorithm.rollout.max_variance_share={share} leaves nothing to compare of a group of "
             f"batch.group_size={batch.group_size}: raise it, so that two are left"
         )
-    if batch.group_size == 1 and config.algorithm.baseline.kind in ("grpo", "dr_grpo", "rloo"):
+    kind = config.algorithm.baseline.kind
+    if batch.group_size == 1 and kind not in ALONE and ":" not in kind:
         raise UserError(
-            f"batch.group_size=1 gives zero advantage under algorithm.baseline.kind="
-            f"{config.algorithm.baseline.kind}: use at least 2"
+            f"batch.group_size=1 leaves nothing to compare with under algorithm.baseline.kind="
+            f"{kind}: use at least 2, or one of {', '.join(ALONE)}"
         )
 
 
 def _check_rules(config: Config) -> None:
-    rules, source = config.verifier.rules, config.data.source
-    if not rules:
-        raise UserError("verifier.rules is empty: name at least one verifier")
-    if not any(rule.weight for rule in rules):
+    rules, sets = config.verifier.rules, config.data.each
+    if not config.verifier.network and any(rule.name == "llm_judge" for rule in rules):
+        raise UserError(
+            "verifier.rules names llm_judge, which asks an endpoint: set verifier.network=true"
+        )
+    if rules and not any(rule.weight for rule in rules):
         raise UserError(
             "verifier.rules gives every rule a weight of 0, so every reward is 0: give one a weight"
         )
-    if source != "reasoning_gym" and any(rule.name == "reasoning_gym" for rule in rules):
-        raise UserError(
-            "verifier.rules names reasoning_gym, which scores the answers of its own tasks only, "
-            f"and data.source={source}: use math_answer or another verifier"
-        )
+    names = [one.name for one in config.data.sources]
+    for rule in rules:
+        for source in rule.sources:
+            if source not in names:
+                raise UserError(
+                    f"verifier.rules has {rule.name} judge the source {source!r}, which is none of "
+                    f"data.sources ({', '.join(names) or 'there are none'}){nearest(source, names)}"
+                )
+    for one in sets:
+        own = [rule for rule in rules if not rule.sources or one.name in rule.sources]
+        if rules and not own:
+            raise UserError(
+                f"no rule of verifier.rules judges the source {one.name!r}: name one, or leave "
+                "verifier.rules empty to have those that fit"
+            )
+        if one.kind != "reasoning_gym" and any(rule.name == "reasoning_gym" for rule in own):
+            raise UserError(
+                "verifier.rules names reasoning_gym, which scores the answers of its own tasks "
+                f"only, and {one.path} comes from a {one.kind}: use math_answer or another "
+                "verifier, or verifier.rules=[] to have the one that fits"
+            )
 
 
 def _check_shared_devices(config: Config) -> None:
@@ -118,20 +194,155 @@ def _check_shared_devices(config: Config) -> None:
 def _check_guidance(config: Config) -> None:
     guidance, data = config.algorithm.rollout.guidance, config.data
     key = "algorithm.rollout.guidance"
-    if guidance.ratio > 0 and data.source != "reasoning_gym" and not data.solution_column:
+    guided = all(one.kind == "reasoning_gym" or one.solution_column for one in data.each)
+    if guidance.ratio > 0 and not guided:
         raise UserError(
             f"{key}.ratio={guidance.ratio} needs data.solution_column, the worked solutions"
         )
 
 
-def _check_data(config: Config) -> None:
-    data = config.data
-    if data.source == "reasoning_gym":
-        if config.eval.prompts >= data.reasoning_gym.size:
+def _check_environment(config: Config) -> None:
+    environment = config.environment
+    if environment.args and environment.name is None:
+        raise UserError("environment.args are those of environment.name, which is null")
+    if environment.placement != "generator" and environment.name is None:
+        raise UserError(
+            f"environment.placement={environment.placement} is that of environment.name, which is "
+            "null: name one"
+        )
+    if not environment.playing:
+        if any(rule.name == ENVIRONMENT_RULE for rule in config.verifier.rules):
             raise UserError(
-                f"eval.prompts={config.eval.prompts} leaves no training prompts of "
-                f"data.reasoning_gym.size={data.reasoning_gym.size}"
+                "verifier.rules names environment, which gives the reward of the environment that "
+                "an episode was played in, and environment.name is null: name one"
             )
         return
-    if not data.path:
-        raise UserError(f"data.source={data.source} needs data.path: a file, or a data set's name")
+    if environment.command is None:
+        check_name("environment.name", environment.name or "", BUILTIN_ENVIRONMENTS)
+        key = f"environment.name={environment.name}"
+    else:
+        _check_command(config)
+        key = "environment.command"
+    step_s, episode_s = environment.step_timeout_s, environment.episode_timeout_s
+    if environment.command is None and step_s > episode_s:
+        raise UserError(
+            f"environment.step_timeout_s={step_s:g} is longer than all turns together may take, "
+            f"environment.episode_timeout_s={episode_s:g}: lower it, or raise the latter"
+        )
+    if episode_s >= config.generator.group_timeout_s:
+        raise UserError(
+            f"environment.episode_timeout_s={episode_s:g} must be shorter than "
+            f"generator.group_timeout_s={config.generator.group_timeout_s:g}, behind which the run "
+            "ends: one environment that hangs would end it"
+        )
+    unused = [key for key in ("resources", "labels") if getattr(environment, key)]
+    if unused and environment.placement == "generator":
+        raise UserError(
+            f"environment.{unused[0]} is what Ray actors ask for, and environments play beside "
+            "their generator: set environment.placement=actors"
+        )
+    if config.algorithm.rollout.guidance.ratio > 0:
+        raise UserError(
+            f"{key} and algorithm.rollout.guidance.ratio="
+            f"{config.algorithm.rollout.guidance.ratio}: a solution's first tokens are no turn of "
+            "an episode; set one of them off"
+        )
+
+
+def _check_command(config: Config) -> None:
+    environment = config.environment
+    if environment.name is not None:
+        raise UserError(
+            f"environment.name={environment.name} and environment.command: an episode is played by "
+            "one of the two; set the other to null"
+        )
+    if not environment.command or not all(environment.command):
+        raise UserError(
+            "environment.command is a list of words, the program first: [python, agent.py]"
+        )
+    if config.data.template != "chat":
+        raise UserError(
+            f"environment.command and data.template={config.data.template}: agents send messages, "
+            "which only data.template=chat renders"
+        )
+    if config.algorithm.advantage.kind == "prefix_values":
+        raise UserError(
+            "algorithm.advantage.kind=prefix_values compares completions of one prompt, and the "
+            "conversations of environment.command have prompts of their own: use another kind"
+        )
+
+
+def _check_critic(config: Config) -> None:
+    """Refuse settings of a critic that is not there."""
+    advantage = config.algorithm.advantage
+    if not config.algorithm.needs_critic and advantage.critic != CriticConfig():
+        raise UserError(
+            f"algorithm.advantage.critic is that of algorithm.advantage.kind=gae, and the kind "
+            f"is {advantage.kind}: leave it out, or set kind=gae"
+        )
+
+
+def _check_memory(config: Config) -> None:
+    """Refuse savings of memory that save nothing, or that nothing is there to make."""
+    learner, model = config.learner, config.model
+    optimizer = learner.optimizer
+    for key, given, usual in (
+        ("learner.optimizer.state", optimizer.state, "float32"),
+        ("learner.masters", learner.masters, "float32"),
+    ):
+        if given != usual and (optimizer.kind != "AdamW" or optimizer.matrices_only):
+            raise UserError(
+                f"{key}={given} is AdamW's for all parameters, and learner.optimizer has kind="
+                f"{optimizer.kind} and matrices_only={optimizer.matrices_only}: set kind=AdamW and "
+                f"matrices_only=false, or {key}={usual}"
+            )
+    if learner.masters == "bfloat16" and model.dtype == "float32":
+        raise UserError(
+            "learner.masters=bfloat16 trains weights that are narrower than model.dtype=float32: "
+            "set one of them to the other"
+        )
+    if learner.masters == "bfloat16" and model.adapter.rank:
+        raise UserError(
+            f"learner.masters=bfloat16 is for training all weights. With model.adapter.rank="
+            f"{model.adapter.rank} the adapters alone have masters, which are few: leave it out"
+        )
+    if learner.activation_offload and learner.activation_checkpointing is False:
+        raise UserError(
+            "learner.activation_offload=true moves the inputs of layers that are computed again, "
+            "and learner.activation_checkpointing=false computes none again: set it to null"
+        )
+
+
+def _check_data(config: Config) -> None:
+    data = config.data
+    names = [one.name for one in data.sources]
+    if data.sources and (data.path or data.source):
+        raise UserError(
+            "data.sources takes the place of data.source and data.path: set both to null, and give "
+            "each source its own"
+        )
+    for name in names:
+        if not _SOURCE_NAME.fullmatch(name):
+            raise UserError(
+                f"data.sources has the name {name!r}: use letters, digits, '.', '_' and '-' only"
+            )
+        if names.count(name) > 1:
+            raise UserError(f"data.sources has two data sets of the name {name!r}")
+    for one, count in zip(data.each, data.held_out(config.eval.prompts), strict=True):
+        if one.kind != "reasoning_gym" and not one.path:
+            raise UserError(
+                f"data.source={one.source} needs data.path: a file, or a data set's name"
+            )
+        if one.source == "reasoning_gym" and one.path:
+            raise UserError(
+                f"data.source=reasoning_gym reads no data.path={one.path}: set data.source=null, "
+                "file or hub"
+            )
+        if one.kind == "reasoning_gym" and count >= one.reasoning_gym.size:
+            raise UserError(
+                f"eval.prompts={config.eval.prompts} leaves no training prompts of "
+                f"data.reasoning_gym.size={one.reasoning_gym.size}"
+            )
+
+
+_SOURCE_NAME = re.compile(r"[\w.-]+")

@@ -49,6 +49,9 @@ class OptimizerConfig:
     """Whether the class gets the weight matrices of the layers alone, and AdamW the rest. With Muon
     this is always so, and its `adjust_lr_fn` is `match_rms_adamw`, so that one learning rate serves
     both."""
+    state: Literal["float32", "8bit"] = "float32"
+    """Numbers in which AdamW keeps its two moments. `8bit` takes a quarter of the memory, in blocks
+    of 256 with a scale each. Steps differ by the rounding."""
 
 
 @dataclass
@@ -67,6 +70,10 @@ class LearnerConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Devices of the learner. `auto` takes CUDA where there is any."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    masters: Literal["float32", "bfloat16"] = "float32"
+    """Numbers in which the weights are kept that AdamW trains. `bfloat16` takes half, and rounds
+    stochastically: a step that is smaller than the distance of two numbers arrives on average.
+    Gradients are bfloat16 then, too, where they are exchanged in every micro-batch."""
     learning_rate: Positive = 1e-5
     """Learning rate after the warm-up."""
     warmup_steps: Natural = 5
@@ -91,11 +98,19 @@ class LearnerConfig:
     run."""
     logits_mib: Positive = 320.0
     """MiB of float32 logits that exist at a time in the fused log-probability head."""
-    activation_checkpointing: bool = False
+    activation_checkpointing: bool | None = None
     """Whether activations are computed again in the backward pass instead of kept. It saves memory
-    and costs a second forward pass."""
-    compile: bool = False
-    """Whether torch compiles the layers of the model."""
+    and costs a second forward pass. Null does so on CUDA devices where a step needs it to fit."""
+    activation_offload: bool = False
+    """Whether the inputs of layers wait in the memory of the host until the backward pass computes
+    the layers again. It changes no number. For CUDA alone."""
+    reduce_once: bool | None = None
+    """Whether ranks add up gradients by themselves and exchange them once a step. It saves messages
+    and holds a whole float32 gradient on every rank. Null does so for models of up to four billion
+    parameters where that fits. On CPUs it is always so."""
+    compile: bool | None = None
+    """Whether torch compiles the layers of the model and the log-probability head. Null does so on
+    CUDA devices."""
     credit_probe_every: Natural = 10
     """Steps between measurements of the gradient norm under GRPO's credit on the same batch. Each
     costs a forward and a backward pass, and is made only where tokens differ in credit. 0 is
@@ -106,16 +121,37 @@ class LearnerConfig:
     packing: Literal["shared_prefix", "sequence"] = "shared_prefix"
     """How completions share a micro-batch. `shared_prefix` computes a prompt once for all of its
     completions there, `sequence` once for each."""
-    attention: Literal["grids", "varlen"] = "grids"
+    attention: Literal["auto", "grids", "varlen"] = "auto"
     """How attention is computed. `grids` pads sequences to similar lengths, on any device. `varlen`
     is torch's variable-length flash-attention, without padding. It needs CUDA and bfloat16, and is
-    compared with the grids at every start."""
+    compared with the grids at every start. `auto` takes it where that comparison holds."""
     threads: Count | None = None
     """CPU threads of each rank. Null lets the core plan decide, and is 4 on a cluster."""
     start_timeout_s: Seconds = 600.0
     """Seconds for the ranks to start."""
     step_timeout_s: Seconds = 1800.0
     """Seconds for a learner step."""
+
+
+@dataclass
+class TeacherConfig:
+    """A larger model that scores what the policy sampled (`algorithm.advantage.scorer=teacher`)."""
+
+    path: str | None = None
+    """Model of the teacher, named as in `model.path`. It needs the policy's vocabulary and chat
+    template, and a context of at least `model.max_length`. The learner's ranks hold it in shards
+    beside the policy, in `model.dtype`, unless it has generators of its own."""
+    count: Natural = 0
+    """Generators of the teacher's own, for one that does not fit beside the policy. vLLM scores the
+    completions there, as log-probabilities of a prompt. 0 has the learner's ranks hold it."""
+    tensor_parallel: Count = 1
+    """Devices that share every layer of such a generator."""
+    score_timeout_s: Seconds = 300.0
+    """Seconds for such a generator to score a group. One that takes longer ends the run."""
+    offload: bool = False
+    """Whether the teacher's weights wait in the memory of the host between its passes. It takes
+    none of a CUDA device in a gradient step then, and a pass begins with their copy. For CUDA
+    alone."""
 
 
 @dataclass
@@ -135,6 +171,9 @@ class WeightsConfig:
     canary_tolerance: Positive | None = None
     """Largest mean gap in nats a token of a canary sequence between learner and generator. Null is
     0.2 in bfloat16, whose logits have steps of up to 1/8, and 0.001 in float32."""
+    canary_growth: Limit = 10.0
+    """Largest gap of a version as a multiple of the largest one before it. Gaps below a quarter of
+    the tolerance always pass: they may be rounding. `.inf` leaves the tolerance alone."""
     resends: Natural = 2
     """Times that weights which arrive damaged are sent again as a whole, before a restart."""
     publish_timeout_s: Seconds = 300.0

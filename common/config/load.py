@@ -16,10 +16,15 @@ from typing import Any, get_type_hints
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from common.config.absent import ABSENT
 from common.config.checks import check_config
+from common.config.environment import ENVIRONMENT_RULE
 from common.config.keys import hints_of_keys
-from common.config.sections import Config
+from common.config.sections import Config, VerifierSpec
 from common.errors import UserError, nearest
+
+REASONING_GYM = "reasoning_gym"
+"""Name of the source of made-up questions, and of the rule that judges them."""
 
 
 @dataclass(frozen=True)
@@ -77,8 +82,19 @@ def load_with_origins(
     elif below := _recipe_layer([command_line], recipes_folder):
         own = [_without_recipe(layer, recipes_folder) for layer in own]
     loaded = _merge([*below, *own, command_line])
-    check_config(loaded.config)
+    config = loaded.config
+    if not config.verifier.rules and config.environment.playing:
+        config.verifier.rules = [VerifierSpec(name=ENVIRONMENT_RULE)]  # it values its episodes
+    if not config.verifier.rules and config.data.kinds == {REASONING_GYM}:
+        config.verifier.rules = [VerifierSpec(name=REASONING_GYM)]  # its tasks judge themselves
+    check_config(config)
     return loaded
+
+
+def differing(config: Config, other: Config) -> dict[str, tuple[Any, Any]]:
+    """Keys whose values are not alike: those of `config` and of `other`."""
+    one, two = (_values(OmegaConf.structured(each)) for each in (config, other))
+    return {key: (one[key], two[key]) for key in _KEYS if one[key] != two[key]}
 
 
 def dump_config(config: object) -> str:
@@ -191,12 +207,18 @@ def _without_recipe(layer: _Layer, folder: Path | None) -> _Layer:
     return _Layer(layer.origin, own)
 
 
+_RENAMED = {"grpo_lambda_selective": "grpo_lambda_entropy_mask"}
+"""Recipes whose name was another in the configuration of some runs."""
+
+
 def _recipe_path(recipe: str, folder: Path | None) -> Path:
     if recipe.endswith((".yaml", ".yml")):
         return Path(recipe)
     if folder is None:
         raise UserError(f"recipe={recipe}: no folder of recipes here; give the path of a YAML file")
     path = folder / f"{recipe}.yaml"
+    if recipe in _RENAMED:
+        raise UserError(f"recipe={recipe} is called {_RENAMED[recipe]}: use that name")
     if not path.exists():
         known = sorted(file.stem for file in folder.glob("*.yaml"))
         raise UserError(
@@ -211,11 +233,13 @@ def _merge(layers: Sequence[_Layer]) -> Loaded:
     try:
         for layer in layers:
             _check_keys(layer.content, schema)
-        merged = schema
+        merged, before = schema, _values(schema)
         for layer in layers:
-            before, merged = _values(merged), OmegaConf.merge(merged, layer.content)
-            changed = (key for key, value in _values(merged).items() if value != before[key])
+            merged = OmegaConf.merge(merged, layer.content)
+            values = _values(merged)
+            changed = (key for key, value in values.items() if value != before[key])
             origins |= dict.fromkeys(changed, layer.origin)
+            before = values
         config = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None) or "?"
@@ -244,6 +268,8 @@ def _check_keys(layer: DictConfig, schema: DictConfig, prefix: str = "") -> None
     for key in layer:
         full_key = f"{prefix}{key!s}"
         if key not in list(schema):  # `in` is False for a mandatory key without a value
+            if full_key in ABSENT:
+                raise UserError(f"{full_key} {ABSENT[full_key]}")
             raise UserError(
                 f"unknown key {full_key}{nearest(str(key), [str(k) for k in schema])}"
                 + (f" (keys of {prefix[:-1]}: {', '.join(map(str, schema))})" if prefix else "")

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Iterator, Sequence
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import TYPE_CHECKING, Any, get_type_hints
 
@@ -79,6 +80,24 @@ def import_named(key: str, path: str, known: Sequence[str]) -> Any:
             f"{key}={path} is of type {type(found).__name__}, neither a function nor a class"
         )
     return found
+
+
+def misfit(
+    function: Callable[..., Any], head: Sequence[object], args: Mapping[str, Any]
+) -> tuple[TypeError, inspect.Signature] | None:
+    """Why a function cannot be called with these arguments, and its signature.
+
+    None where it can be, and for a builtin without a signature, which can only be tried.
+    """
+    try:
+        signature = inspect.signature(function)
+    except ValueError:
+        return None
+    try:
+        signature.bind(*head, **args)
+    except TypeError as error:
+        return error, signature
+    return None
 
 
 def _named(section: Any, prefix: str) -> Iterator[tuple[str, str, tuple[str, ...]]]:

@@ -33,7 +33,8 @@ class CheckpointConfig:
     keep_every: Natural = 0
     """Also keep checkpoints whose step is a multiple of this. 0 keeps no others."""
     stop_grace_s: NotNegative = 60.0
-    """Seconds after SIGTERM to finish the step under way and save it."""
+    """Seconds after SIGTERM to finish the step under way and save it. Less than a step loses it;
+    more than what whoever sends the signal waits is of no use."""
     timeout_s: Seconds = 900.0
     """Seconds for a checkpoint to be written or read."""
     mirror: str | None = None
@@ -102,6 +103,9 @@ class RayConfig:
     any other is `HOST:PORT`."""
     connect_timeout_s: Seconds = 60.0
     """Seconds for the cluster to answer."""
+    interface: str | None = None
+    """Network interface, such as `eth0`, over which learner ranks and generators meet (gloo, NCCL).
+    Null is that of the default route; NCCL then takes InfiniBand where there is some."""
     placement_timeout_s: Seconds = 120.0
     """Seconds for a cluster to have room for the run, or for its autoscaler to make it."""
     object_store_gib: Positive = 2.0

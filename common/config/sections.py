@@ -16,13 +16,17 @@ from common.config.actors import GeneratorConfig, VerifierConfig, VerifierSpec
 from common.config.algorithm import AlgorithmConfig
 from common.config.bounds import Count, Seed
 from common.config.data import (
+    AdapterConfig,
     BatchConfig,
     DataConfig,
+    DataSetConfig,
+    DataSource,
     ModelConfig,
     PromptOrder,
     ReasoningGymConfig,
 )
-from common.config.learner import LearnerConfig, OptimizerConfig, WeightsConfig
+from common.config.environment import EnvironmentConfig
+from common.config.learner import LearnerConfig, OptimizerConfig, TeacherConfig, WeightsConfig
 from common.config.operation import (
     CheckpointConfig,
     EvalConfig,
@@ -36,10 +40,14 @@ from common.weights.registry import TRANSPORTS
 from common.weights.transport import WeightTransport
 
 __all__ = [
+    "AdapterConfig",
     "BatchConfig",
     "CheckpointConfig",
     "Config",
     "DataConfig",
+    "DataSetConfig",
+    "DataSource",
+    "EnvironmentConfig",
     "EvalConfig",
     "GeneratorConfig",
     "LearnerConfig",
@@ -52,6 +60,7 @@ __all__ = [
     "ReasoningGymConfig",
     "RestartConfig",
     "SinkName",
+    "TeacherConfig",
     "VerifierConfig",
     "VerifierSpec",
     "WeightsConfig",
@@ -80,8 +89,10 @@ class Config:
     batch: BatchConfig = field(default_factory=BatchConfig)
     generator: GeneratorConfig = field(default_factory=GeneratorConfig)
     verifier: VerifierConfig = field(default_factory=VerifierConfig)
+    environment: EnvironmentConfig = field(default_factory=EnvironmentConfig)
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
     learner: LearnerConfig = field(default_factory=LearnerConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
     weights: WeightsConfig = field(default_factory=WeightsConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -112,9 +123,15 @@ class Config:
         return (self.generator.max_staleness + 1) * self.groups_per_step
 
     @property
+    def sampling_seed(self) -> int | None:
+        """Seed of what a synchronous run samples; None leaves it to the engines' random state."""
+        return self.seed if self.generator.max_staleness == 0 else None
+
+    @property
     def verify_timeout_s(self) -> float:
         """Seconds for the verdicts on a group; all groups in flight may queue for one verifier."""
-        verdicts = self.batch.group_size * len(self.verifier.rules)
+        follow_up = self.algorithm.rollout.follow_up
+        verdicts = follow_up.most_of(self.batch.group_size) * len(self.verifier.rules)
         return 60.0 + self.verifier.timeout_s * verdicts * self.max_groups_in_flight
 
     @property

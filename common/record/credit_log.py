@@ -19,7 +19,11 @@ A row, with T completion tokens (guidance included; the lengths of the trajector
     advantages     [T] A c_t, the λ-advantage; NaN outside the loss
     logprobs       [T] the learner's log π of each token before the step, nats
 
-The three lists are null when the completion was not run through the learner.
+    scores         [T] log π of each token under the recipe's scorer, nats; null where nobody scores
+    values         [T] what the critic says of the state before each token, before it learns from
+                   the step; null without a critic, and in logs of version 3, which had no values
+
+The first three lists are null when the completion was not run through the learner.
 """
 
 from __future__ import annotations
@@ -28,6 +32,7 @@ import itertools
 import os
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -36,9 +41,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.ipc
 
-from common.errors import UserError
+from common.errors import UserError, first_line
 
-CREDIT_VERSION = 2
+CREDIT_VERSION = 4
+OLDER_VERSIONS = (3,)
+"""Versions that are read too: a column that they did not have is null."""
 VERSION_KEY = b"grpo_lambda.credit_version"
 FOLDER = "credit"
 
@@ -57,7 +64,7 @@ def credit_schema() -> pa.Schema:
         pa.field("advantage", pa.float64(), nullable=False),
         pa.field("token_weight", pa.float64(), nullable=False),
         pa.field("trained", pa.bool_(), nullable=False),
-        *(pa.field(name, pa.list_(pa.float32())) for name in _LISTS),
+        *(pa.field(name, pa.list_(pa.float32())) for name in (*_LISTS, "scores", "values")),
     ]
     return pa.schema(fields, metadata={VERSION_KEY: str(CREDIT_VERSION).encode()})
 
@@ -97,8 +104,11 @@ def read_credit(run: Path, step: int, rule: str | None = None) -> pa.Table:
     Raises:
         UserError: the step has no credit file, or another release wrote it.
     """
-    with _opened(credit_path(run, step, rule)) as reader:
-        return reader.read_all()
+    path = credit_path(run, step, rule)
+    with _explained(path), _opened(path) as reader:
+        table = _with_all_columns(reader.read_all())
+        table.validate(full=True)
+        return table
 
 
 def read_group_credit(run: Path, step: int, group_id: int, rule: str | None = None) -> pa.Table:
@@ -108,17 +118,32 @@ def read_group_credit(run: Path, step: int, group_id: int, rule: str | None = No
         UserError: the step has no credit file, or another release wrote it.
     """
     path = credit_path(run, step, rule)
-    with _opened(path, ["group_id"]) as reader:
+    with _explained(path), _opened(path, ["group_id"]) as reader:
         places = [
             index
             for index in range(reader.num_record_batches)
             if group_id in reader.get_batch(index).column(0).to_numpy()
         ]
-    with _opened(path) as reader:
+    with _explained(path), _opened(path) as reader:
         found = [reader.get_batch(index) for index in places]
-        table = pa.Table.from_batches(found, schema=reader.schema)
+        table = _with_all_columns(pa.Table.from_batches(found, schema=reader.schema))
+        table.validate(full=True)
     table = table.filter(pc.equal(table["group_id"], group_id))
     return table.sort_by("completion_index")
+
+
+def read_scores(run: Path, step: int) -> dict[tuple[int, int], npt.NDArray[np.float32]]:
+    """By (group_id, completion_index), what the scorer of `step` said of every token.
+
+    Raises:
+        UserError: the step has no credit file, another release wrote it, or nobody scored it.
+    """
+    table = read_credit(run, step)
+    if table["scores"].null_count:
+        raise UserError(f"{credit_path(run, step)}: no scores of a scorer are in it")
+    keys = zip(*(table[name].to_pylist() for name in ("group_id", "completion_index")), strict=True)
+    lists = [np.asarray(each, np.float32) for each in table["scores"].to_pylist()]
+    return dict(zip(keys, lists, strict=True))
 
 
 def forget_credit_after(run: Path, step: int) -> None:
@@ -136,6 +161,11 @@ def credit_steps(run: Path) -> list[int]:
 def credit_rules(run: Path, step: int) -> list[str]:
     """Other rules that were asked about `step`."""
     return sorted(rule for other, rule in _files(run) if other == step and rule is not None)
+
+
+def credit_files(run: Path) -> list[tuple[int, Path]]:
+    """Step and file of all credit on record, that of other rules too, by step."""
+    return sorted((step, credit_path(run, step, rule)) for step, rule in _files(run))
 
 
 def _files(run: Path) -> Iterator[tuple[int, str | None]]:
@@ -161,6 +191,23 @@ def _runs(group_ids: npt.NDArray[np.int64]) -> Iterator[tuple[int, int]]:
     return itertools.pairwise(edges)
 
 
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """A damaged file is the reader's to know of: Arrow has many errors for it."""
+    try:
+        yield
+    except (pa.ArrowException, OSError, KeyError, UnicodeDecodeError, OverflowError) as error:
+        raise UserError(f"{path} is damaged, or no credit log: {first_line(error)}") from error
+
+
+def _with_all_columns(table: pa.Table) -> pa.Table:
+    """`table` as this release writes it, whatever version it is of."""
+    for field in credit_schema():
+        if field.name not in table.schema.names:
+            table = table.append_column(field, pa.nulls(table.num_rows, field.type))
+    return table.cast(credit_schema())
+
+
 def _opened(path: Path, columns: list[str] | None = None) -> pa.ipc.RecordBatchFileReader:
     schema = credit_schema()
     fields = None if columns is None else [schema.get_field_index(name) for name in columns]
@@ -170,12 +217,11 @@ def _opened(path: Path, columns: list[str] | None = None) -> pa.ipc.RecordBatchF
         )
     except FileNotFoundError as error:
         raise UserError(f"{path} does not exist: this step has no credit on record") from error
-    except pa.ArrowInvalid as error:
-        raise UserError(f"{path} is no credit log: {error}") from error
     found = (reader.schema.metadata or {}).get(VERSION_KEY)
-    if found != str(CREDIT_VERSION).encode():
+    known = (*OLDER_VERSIONS, CREDIT_VERSION)
+    if found not in {str(version).encode() for version in known}:
         raise UserError(
-            f"{path} has credit log version {found!r}, this release reads {CREDIT_VERSION}: "
-            "read it with the release that wrote it"
+            f"{path} has credit log version {found!r}, this release reads "
+            f"{' and '.join(map(str, known))}: read it with the release that wrote it"
         )
     return reader

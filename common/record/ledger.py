@@ -8,6 +8,9 @@ ticket. Each group goes
 and is closed once, with outcomes that add up to its completions and tokens:
 
     trained    in a batch of the learner
+    compared   in a batch of the learner, for the others' advantages alone (greedy answers)
+    draft      others of its group, asked for after its verdict, were trained on instead
+    probe      sampled to measure what the first tokens of another completion are worth
     stale      too old for the staleness bound (only after a resume with a smaller one)
     filtered   sampled and verified, left out by dynamic sampling
     failed     without a reward: a verifier gave `error` or `timeout`
@@ -30,17 +33,21 @@ from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from common.errors import RunError, UserError
 from common.trajectory import GroupReceipt, GroupRequest
 
-Outcome = Literal["trained", "stale", "filtered", "failed", "abandoned"]
-OUTCOMES: tuple[Outcome, ...] = ("trained", "stale", "filtered", "failed", "abandoned")
+Outcome = Literal[
+    "trained", "compared", "draft", "probe", "stale", "filtered", "failed", "abandoned"
+]
+OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
 Outcomes = Mapping[Outcome, tuple[int, int]]
 """Completions and tokens by outcome."""
 
 END_OF_RUN = "the run ended"
+UNDONE = "(step > ? OR reason = ?)"
+"""Groups that a resume from a step opens again. The second parameter is `END_OF_RUN`."""
 BUSY_S = 30.0
 """How long a reader or writer waits for the other."""
 
@@ -84,14 +91,25 @@ class OpenGroup:
 
 
 def outcomes_of(receipt: GroupReceipt, outcome: Outcome) -> Outcomes:
-    """`outcome` for the completions with a reward, `failed` for those without."""
-    if outcome == "failed":
-        return {"failed": (receipt.num_completions, receipt.num_tokens)}
+    """`outcome` for the completions with a reward, `failed` for those without.
+
+    Of a group that is trained on, those that others are compared with have an outcome of their own.
+    So have, of any group, those that the learner does not get by design.
+    """
     scored = receipt.num_completions - receipt.num_unscored
+    tokens = receipt.num_tokens - receipt.unscored_tokens
+    compared = (0, 0)
+    if outcome == "trained":
+        compared = (receipt.num_compared, receipt.compared_tokens)
     parts: Outcomes = {
-        outcome: (scored, receipt.num_tokens - receipt.unscored_tokens),
+        outcome: (scored - compared[0], tokens - compared[1]),
+        "compared": compared,
+        "draft": (receipt.drafts.completions, receipt.drafts.tokens),
+        "probe": (receipt.probes.completions, receipt.probes.tokens),
         "failed": (receipt.num_unscored, receipt.unscored_tokens),
     }
+    if outcome == "failed":
+        parts = {**parts, "failed": (receipt.num_completions, receipt.num_tokens)}
     return {name: part for name, part in parts.items() if part[0]}
 
 
@@ -149,6 +167,13 @@ class Ledger:
                     request.num_completions,
                     request.dispatch_version,
                 ),
+            )
+
+    def followed_up(self, group_id: int, completions: int) -> None:
+        """Record that more of a group is about to go out: so many completions are asked for now."""
+        with self._explained():
+            self._db.execute(
+                "UPDATE groups SET completions = ? WHERE group_id = ?", (completions, group_id)
             )
 
     def verified(self, group_id: int, tokens: int) -> None:
@@ -209,7 +234,7 @@ class Ledger:
                 "this run; put the right one back, or start a new run from the checkpoint with "
                 f"model.path={self._path.parent}/checkpoints/step-{step}"
             )
-        undone = "SELECT group_id FROM groups WHERE step > ? OR reason = ?"
+        undone = f"SELECT group_id FROM groups WHERE {UNDONE}"
         with self._explained(), self._transaction():
             self._db.execute(
                 f"DELETE FROM outcomes WHERE group_id IN ({undone})", (step, END_OF_RUN)
@@ -266,10 +291,36 @@ class Ledger:
         try:
             yield
         except sqlite3.Error as error:
+            if not isinstance(error, sqlite3.OperationalError):
+                raise UserError(_damaged(self._path, error)) from error
             raise RunError(
                 f"the ledger {self._path} cannot be written: {error}. Make room or mend the "
                 "disk, then go on with resume="
             ) from error
+
+
+def check_ledger(path: Path, step: int) -> None:
+    """Look whether a run can go on from `step` with this ledger, before anything is started.
+
+    Raises:
+        UserError: there is none, or it is damaged.
+    """
+    with reading(path) as db:
+        try:
+            wrong = [text for (text,) in db.execute("PRAGMA quick_check(1)") if text != "ok"]
+            db.execute("SELECT name, value FROM facts").fetchall()
+            db.execute("SELECT 1 FROM cuts WHERE step = ?", (step,)).fetchall()
+        except sqlite3.Error as error:
+            raise UserError(_damaged(path, error)) from error
+    if wrong:
+        raise UserError(_damaged(path, wrong[0].splitlines()[-1]))
+
+
+def _damaged(path: Path, error: object) -> str:
+    return (
+        f"the ledger {path} is damaged: {error}. No resume= can go on with it: put a copy of the "
+        f"whole run back, or begin a new run with model.path={path.parent}/checkpoints/step-N"
+    )
 
 
 @contextmanager

@@ -10,6 +10,7 @@ evaluation, the canary and the policy's version alone.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 
@@ -24,10 +25,26 @@ class Metric:
     """Module that writes it, as a path from the top of the repository."""
 
 
+_OF_SOURCE = re.compile(r"source/[^/]+/")
+
+
+def of_source(metric: str, name: str) -> str:
+    """Name of a `metric` with a star in it, for the data set called `name`."""
+    return metric.replace("*", name)
+
+
+def in_table(metric: str) -> str:
+    """Name under which `METRICS` has a metric, whatever data set it is of."""
+    return _OF_SOURCE.sub("source/*/", metric)
+
+
 _LOSS = "learner/algorithm/loss.py"
 _DATA = "learner/training/batch_checks.py"
 _TRAINER = "learner/training/trainer.py"
+_SCORING = "learner/training/scoring.py"
+_CRITIC = "learner/training/critic.py"
 _RANK = "learner/training/rank.py"
+_COUNTERS = "learner/training/counters.py"
 _LOOP = "learner/loop.py"
 _PUBLISH = "learner/weights/publish.py"
 _AGGREGATION = "learner/algorithm/aggregation.py"
@@ -35,14 +52,41 @@ _BOOK = "actors/rollout/group_book.py"
 _GUIDANCE = "actors/rollout/guidance.py"
 _EVALUATION = "actors/rollout/evaluate.py"
 _LOG = "common/record/writer.py"
+_EPISODES = "common/record/episodes.py"
 _METRICS = "common/record/metrics.py"
+_CONSISTENCY = "learner/training/consistency.py"
 
 METRICS: dict[str, Metric] = {
     # What was sampled, and how good it was.
     "reward/mean": Metric("reward", "Mean reward of the step's completions.", _DATA),
     "reward/accuracy": Metric("reward", "Mean of the first verifier's reward.", _DATA),
+    "reward/greedy": Metric("reward", "Mean reward of the step's greedy completions.", _DATA),
     "reward/kl_penalty": Metric(
-        "reward", "Mean KL penalty that was taken off the rewards (`kl_in: reward`).", _TRAINER
+        "reward", "Mean KL penalty that was taken off the rewards (`kl_in: reward`).", _SCORING
+    ),
+    "scorer/gap": Metric(
+        "nats",
+        "Mean over sampled tokens of log μ less the scorer's log-probability: the one-sample "
+        "divergence from the scorer (`algorithm.advantage.scorer`).",
+        _SCORING,
+    ),
+    "scorer/without_context": Metric(
+        "count",
+        "Completions that were not trained on, since the scorer had no context for them: no right "
+        "sibling, no answer on record, no feedback.",
+        _SCORING,
+    ),
+    "scorer/context_too_long": Metric(
+        "count",
+        "Completions that were not trained on, since context and completion are longer than "
+        "`model.max_length`.",
+        _SCORING,
+    ),
+    "scorer/consistency": Metric(
+        "probability", "Mean probability of an answer's tokens under the scorer.", _CONSISTENCY
+    ),
+    "reward/consistency_bonus": Metric(
+        "reward", "Mean bonus for consistent answers that the rewards have got.", _CONSISTENCY
     ),
     "completion_length/mean": Metric("tokens", "Mean length of a completion.", _DATA),
     "completions/unscored": Metric(
@@ -72,6 +116,40 @@ METRICS: dict[str, Metric] = {
     "completions/zero_advantage": Metric(
         "count", "Completions whose advantage is 0, so that they teach nothing.", _DATA
     ),
+    # Episodes that were played in an environment.
+    "episode/turns": Metric("count", "Mean number of turns of an episode.", _EPISODES),
+    "episode/segments": Metric(
+        "count", "Mean conversations of an episode: those of sub-agents count each.", _EPISODES
+    ),
+    "episode/given_tokens": Metric(
+        "tokens",
+        "Mean tokens of an episode that the environment gave, its template's included.",
+        _EPISODES,
+    ),
+    "episode/tool_calls": Metric(
+        "count", "Mean tool calls of an episode that its environment answered.", _EPISODES
+    ),
+    "episode/tool_errors": Metric(
+        "count", "Of these, calls that could not be made: no such tool, or wrong.", _EPISODES
+    ),
+    "episode/environment_s": Metric(
+        "s", "Mean time of an episode in its environment, while others are sampled.", _EPISODES
+    ),
+    "episode/environment_share": Metric(
+        "share",
+        "The same, of the time from a group's dispatch to the end of its episodes: 1 is all.",
+        _EPISODES,
+    ),
+    "episode/ended/stop": Metric("count", "Episodes that ended by themselves.", _EPISODES),
+    "episode/ended/length": Metric("count", "Episodes out of tokens.", _EPISODES),
+    "episode/ended/turns": Metric("count", "Episodes out of turns.", _EPISODES),
+    "episode/ended/context": Metric("count", "Episodes that filled the context.", _EPISODES),
+    "episode/ended/error": Metric(
+        "count", "Episodes whose environment failed: they have no reward.", _EPISODES
+    ),
+    "episode/ended/timeout": Metric(
+        "count", "Episodes whose environment was too slow: they have no reward.", _EPISODES
+    ),
     "groups/equal_rewards": Metric(
         "count", "Groups of the step whose completions all have the same reward.", _LOOP
     ),
@@ -83,20 +161,47 @@ METRICS: dict[str, Metric] = {
     "guidance/length": Metric(
         "tokens", "Length of the guidance that the next groups get (G2RPO-A).", _GUIDANCE
     ),
-    "tokens/generated": Metric("tokens", "Tokens of the step's completions.", _LOOP),
+    "tokens/generated": Metric("tokens", "Tokens that were sampled for the step.", _LOOP),
+    "tokens/drafts": Metric("tokens", "Of these, of drafts.", _LOOP),
+    "tokens/probes": Metric("tokens", "Of these, of probes.", _LOOP),
+    "completions/drafts": Metric(
+        "count", "Completions in whose place others of their group are trained on.", _LOOP
+    ),
+    "completions/probes": Metric(
+        "count", "Continuations that measured the value of prefixes.", _LOOP
+    ),
     "tokens/trained": Metric("tokens", "Of these, tokens with a part in the loss.", _DATA),
     "staleness/mean": Metric(
         "versions", "Mean age of a trained token: learner's version minus the token's.", _DATA
     ),
     "staleness/max": Metric("versions", "Age of the oldest trained token.", _DATA),
+    # Each data set of `data.sources`, by its name.
+    "source/*/reward": Metric("reward", "Mean reward of the data set's completions.", _LOOP),
+    "source/*/accuracy": Metric("reward", "Mean of their first verifier's reward.", _LOOP),
+    "source/*/groups": Metric("count", "Groups of the step that are from the data set.", _LOOP),
+    "source/*/equal_rewards": Metric(
+        "count", "Of these, groups whose completions all have the same reward.", _LOOP
+    ),
+    "source/*/unscored": Metric("count", "Completions of these without a reward.", _LOOP),
+    "source/*/tokens": Metric("tokens", "Tokens of the completions of these.", _LOOP),
+    "source/*/eval_accuracy": Metric(
+        "reward", "`eval/accuracy` over the data set's held-out prompts.", _LOG
+    ),
+    "source/*/eval_unscored": Metric("count", "`eval/unscored` of these prompts.", _LOG),
     # The loss and the gradient.
-    "loss/policy": Metric("loss", "Loss of the step without its KL term.", _LOSS),
+    "loss/policy": Metric("loss", "Loss of the step without its KL and its entropy.", _LOSS),
     "loss/kl": Metric("loss", "KL term of the loss (`kl_in: loss`).", _LOSS),
-    "kl/mean": Metric("nats", "Mean KL estimate of a token to the reference (k3).", _LOSS),
+    "loss/entropy": Metric("loss", "What a bonus for entropy takes off the loss.", _LOSS),
+    "loss/likelihood": Metric(
+        "loss", "What the log-likelihood of right answers adds (`objective.likelihood`).", _LOSS
+    ),
+    "kl/mean": Metric(
+        "nats", "Mean KL estimate of a token to the reference (`kl_estimator`).", _LOSS
+    ),
     "clip_fraction": Metric("share", "Trained tokens whose ratio was clipped.", _LOSS),
     "credit/mean_weight": Metric("ratio", "Mean credit of a trained token; 1 under GRPO.", _LOSS),
     "entropy/mean": Metric(
-        "nats", "Mean entropy of the policy at a token, where the credit rule asks for it.", _LOSS
+        "nats", "Mean entropy of the policy at a token, where a rule or a bonus asks for it.", _LOSS
     ),
     "is_ratio/mean": Metric(
         "ratio", "Mean of learner's over sampler's probability of a sampled token.", _LOSS
@@ -114,12 +219,39 @@ METRICS: dict[str, Metric] = {
     "steps/skipped": Metric(
         "count", "Optimiser steps left out, since their gradient was not finite.", _TRAINER
     ),
+    # The critic, where the recipe has one (`algorithm.advantage.kind=gae`).
+    "critic/loss": Metric("loss", "Mean loss of a value, half its squared error.", _CRITIC),
+    "critic/explained_variance": Metric(
+        "share",
+        "1 - var(G - V) / var(G) of the values V that the step's advantages came from, and the "
+        "returns G: 1 knows, 0 says the same everywhere, below 0 misleads.",
+        _CRITIC,
+    ),
+    "critic/value": Metric("reward", "Mean value of the states before sampled tokens.", _CRITIC),
+    "critic/clip_fraction": Metric(
+        "share", "Values further from the old one than `critic.value_clip`.", _CRITIC
+    ),
+    "critic/grad_norm": Metric(
+        "norm", "Norm of the critic's last gradient, before it was clipped.", _CRITIC
+    ),
+    "critic/learning_rate": Metric("rate", "Learning rate of the critic in the step.", _CRITIC),
     "lambda_grpo/lambda": Metric(
         "number", "Learned preference for lengths (λ-GRPO).", _AGGREGATION
     ),
     "lambda_grpo/gradient": Metric("number", "The gradient it was moved by.", _AGGREGATION),
     "packing/efficiency": Metric(
         "share", "Work of a rank on average, over that of the busiest one.", _TRAINER
+    ),
+    # What a CUDA device did.
+    "learner/tflops": Metric(
+        "TFLOP/s", "Useful products of a rank: 6 for each weight and token of the step.", _COUNTERS
+    ),
+    "learner/mfu": Metric(
+        "share", "The same, of the peak in the device's data sheet, where it is known.", _COUNTERS
+    ),
+    "memory/peak": Metric("bytes", "Most memory of rank 0's tensors in the step.", _COUNTERS),
+    "time/exposed_communication": Metric(
+        "seconds", "Rank 0's device waited for weights of other ranks.", _COUNTERS
     ),
     # Weights.
     "policy_version": Metric("count", "Version of the weights: learner steps done.", _LOOP),
@@ -144,6 +276,13 @@ METRICS: dict[str, Metric] = {
     "time/rank_train": Metric("seconds", "The same inside rank 0, without fetching.", _TRAINER),
     "time/fetch": Metric("seconds", "Read the batches from the object store.", _RANK),
     "time/pack": Metric("seconds", "Advantages and packing, before the first pass.", _TRAINER),
+    "time/score": Metric(
+        "seconds", "The scorer's forward pass, and the policy's that it is compared with.", _SCORING
+    ),
+    "time/wait_scores": Metric(
+        "seconds", "Waited for the scores of a teacher in generators of its own.", _LOOP
+    ),
+    "time/critic": Metric("seconds", "The critic valued the batch and learned.", _TRAINER),
     "time/credit": Metric("seconds", "Wrote the credit log.", _RANK),
     "time/wait_delivery": Metric(
         "seconds", "Waited until the generators had the version before.", _LOOP

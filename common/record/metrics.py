@@ -20,7 +20,8 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Protocol, Self, TextIO
 
-from common.errors import RunError, first_line
+from common.errors import RunError, UserError, first_line
+from common.record.metric_names import in_table
 
 Scalar = str | int | float | bool | None
 DROPPED = "sinks/dropped"
@@ -55,7 +56,11 @@ class JsonlSink:
         self._path = path
         with self._explained():
             if last_step is not None and path.exists():
-                kept = [line for line in _lines(path) if json.loads(line)["step"] <= last_step]
+                kept = [
+                    line
+                    for number, line in enumerate(_lines(path), 1)
+                    if _record(path, number, line)["step"] <= last_step
+                ]
                 partial = path.with_suffix(".partial")
                 partial.write_text("".join(f"{line}\n" for line in kept))
                 os.replace(partial, path)
@@ -187,7 +192,7 @@ class Metrics:
     """Fans a step's record out; a context that closes the sinks with the run's summary.
 
     Args:
-        known: the names that a record may hold; None takes any.
+        known: the names that a record may hold, those of data sets with a star; None takes any.
     """
 
     def __init__(
@@ -211,7 +216,9 @@ class Metrics:
             RunError: metrics.jsonl cannot be written.
             ValueError: a name is not known. That is a mistake in the code, not in a run.
         """
-        if self._known is not None and (unknown := sorted(set(metrics) - set(self._known))):
+        if self._known is not None and (
+            unknown := sorted(name for name in metrics if in_table(name) not in self._known)
+        ):
             raise ValueError(
                 f"metrics {', '.join(unknown)} are not in common/record/metric_names.py: add them"
             )
@@ -271,11 +278,27 @@ def flatten(values: Mapping[str, object], prefix: str = "") -> dict[str, Scalar]
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """The records of a `metrics.jsonl`; a torn last line is left out."""
-    return [json.loads(line) for line in _lines(path)]
+    """The records of a `metrics.jsonl`; a torn last line is left out.
+
+    Raises: `UserError` where a whole line is no record.
+    """
+    return [_record(path, number, line) for number, line in enumerate(_lines(path), 1)]
+
+
+def _record(path: Path, number: int, line: str) -> dict[str, float]:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        record = None
+    if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+        raise UserError(
+            f"{path} is damaged: line {number} is no record of a step. Put a copy back, or take "
+            "the line out"
+        )
+    return record
 
 
 def _lines(path: Path) -> list[str]:
-    text = path.read_text(encoding="utf-8")
+    text = path.read_text(encoding="utf-8", errors="replace")
     whole, _, _torn = text.rpartition("\n")
     return whole.splitlines()

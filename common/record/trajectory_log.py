@@ -9,7 +9,7 @@ operating system before the group may be trained on.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -17,7 +17,8 @@ import pyarrow as pa
 import pyarrow.ipc
 import pyarrow.parquet
 
-from common.record.schema import check_schema
+from common.errors import UserError
+from common.record.schema import EVERY_LOG_HAS, check_schema, current, damaged_column
 
 SEGMENT_BYTES = 64 * 2**20
 
@@ -106,6 +107,16 @@ def segments(folder: Path) -> list[Path]:
     return sorted(folder.glob("segment-*.arrow"))
 
 
+def missing_segments(folder: Path) -> list[str]:
+    """Names of segments that were there, as later ones or their Parquet twins tell."""
+    there = {_number(path) for path in segments(folder)}
+    known = {_number(path) for path in folder.glob("segment-*")}
+    first, last = min(known, default=0), max(known, default=-1)
+    return [
+        f"segment-{number:06d}.arrow" for number in range(first, last + 1) if number not in there
+    ]
+
+
 def read_segment(path: Path) -> Iterator[pa.RecordBatch]:
     """The whole batches of a segment; a torn tail, left by a crash, ends the iteration."""
     with pa.memory_map(str(path)) as source:
@@ -113,14 +124,41 @@ def read_segment(path: Path) -> Iterator[pa.RecordBatch]:
             reader = pa.ipc.open_stream(source)
         except (pa.ArrowException, OSError):
             return  # died before the schema was on disk: no group was appended
-        check_schema(reader.schema)
+        check_segment(reader.schema, path)
         while True:
             try:
                 batch = reader.read_next_batch()
                 batch.validate(full=True)  # a flipped bit could lead outside of the file
             except (StopIteration, pa.ArrowException, OSError):
                 return
-            yield batch
+            yield current(batch)
+
+
+def check_segment(
+    schema: pa.Schema,
+    path: Path,
+    wanted: Sequence[str] = EVERY_LOG_HAS,
+    remedy: str = "Put a whole copy of it in its place",
+) -> None:
+    """Raise `UserError` where the segment at `path` is another release's, or its head is damaged.
+
+    Args:
+        wanted: columns that are read of it.
+        remedy: what to do where it is damaged.
+    """
+    remedy = f"the file is damaged. {remedy}"
+    try:
+        names = schema.names
+        check_schema(schema)
+    except UnicodeDecodeError as error:  # before its base, which another release raises
+        raise UserError(f"{path}: the name of a column is no text: {remedy}") from error
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from error
+    for name in wanted:
+        if name not in names:
+            raise UserError(f"{path}: there is no column {name}: {remedy}")
+    if (changed := damaged_column(schema)) is not None:
+        raise UserError(f"{path}: column {changed} is not of its type: {remedy}")
 
 
 def read_log(folder: Path) -> Iterator[pa.RecordBatch]:

@@ -16,14 +16,20 @@ from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet
 from ray.exceptions import RayActorError
 
 from common.errors import StallError
-from common.record.schema import SUSPICIOUS, sampled_lengths, trajectory_schema
+from common.record.episodes import episode_sums
+from common.record.metric_names import of_source
+from common.record.parts import drafts, folded, learnt, newest_probe, probes
+from common.record.schema import SUSPICIOUS, trajectory_schema
+from common.record.segments import check_segments
 from common.record.trajectory_log import TrajectoryLog, read_segment, segments
+from common.record.turns import check_turns, compared, sampled_lengths, trained_lengths
 from common.supervision.calls import Call, Handle, Ref, ask, call, get_all, in_group, put, resolved
 from common.supervision.faults import reached
 from common.supervision.heartbeat import HEALTH
@@ -58,12 +64,15 @@ class TrajectoryLogWriter:
             where the group was a single batch, to which the caller has the reference.
 
         Raises:
-            ValueError: a batch does not have the run's schema.
+            ValueError: a batch does not have the run's schema, or turns that are not its sampled
+                tokens, or segments that are not its tokens.
             OSError: the log cannot be written.
         """
         for batch in batches:
             if not batch.schema.equals(self._schema, check_metadata=False):
                 raise ValueError(f"group has schema {batch.schema}, the log has {self._schema}")
+            check_turns(batch)
+            check_segments(batch)
         groups = iter(batches)
         receipts = [self._append_one(list(itertools.islice(groups, size))) for size in sizes]
         reached("log appended")
@@ -72,7 +81,7 @@ class TrajectoryLogWriter:
     def _append_one(self, parts: list[pa.RecordBatch]) -> GroupReceipt:
         group, ref = parts[0], None
         if len(parts) > 1:
-            group = pa.concat_batches(parts).sort_by("completion_index")
+            group = folded(pa.concat_batches(parts).sort_by("completion_index"))
             ref = put(group)
         self._log.append(group)
         return receipt(group, ref)
@@ -103,12 +112,13 @@ class TrajectoryLogWriter:
         folder.mkdir(exist_ok=True)
         table = pa.Table.from_batches(get_all(refs, _FETCH_S), schema=self._schema)
         pa.parquet.write_table(table, folder / f"step-{step:06d}.parquet", compression="zstd")
-        accuracy = table.column("accuracy").to_numpy()
+        accuracy_B = table.column("accuracy").to_numpy()
         lengths = pc.list_value_length(table.column("token_ids"))
         return {
-            "eval/accuracy": float(np.nansum(accuracy)) / table.num_rows,
-            "eval/unscored": float(np.isnan(accuracy).sum()),
+            "eval/accuracy": _share_right(accuracy_B),
+            "eval/unscored": float(np.isnan(accuracy_B).sum()),
             "eval/length": float(pc.mean(lengths).as_py()),
+            **_of_each_source(table.column("source").to_pylist(), accuracy_B),
         }
 
     @in_group(HEALTH)
@@ -120,30 +130,64 @@ class TrajectoryLogWriter:
         self._log.close()
 
 
+def _share_right(accuracy: npt.NDArray[np.floating]) -> float:
+    """Mean accuracy; what has no verdict counts as wrong."""
+    return float(np.nansum(accuracy)) / len(accuracy)
+
+
+def _of_each_source(source_B: list[str], accuracy_B: npt.NDArray[np.floating]) -> dict[str, float]:
+    """The metrics of an evaluation for each of several data sets."""
+    found: dict[str, float] = {}
+    for name in sorted(set(source_B) - {""}):
+        own = accuracy_B[np.array([source == name for source in source_B])]
+        found[of_source("source/*/eval_accuracy", name)] = _share_right(own)
+        found[of_source("source/*/eval_unscored", name)] = float(np.isnan(own).sum())
+    return found
+
+
 def receipt(batch: pa.RecordBatch, ref: Ref[pa.RecordBatch] | None) -> GroupReceipt:
-    """Sum a verified group up for the control plane."""
+    """Sum a verified group up for the control plane.
+
+    Args:
+        batch: the group as it is logged.
+        ref: a reference to it.
+    """
+    drafted, probed, probed_by = drafts(batch), probes(batch), newest_probe(batch)
+    suspicious = tuple(kinds for kinds in batch.column(SUSPICIOUS).to_pylist() if kinds)
+    ended_s = pc.max(batch.column("finished_s")).as_py()
+    batch = learnt(batch)
     lengths_G = sampled_lengths(batch)
     rewards_G = batch.column("reward").to_numpy(zero_copy_only=False).astype(np.float64)
     scored = rewards_G[~np.isnan(rewards_G)]
+    accuracy_G = batch.column("accuracy").to_numpy(zero_copy_only=False).astype(np.float64)
+    judged = accuracy_G[~np.isnan(accuracy_G)]
+    compared_G = ~np.isnan(rewards_G) & compared(lengths_G, trained_lengths(batch))
     versions = batch.column("weight_versions").flatten()
     dispatch_version = batch.column("dispatch_version")[0].as_py()
+    newest = pc.max(versions).as_py() if len(versions) else dispatch_version
     dispatched_s = batch.column("dispatched_s")[0].as_py()
-    ended_s = pc.max(batch.column("finished_s")).as_py()
     return GroupReceipt(
         group_id=batch.column("group_id")[0].as_py(),
         ticket=batch.column("ticket")[0].as_py(),
         batch_ref=ref,
         dispatch_version=dispatch_version,
         min_version=pc.min(versions).as_py() if len(versions) else dispatch_version,
-        max_version=pc.max(versions).as_py() if len(versions) else dispatch_version,
+        max_version=max(newest, probed_by),
         num_completions=batch.num_rows,
         num_tokens=int(lengths_G.sum()),
         reward_mean=float(scored.mean()) if scored.size else float("nan"),
         rewards_equal=bool(scored.size == 0 or scored.min() == scored.max()),
         num_unscored=int(np.isnan(rewards_G).sum()),
         unscored_tokens=int(lengths_G[np.isnan(rewards_G)].sum()),
-        suspicious=tuple(kinds for kinds in batch.column(SUSPICIOUS).to_pylist() if kinds),
+        num_compared=int(compared_G.sum()),
+        compared_tokens=int(lengths_G[compared_G].sum()),
+        episodes=episode_sums(batch),
+        suspicious=suspicious,
         generate_s=max(0.0, ended_s - dispatched_s),  # clocks may be set back
+        accuracy_mean=float(judged.mean()) if judged.size else float("nan"),
+        source=batch.column("source")[0].as_py(),
+        drafts=drafted,
+        probes=probed,
     )
 
 

@@ -47,11 +47,15 @@ class Handle(Generic[T_co]):
     actor: Any
     """Ray's own handle, whose methods no type checker knows."""
 
-    def kill(self) -> None:
-        """End the process, whatever it is doing."""
+    def kill(self, *, again: bool = False) -> None:
+        """End the process, whatever it is doing.
+
+        Args:
+            again: Ray starts it again, where the actor's `max_restarts` says so.
+        """
         import ray
 
-        ray.kill(self.actor)
+        ray.kill(self.actor, no_restart=not again)
 
 
 def in_group(name: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
@@ -201,3 +205,10 @@ def get_all(refs: Sequence[Ref[R]], timeout_s: float) -> list[R]:
     import ray
 
     return cast("list[R]", ray.get(list(refs), timeout=timeout_s))
+
+
+def node_address() -> str | None:
+    """This node's address as Ray's other nodes know it; None outside of Ray."""
+    import ray
+
+    return str(ray.util.get_node_ip_address()) if ray.is_initialized() else None

@@ -19,6 +19,7 @@ VARIABLE, MARK = "GRPO_LAMBDA_FAULTS", "GRPO_LAMBDA_FAULTS_MARK"
 
 POINTS = {
     "group dispatched": "the ledger knows of a group, no generator does",
+    "group followed up": "the ledger knows that more of a group was asked for, no generator does",
     "group in the log": "a verified group is in the trajectory log, the ledger does not know",
     "group verified": "the ledger knows that a group is verified",
     "step begins": "the learner is about to be given a batch",
@@ -33,6 +34,9 @@ POINTS = {
     "checkpoint written": "all files of a checkpoint are there under a temporary name",
     "checkpoint in place": "it has its name, older ones are still there",
     "completion sampled": "a generator has a batch of completions",
+    "turn sampled": "a turn of an episode is sampled, the environment does not know",
+    "observation received": "the environment has answered, the policy has not read it",
+    "episode closed": "an episode has ended, its group has not",
     "weights received": "a generator has the buckets of an update, none is loaded",
     "weights half loaded": "vLLM has loaded a bucket, others are to come",
     "verdict given": "a verifier has judged a batch",

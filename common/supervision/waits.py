@@ -48,6 +48,7 @@ class Waits:
 
         Raises:
             StallError: `deadline_s` seconds have passed; with all waits in its message.
+            Exception: the awaitable's own, with a note of who waited for what.
         """
         key, started = self._next, time.monotonic()
         self._next += 1
@@ -58,12 +59,13 @@ class Waits:
             async with asyncio.timeout(None) as deadline:
                 with _expires(deadline, deadline_s):
                     return await awaitable
-        except TimeoutError as error:
-            if not deadline.expired():
-                raise
-            raise StallError(
-                f"{owner} waited {deadline_s:.0f} s for {cause}, its deadline.\n{self.report()}"
-            ) from error
+        except Exception as error:
+            if isinstance(error, TimeoutError) and deadline.expired():
+                raise StallError(
+                    f"{owner} waited {deadline_s:.0f} s for {cause}, its deadline.\n{self.report()}"
+                ) from error
+            error.add_note(f"{owner} waited for {cause}")
+            raise
         finally:
             del self._waits[key]
             self.seconds[owner] = self.seconds.get(owner, 0.0) + time.monotonic() - started

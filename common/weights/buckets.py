@@ -19,6 +19,7 @@ import torch
 import xxhash
 
 from common.errors import WeightsError
+from common.weights.staging import host_buffer, wait_for_copies
 
 _ALIGNMENT = 64
 """Bytes; every tensor starts at a multiple, so that any dtype can be viewed in place."""
@@ -107,15 +108,17 @@ def _aligned(nbytes: int) -> int:
 
 
 def _bucket(tensors: list[tuple[str, torch.Tensor]], nbytes: int) -> WeightBucket[Buffer]:
-    buffer = np.empty(nbytes, dtype=np.uint8)  # what lies between tensors is never read
-    target = torch.from_numpy(buffer)
+    device = tensors[0][1].device
+    target = host_buffer(nbytes, device)  # what lies between tensors is never read
     offsets = []
     offset = 0
     for _, tensor in tensors:
         flat = tensor.reshape(-1).view(torch.uint8)
-        target[offset : offset + flat.numel()].copy_(flat)
+        target[offset : offset + flat.numel()].copy_(flat, non_blocking=True)
         offsets.append(offset)
         offset += _aligned(flat.numel())
+    wait_for_copies(device)
+    buffer = target.numpy()
     return WeightBucket(
         buffer=buffer,
         names=tuple(name for name, _ in tensors),

@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, TypeVar
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from common.errors import UserError
 from common.supervision.calls import Call, ask, call, get_all
@@ -24,9 +25,13 @@ from common.weights.transport import (
 
 if TYPE_CHECKING:
     import torch
+    from torch import Tensor
     from vllm.distributed.weight_transfer.base import TrainerInitInfo, WeightSource
 
 R = TypeVar("R")
+
+_PACK_BYTES = 256 * 2**20
+"""Smallest buffer through which `ipc` sends; larger ones take more memory and are no faster."""
 
 
 class DeviceToDevice(WeightTransport):
@@ -61,8 +66,12 @@ class Nccl(DeviceToDevice):
         from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 
         host, port = rank.agree_on_address()
+        # In vLLM 0.32 the receiver loads each of two buffers on a stream of its own. A fused layer
+        # whose tensors lie in both is read before the other stream has filled it. With one buffer
+        # there is one stream; 0.33 waits for the other.
+        buffers = {} if _is_from_033() else {"packed_num_buffers": 1}
         return NCCLTrainerInitInfo(
-            master_address=host, master_port=port, world_size=1 + workers, rank=rank.rank
+            master_address=host, master_port=port, world_size=1 + workers, rank=rank.rank, **buffers
         )
 
 
@@ -71,24 +80,29 @@ class Ipc(DeviceToDevice):
 
     name = "ipc"
     shares_devices = True
+    # The handles hold types of torch, which vLLM passes to its engine's process by pickle alone.
+    generator_environment: ClassVar = {"VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}
 
     def _init_info(self, rank: SendingRank, workers: int) -> TrainerInitInfo:
         from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
 
-        return IPCTrainerInitInfo(packed=True, rank=rank.rank)
+        largest = max(_nbytes(dtype, shape) for _, dtype, shape in rank.weights.shapes())
+        return IPCTrainerInitInfo(
+            packed=True, packed_buffer_size_bytes=max(_PACK_BYTES, largest), rank=rank.rank
+        )
 
     async def make_room(self, sides: Sides) -> None:
         await sides.generators.sleep(sides.deadline_s)
 
     async def export(self, sides: Sides, version: int) -> Shipment:
-        """The cache comes last: until the weights are over, the device holds both copies."""
-        learner, generators, deadline_s = sides.learner, sides.generators, sides.deadline_s
-        await learner.release_memory(deadline_s)
-        await generators.wake("weights", deadline_s)
-        sent = await learner.export_weights(version)
-        await learner.release_memory(deadline_s)
-        await generators.wake("cache", deadline_s)
-        return sent
+        await sides.learner.release_memory(sides.deadline_s)
+        await sides.generators.wake("weights", sides.deadline_s)
+        return await sides.learner.export_weights(version)
+
+    async def serve_again(self, sides: Sides) -> None:
+        """The cache comes last: until now the device held buffers and a pass of the learner."""
+        await sides.learner.release_memory(sides.deadline_s)
+        await sides.generators.wake("cache", sides.deadline_s)
 
 
 class DeviceSender:
@@ -98,16 +112,18 @@ class DeviceSender:
         from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
 
         self._client = GeneratorClient(receivers)
-        self._bytes = sum(
-            dtype.itemsize * math.prod(shape) for _, dtype, shape in rank.weights.shapes()
-        )
+        self._bytes = sum(_nbytes(dtype, shape) for _, dtype, shape in rank.weights.shapes())
         self._engine = WeightTransferTrainerFactory.trainer_init(
             init_info, client=self._client, source=_source(rank)
         )
 
     def send(self, version: int) -> Shipment:
         """Bring every generator to `version`."""
+        import torch
+
         self._client.version = version
+        # vLLM gathers and packs on streams of its own, which do not wait for the optimiser's.
+        torch.cuda.current_stream().synchronize()
         self._engine.send_weights()
         return Shipment(self._bytes, stall_s=self._client.stall_s)
 
@@ -145,15 +161,44 @@ class GeneratorClient:
         return get_all(answers, self._receivers.deadline_s)
 
 
+def _nbytes(dtype: torch.dtype, shape: tuple[int, ...]) -> int:
+    return dtype.itemsize * math.prod(shape)
+
+
+def _is_from_033() -> bool:
+    """Whether vLLM's interface of weight sources is that of 0.33, else that of 0.32."""
+    from vllm.distributed.weight_transfer.base import WeightSource
+
+    return hasattr(WeightSource, "iter_full")
+
+
 def _source(rank: SendingRank) -> WeightSource:
-    """The rank's weights as vLLM asks for them."""
+    """The rank's weights as vLLM asks for them, in the words of the version that is installed."""
     from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
 
-    class Source(WeightSource):
+    def facts() -> list[ParamMeta]:
+        return [ParamMeta(*each) for each in rank.weights.shapes()]
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        return rank.weights.tensors()
+
+    if _is_from_033():
+
+        class Source033(WeightSource):
+            @cached_property
+            def metadata(self) -> list[ParamMeta]:
+                return facts()
+
+            def iter_full(self) -> Iterator[tuple[str, Tensor]]:
+                return tensors()
+
+        return Source033()
+
+    class Source032(WeightSource):
         def metadata(self) -> list[ParamMeta]:
-            return [ParamMeta(*facts) for facts in rank.weights.shapes()]
+            return facts()
 
-        def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
-            return rank.weights.tensors(rank.device)
+        def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+            return tensors()
 
-    return Source()
+    return Source032()

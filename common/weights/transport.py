@@ -13,7 +13,7 @@ against the facts before any of them is loaded.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
@@ -87,8 +87,8 @@ class FullWeights(Protocol):
         """Name, type and shape of every tensor, in the order of `tensors`."""
         ...
 
-    def tensors(self, device: torch.device | None = None) -> Iterator[tuple[str, torch.Tensor]]:
-        """Every tensor on `device` (None: the CPU), one by one. Collective: exhaust it."""
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Every tensor on the rank's device, one by one. Collective: exhaust it."""
         ...
 
 
@@ -98,7 +98,6 @@ class SendingRank:
 
     rank: int
     weights: FullWeights
-    device: torch.device
     bucket_bytes: int
     """Largest bucket."""
     put: Callable[[npt.NDArray[np.uint8]], Ref[npt.NDArray[np.uint8]]]
@@ -170,6 +169,8 @@ class WeightTransport(ABC):
     """A generator in the place of a dead one can get the weights."""
     sends: ClassVar[Literal["all"]] = "all"
     """Which weights travel: all of the model."""
+    generator_environment: ClassVar[Mapping[str, str]] = {}
+    """Environment variables that generators need for it."""
 
     @abstractmethod
     def open(self, rank: SendingRank, receivers: Receivers) -> Sender:
@@ -199,6 +200,13 @@ class WeightTransport(ABC):
     async def export(self, sides: Sides, version: int) -> Shipment:
         """Take the weights out of the learner, which may step again afterwards."""
         return await sides.learner.export_weights(version)
+
+    async def serve_again(self, sides: Sides) -> None:
+        """Have generators serve that made room: nothing by default.
+
+        The learner has sent the weights and computes nothing until its next step.
+        """
+        return
 
     async def deliver(self, sides: Sides, shipment: Shipment, version: int) -> float:
         """Bring every generator to `version`; returns the longest stall of generation, seconds.

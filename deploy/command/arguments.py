@@ -40,7 +40,13 @@ def parser() -> argparse.ArgumentParser:
             "--config", type=Path, default=None, help="YAML file (default: the smollm2 preset)"
         )
         sub.add_argument("overrides", nargs="*", metavar="key=value", help="configuration keys")
+        _add_trust(sub)
         if verb == "plan":
+            sub.add_argument(
+                "--devices",
+                metavar="NxNAME",
+                help="propose what fits these, as 1xRTX4090, 8xH100 or 2x8xH100 (two nodes)",
+            )
             sub.add_argument(
                 "--lengths", type=Path, help="run whose lengths of completions the prediction takes"
             )
@@ -49,7 +55,10 @@ def parser() -> argparse.ArgumentParser:
             )
     _add_inspect(verbs)
     _add_replay(verbs)
+    _add_prune(verbs)
+    _add_credit(verbs)
     _add_eval(verbs)
+    _add_values(verbs)
     text = "list the recipes and presets, a line each"
     verbs.add_parser("recipes", help=text, description=text)
     text = "print a completion script; in bash: source <(grpo-lambda completion bash)"
@@ -76,12 +85,75 @@ def _add_inspect(verbs: Verbs) -> None:
 
 
 def _add_replay(verbs: Verbs) -> None:
-    text = "compute a step of a run again from its log, and what another credit rule would do"
+    text = "compute a step again from a run's log, and what another rule would do; or an episode"
     sub = verbs.add_parser("replay", help=text, description=text)
+    sub.add_argument("run", type=Path, help="run directory")
+    what = sub.add_mutually_exclusive_group(required=True)
+    what.add_argument("--step", type=int, help="learner step, from 1")
+    what.add_argument(
+        "--episode",
+        metavar="GROUP/INDEX",
+        help="tell the environment again what the policy said, and compare what it answers",
+    )
+    sub.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="recipe=NAME",
+        help="with --step: another rule; algorithm. keys too",
+    )
+    _add_trust(sub)
+
+
+def _add_prune(verbs: Verbs) -> None:
+    text = "remove log and credit that no resume needs; the account still closes"
+    sub = verbs.add_parser("prune", help=text, description=text)
+    sub.add_argument("run", type=Path, help="run directory, of a run that is not going on")
+    sub.add_argument(
+        "--keep-steps",
+        type=int,
+        default=0,
+        metavar="N",
+        help="keep those of the last N steps before the newest checkpoint too (default: 0)",
+    )
+    sub.add_argument("--dry-run", action="store_true", help="say what would go, remove nothing")
+
+
+def _add_credit(verbs: Verbs) -> None:
+    text = "measure what segments of a step's answers were worth, by branches; whose credit agrees"
+    sub = verbs.add_parser("credit", help=text, description=text)
     sub.add_argument("run", type=Path, help="run directory")
     sub.add_argument("--step", type=int, required=True, help="learner step, from 1")
     sub.add_argument(
-        "overrides", nargs="*", metavar="recipe=NAME", help="another rule; algorithm. keys too"
+        "--at",
+        action="append",
+        metavar="RULE",
+        help="branch behind turns or sentences, at every:N-th token, at tokens below:P in "
+        "probability, or at the start alone; several add up (default: turns, sentences, every:4)",
+    )
+    for name, default, text in (
+        ("points", 12, "branches of a completion at most"),
+        ("completions", 16, "completions at most, spread over the groups"),
+        ("continuations", 8, "samples of each branch"),
+        ("samples", 4000, "samples at most, in all"),
+    ):
+        sub.add_argument(f"--{name}", type=int, default=default, help=f"{text} ({default})")
+    sub.add_argument("--seconds", type=float, help="begin no sample after so many")
+    sub.add_argument(
+        "--recipe",
+        action="append",
+        default=[],
+        help="compare credit and gradient of this rule, beside those of the run: NAME, or "
+        "NAME,key=value for keys of its own; may be repeated",
+    )
+    sub.add_argument("--out", type=Path, help="folder for results (default: in the run directory)")
+    _add_trust(sub)
+
+
+def _add_trust(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument(
+        "--trust-code",
+        action="store_true",
+        help="run the code that a run's own configuration names: rules by import path, a model's",
     )
 
 
@@ -109,3 +181,25 @@ def _add_eval(verbs: Verbs) -> None:
         type=Path,
         help="folder for results (default: runs/eval-MODEL-SUITE; of several suites, their parent)",
     )
+
+
+def _add_values(verbs: Verbs) -> None:
+    text = "ask the untrained model and write each prompt's value into a data file (A*-PO)"
+    usage = "grpo-lambda values --config FILE --out FOLDER [options] [key=value ...]"
+    sub = verbs.add_parser("values", help=text, description=text, usage=usage)
+    sub.add_argument(
+        "--config", type=Path, default=None, help="that of the training (default: smollm2)"
+    )
+    sub.add_argument("overrides", nargs="*", metavar="key=value", help="configuration keys")
+    _add_trust(sub)
+    sub.add_argument(
+        "--out",
+        type=Path,
+        required=True,
+        metavar="FOLDER",
+        help="for data.jsonl; the same call again goes on where one was interrupted",
+    )
+    sub.add_argument("--samples", type=int, default=8, help="answers of each prompt (default: 8)")
+    sub.add_argument("--beta", type=float, default=0.5, help="in beta log mean exp(reward / beta)")
+    sub.add_argument("--column", default="v", help="name of the column (default: v)")
+    sub.add_argument("--dry-run", action="store_true", help="print what it costs, start nothing")

@@ -54,7 +54,10 @@ def values_of(hint: Any) -> list[str]:
         return list(get_args(hint))
     if hint is bool:
         return ["true", "false"]
-    return ["null"] if type(None) in get_args(hint) else []
+    members = get_args(hint)
+    if type(None) not in members:
+        return []
+    return [value for member in members for value in values_of(member)] + ["null"]
 
 
 def _cases(words: _Words, row: str) -> str:

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 RECIPES = CONFIGS / "recipes"
 DEFAULT = "smollm2"
+FOR_DEVICES = "qwen2.5-1.5b-1x8"
+"""The preset that a proposal for given devices begins from."""
 
 
 @dataclass(frozen=True)
@@ -72,27 +74,31 @@ def choose(ask: Callable[[str], str] = input, show: Callable[[str], None] = prin
         show(f"{answer!r} is none of 1 to {len(entries)}")
 
 
-def load(path: Path | None, overrides: Sequence[str]) -> Config:
+def load(path: Path | None, overrides: Sequence[str], *, trust_code: bool = False) -> Config:
     """Read and check the configuration of a file, or of the run that `resume=` names.
 
     Args:
         path: a YAML file; None is the default preset, or the run's own file.
         overrides: `key=value`, as on the command line.
+        trust_code: code that the run's own file names may run.
 
     Raises:
         UserError: wrong input, with the key and the remedy.
     """
-    return load_with_origins(path, overrides).config
+    return load_with_origins(path, overrides, trust_code=trust_code).config
 
 
-def load_with_origins(path: Path | None, overrides: Sequence[str]) -> Loaded:
+def load_with_origins(
+    path: Path | None, overrides: Sequence[str], *, trust_code: bool = False
+) -> Loaded:
     """Read and check as `load` does, and say which layer each value came from.
 
     Raises:
         UserError: wrong input, with the key and the remedy.
     """
     from common.config import load
-    from learner.algorithm.recipe import check_recipe
+    from deploy.command.trust import check_code
+    from learner.algorithm.recipe_checks import check_recipe
     from learner.training.optimizer import check_optimizer
 
     resumed = [o.partition("=")[2] for o in overrides if o.startswith("resume=")]
@@ -109,6 +115,8 @@ def load_with_origins(path: Path | None, overrides: Sequence[str]) -> Loaded:
         [path or CONFIGS / f"{DEFAULT}.yaml"], overrides, RECIPES, resolved=resolved
     )
     config = loaded.config
+    if resolved and not trust_code:
+        check_code(config, Path(resumed[-1]), overrides)
     check_recipe(config.algorithm, config.correction_kind)
     check_optimizer(config.learner)
     return loaded

@@ -20,10 +20,18 @@ LIVE_CODE_BENCH_SETUP = "".join(
         *(f"from {module} import *\n" for module in (*_OPENED, "builtins", "typing")),
         *(f"import {module}\n" for module in _OPENED),
         "sys.setrecursionlimit(50000)\n",
+        "sys.set_int_max_str_digits(50000)\n",
     ]
 )
 """What LiveCodeBench's own grader runs before a program, in its order: later names hide earlier
-ones. Source: `import_string` of lcb_runner/evaluation/testing_util.py in the suite's repository."""
+ones. Source: `import_string` of lcb_runner/evaluation/testing_util.py in the suite's repository;
+the last line is that of compute_code_generation_metrics.py beside it."""
+LIVE_CODE_BENCH_SCRIPT = (
+    LIVE_CODE_BENCH_SETUP
+    + "def _leave(*_):\n    raise SystemExit\nsys.exit = exit = quit = _leave\n"
+)
+"""What stands before a program that reads standard input. The suite's grader looks at what such a
+program has printed, not at how it leaves: its `call_method` takes `SystemExit` for an end."""
 
 
 def human_eval(record: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
@@ -43,10 +51,10 @@ def live_code_bench(record: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     pairs = [(str(case["input"]), str(case["output"])) for case in cases]
     starter = record.get("starter_code") or ""
     question = str(record["question_content"])
-    tests: dict[str, Any] = {"kind": "stdin", "setup": LIVE_CODE_BENCH_SETUP, "cases": pack(pairs)}
+    tests: dict[str, Any] = {"kind": "stdin", "setup": LIVE_CODE_BENCH_SCRIPT, "cases": pack(pairs)}
     if cases[0]["testtype"] == "functional":
         function = json.loads(record["metadata"])["func_name"]
-        tests |= {"kind": "call", "function": function}
+        tests |= {"kind": "call", "function": function, "setup": LIVE_CODE_BENCH_SETUP}
         form = f"Complete this code:\n\n```python\n{starter}\n```"
     else:
         form = "The program reads standard input and prints its answer to standard output."

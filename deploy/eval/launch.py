@@ -1,5 +1,7 @@
 """`grpo-lambda eval`: suites one after the other through one set of generators.
 
+Suites of another environment have generators of their own.
+
 Everything that can be wrong with the input is found before a process starts. What is in a folder
 already is not sampled again, and a folder that is done starts nothing.
 
@@ -16,9 +18,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -28,7 +31,9 @@ from ray.exceptions import RayError
 
 from actors.data.chat import Template
 from actors.data.prompts import Prompt, PromptSource
+from actors.data.schemas import Row
 from actors.data.sources import Rows
+from actors.environments.check import environment_tools, inspect_environment
 from actors.rollout.episodes import Episodes
 from actors.rollout.pools import GeneratorPool, VerifierPool, start_generators, warm_up_verifiers
 from common.config.load import dump_config
@@ -37,7 +42,7 @@ from common.record.writer import TrajectoryLogClient
 from common.supervision.heartbeat import beat
 from common.supervision.loops import first_cause, until_it_ends
 from deploy.eval import report
-from deploy.eval.runner import SuiteRunner, logged
+from deploy.eval.runner import Start, SuiteRunner, logged
 from deploy.eval.settings import (
     EvaluationConfig,
     Options,
@@ -52,6 +57,7 @@ from deploy.eval.settings import (
 from deploy.eval.suite import Suite, load_problems, load_suite
 from deploy.models.resolve import ModelLocation, check_vocabulary, resolve_model
 from deploy.placement.options import with_compute_dtype
+from deploy.placement.walls import walls_there
 from deploy.run.actors import Actors, start_log
 from deploy.run.directory import RunDirectory, explained
 from deploy.run.display import PlainDisplay
@@ -68,15 +74,19 @@ Notify = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Job:
-    """One suite, ready to be sampled. `missing`: numbers of samples, see `deploy.eval.runner`."""
+    """Questions ready to be sampled. `missing`: numbers of samples, see `deploy.eval.runner`."""
 
-    suite: Suite
+    name: str
     sampling: Sampling
     prompts: list[Prompt]
     config: EvaluationConfig
     settings: dict[str, Any]
     run: RunDirectory
     missing: list[int]
+    starts: Sequence[Start] = ()
+    """What the samples of each prompt go on from; nothing: from the prompt."""
+    seconds: float = math.inf
+    """After which no further sample is begun."""
 
 
 def evaluate(options: Options) -> list[dict[str, Any]]:
@@ -91,7 +101,7 @@ def evaluate(options: Options) -> list[dict[str, Any]]:
     try:
         jobs += _prepare(options, notify)
         if any(job.missing for job in jobs):
-            _sample_all([job for job in jobs if job.missing], notify)
+            sample_all([job for job in jobs if job.missing], notify)
         return [_finish(job) for job in jobs]
     finally:
         for job in jobs:
@@ -104,33 +114,33 @@ def _prepare(options: Options, notify: Notify) -> list[Job]:
 
     if options.data is not None and len(options.suites) > 1:
         raise UserError("--data is one suite's file: name one --suite")
-    base = evaluation_config(options)
     suites = [load_suite(name) for name in options.suites]
     if len({suite.name for suite in suites}) != len(suites):
         raise UserError("each suite has a folder of its name: give no --suite twice")
-    samplings = [sampling_of(options, suite, base.seed) for suite in suites]
+    bases = [evaluation_config(options, suite) for suite in suites]
+    samplings = [
+        sampling_of(options, suite, base.seed) for suite, base in zip(suites, bases, strict=True)
+    ]
     rows = [load_problems(suite, options.data, options.limit) for suite in suites]
     folder = resolve_model(options.model)
-    tokenizer = AutoTokenizer.from_pretrained(
-        str(folder), trust_remote_code=base.model.trust_remote_code
-    )
+    trusted = bases[0].model.trust_remote_code
+    tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trusted)
     check_vocabulary(tokenizer.get_vocab().values(), folder)
-    template = Template(base.data, tokenizer)
     prompts = [
-        PromptSource(Rows([], each, 0), template, 0, "sequential").eval_prompts(len(each))
-        for each in rows
+        _prompts(base, each, tokenizer, notify) for base, each in zip(bases, rows, strict=True)
     ]
     needed = max(
         max(len(prompt.token_ids) for prompt in some) + sampling.max_tokens
         for some, sampling in zip(prompts, samplings, strict=True)
     )
     length = context_length(folder, needed)
-    base = replace(base, model=replace(base.model, path=str(folder), max_length=length))
-    base = with_compute_dtype(base)
     jobs: list[Job] = []
     try:
-        for suite, sampling, some, each in zip(suites, samplings, prompts, rows, strict=True):
-            config = for_suite(base, suite, sampling)
+        for suite, sampling, some, each, base in zip(
+            suites, samplings, prompts, rows, bases, strict=True
+        ):
+            model = replace(base.model, path=str(folder), max_length=length)
+            config = for_suite(with_compute_dtype(replace(base, model=model)), suite, sampling)
             settings = settings_of(options, suite, sampling, each, config)
             jobs.append(_open(options, suite, sampling, some, config, settings, notify))
     except BaseException:
@@ -138,6 +148,19 @@ def _prepare(options: Options, notify: Notify) -> list[Job]:
             job.run.release()
         raise
     return jobs
+
+
+def _prompts(
+    config: EvaluationConfig, rows: list[Row], tokenizer: Any, notify: Notify
+) -> list[Prompt]:
+    """The questions as the policy reads them, told of the tools of an environment.
+
+    Raises: `UserError` for an environment that cannot begin an episode of the first question.
+    """
+    template = Template(config.data, tokenizer, environment_tools(config.environment))
+    for note in inspect_environment(config.environment, json.loads(rows[0].reference)).notes:
+        notify(note)
+    return PromptSource(Rows([], rows, 0), template, 0, "sequential").eval_prompts(len(rows))
 
 
 def _open(
@@ -156,7 +179,7 @@ def _open(
     missing = [number for number in range(total) if number not in there]
     done = total - len(missing)
     notify(f"{suite.name}: {total} samples, {done} of them in {path} already")
-    return Job(suite, sampling, prompts, config, settings, run, missing)
+    return Job(suite.name, sampling, prompts, config, settings, run, missing)
 
 
 def folder_of(options: Options, suite: str) -> Path:
@@ -201,15 +224,23 @@ def _new_folder(path: Path, config: EvaluationConfig) -> RunDirectory:
         ) from error
 
 
-def _sample_all(jobs: list[Job], notify: Notify) -> None:
-    """What is missing of each suite, through one service. Raises as `evaluate`."""
-    log_folder = jobs[0].run.path / "log"
-    try:
-        asyncio.run(_sample(jobs, log_folder, notify))
-    except ExceptionGroup as group:
-        raise _explained(first_cause(group), log_folder) from group
-    except (RayError, RunError) as error:
-        raise _explained(error, log_folder) from error
+def sample_all(jobs: list[Job], notify: Notify) -> None:
+    """Sample what is missing of each job, through one service for each environment.
+
+    Raises: as `evaluate`.
+    """
+    environments = [job.config.environment for job in jobs]
+    for place, environment in enumerate(environments):
+        if environment in environments[:place]:
+            continue
+        same = [job for job in jobs if job.config.environment == environment]
+        log_folder = same[0].run.path / "log"
+        try:
+            asyncio.run(_sample(same, log_folder, notify))
+        except ExceptionGroup as group:
+            raise _explained(first_cause(group), log_folder) from group
+        except (RayError, RunError) as error:
+            raise _explained(error, log_folder) from error
 
 
 async def _sample(jobs: list[Job], log_folder: Path, notify: Notify) -> None:
@@ -243,7 +274,10 @@ async def _sample_suite(
     notify: Notify,
 ) -> None:
     config, waits = job.config, service.waits
-    await warm_up_verifiers(actors.verifiers, waits, config.generator.start_timeout_s)
+    found = await warm_up_verifiers(actors.verifiers, waits, config.generator.start_timeout_s)
+    if config.ray.address != "local":  # else it was said before anything started
+        for line in walls_there(found):
+            notify(line)
     writer = start_log(config.verifier, job.run.path)
     log = TrajectoryLogClient(writer, waits, config.verify_timeout_s, replacements.log())
     try:
@@ -261,6 +295,8 @@ async def _sample_suite(
                 log=log,
                 in_flight=config.in_flight,
                 progress=_Progress(job, notify),
+                starts=job.starts,
+                seconds=job.seconds,
             )
             silence_s = config.restart.silence_s
             asks = [partial(part.ping, silence_s) for part in (generators, verifiers, log)]
@@ -283,7 +319,7 @@ class _Progress:
         now, count = time.monotonic(), self._before + done
         if count == self._total or now - self._said_s >= _SHOW_S:
             self._said_s = now
-            self._notify(f"{self._job.suite.name}: {count} of {self._total} samples")
+            self._notify(f"{self._job.name}: {count} of {self._total} samples")
 
 
 def _add_failures(path: Path, reasons: Counter[str]) -> None:
@@ -300,8 +336,9 @@ def _finish(job: Job) -> dict[str, Any]:
     if job.missing or not (path / report.RESULTS).is_file():
         failures = path / FAILURES
         reasons = json.loads(failures.read_text()) if failures.is_file() else {}
+        (grader,) = job.config.verifier.rules
         samples = report.collect(
-            path / "trajectories", len(job.prompts), job.sampling.samples, job.suite.grader
+            path / "trajectories", len(job.prompts), job.sampling.samples, grader
         )
         report.write(path, samples, report.results_of(samples, job.settings, reasons))
     results: dict[str, Any] = json.loads((path / report.RESULTS).read_text())
@@ -311,7 +348,7 @@ def _finish(job: Job) -> dict[str, Any]:
 
 def _explained(error: BaseException, log_folder: Path) -> BaseException:
     """With what the processes said last, and how to go on, where the user cannot know."""
-    if not isinstance(error, (RunError, RayError)):
-        return error  # wrong input, or a defect of ours
+    if isinstance(error, UserError) or not isinstance(error, (RunError, RayError)):
+        return error  # wrong input, which an actor may have met, or a defect of ours
     advice = "Call again to go on; what is logged is not lost"
     return RunError(explained(error, log_folder, advice))

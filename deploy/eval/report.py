@@ -21,8 +21,10 @@ import pyarrow.parquet
 from actors.verifiers.registry import voter
 from common.config.sections import VerifierSpec
 from common.errors import RunError
-from common.record.schema import ERROR, PASS, TIMEOUT, VERDICT_PREFIX
+from common.record.episodes import ENDED, EpisodeSums, episode_metrics, episode_sums
+from common.record.schema import CUT, ERROR, PASS, TIMEOUT, VERDICT_PREFIX
 from common.record.trajectory_log import read_log
+from common.record.turns import sampled_lengths
 from deploy.eval.metrics import (
     CONFIDENCE,
     RESAMPLES,
@@ -52,6 +54,8 @@ class Samples:
     lengths_PN: Floats
     truncated_PN: npt.NDArray[np.bool_]
     verdicts: Counter[str]
+    episodes: dict[str, float]
+    """What they were like (`common.record.episodes`); empty where no environment took part."""
     votes: bool
     """Whether the grader knows what an answer is."""
 
@@ -61,7 +65,7 @@ def collect(folder: Path, problems: int, samples: int, grader: VerifierSpec) -> 
 
     Raises: `RunError` when a sample is missing.
     """
-    rows = _rows(folder, samples, grader)
+    rows, played = _rows(folder, samples, grader)
     if missing := problems * samples - len(rows):
         raise RunError(f"{missing} samples are not in {folder}: call again to go on")
     table = pa.Table.from_pylist([rows[number] for number in sorted(rows)])
@@ -71,20 +75,28 @@ def collect(folder: Path, problems: int, samples: int, grader: VerifierSpec) -> 
         correct_PN=np.array([v == PASS for v in table["verdict"].to_pylist()]).reshape(shape),
         lengths_PN=table["length"].to_numpy().astype(np.float64).reshape(shape),
         truncated_PN=np.array(
-            [reason == "length" for reason in table["finish_reason"].to_pylist()]
+            [reason in CUT for reason in table["finish_reason"].to_pylist()]
         ).reshape(shape),
         verdicts=Counter(table["verdict"].to_pylist()),
+        episodes=episode_metrics(played),
         votes=voter(grader.name) is not None,
     )
 
 
-def _rows(folder: Path, samples: int, grader: VerifierSpec) -> dict[int, dict[str, Any]]:
-    """By number of the sample. What tokens, log-probabilities and tests it had is in the log."""
+def _rows(
+    folder: Path, samples: int, grader: VerifierSpec
+) -> tuple[dict[int, dict[str, Any]], list[EpisodeSums | None]]:
+    """By number of the sample, and what its episode was like.
+
+    What tokens, log-probabilities and tests it had is in the log.
+    """
     vote: Callable[..., str | None] = voter(grader.name) or (lambda *_, **__: None)
     rows: dict[int, dict[str, Any]] = {}
+    played: list[EpisodeSums | None] = []
     for batch in read_log(folder):
         (verdicts,) = [name for name in batch.schema.names if name.startswith(VERDICT_PREFIX)]
-        for row in batch.to_pylist():
+        played.append(episode_sums(batch))
+        for row, length in zip(batch.to_pylist(), sampled_lengths(batch).tolist(), strict=True):
             number = row["group_id"]
             reference = json.loads(row["reference"])
             rows[number] = {
@@ -98,16 +110,19 @@ def _rows(folder: Path, samples: int, grader: VerifierSpec) -> dict[int, dict[st
                 "verdict": row[verdicts],
                 "reward": row["reward"],
                 "finish_reason": row["finish_reason"],
-                "length": len(row["token_ids"]),
+                "length": length,
+                "turns": len(row["turns"]),
+                "reason": row["environment_reason"],
             }
-    return rows
+    return rows, played
 
 
 def metrics_of(samples: Samples, seed: int) -> dict[str, Estimate]:
     """Means over problems with intervals; in them a sample without a verdict is a wrong one.
 
     avg@N, pass@k for the powers of two up to N, maj@N where the grader knows answers; length in
-    tokens; truncated, the share of samples that ran into the limit of tokens.
+    tokens that the policy sampled; turns, where an environment took part; truncated, the share of
+    samples that ran into a limit: of tokens, turns, or the context.
     """
     n = samples.correct_PN.shape[1]
     values_P: dict[str, Floats] = {f"avg@{n}": avg_at_n(samples.correct_PN)}
@@ -124,6 +139,9 @@ def metrics_of(samples: Samples, seed: int) -> dict[str, Estimate]:
             ]
         )
     values_P["length"] = samples.lengths_PN.mean(axis=1)
+    if samples.episodes:
+        turns = samples.completions["turns"].to_numpy().astype(np.float64)
+        values_P["turns"] = turns.reshape(samples.lengths_PN.shape).mean(axis=1)
     values_P["truncated"] = samples.truncated_PN.mean(axis=1)
     estimates = bootstrap(list(values_P.values()), seed)
     return dict(zip(values_P, estimates, strict=True))
@@ -148,6 +166,7 @@ def results_of(
         "intervals": f"{100 * CONFIDENCE:g} %, percentiles of {RESAMPLES} bootstrap draws of "
         f"problems, seed {seed}",
         "verdicts": dict(samples.verdicts),
+        **({"episodes": samples.episodes} if samples.episodes else {}),
         "unscored": {
             "count": len(unscored),
             "counted_as": _COUNTED_AS,
@@ -181,6 +200,8 @@ def table(results: Mapping[str, Any]) -> str:
     ]
     for name, estimate in results["metrics"].items():
         lines.append(f"  {name:<10} {_shown(name, estimate)}")
+    if episodes := results.get("episodes"):
+        lines.append(f"  {'episodes':<10} {_of_episodes(episodes)}")
     unscored = results["unscored"]["count"]
     if unscored:
         kinds = ", ".join(f"{results['verdicts'].get(kind, 0)} {kind}" for kind in (ERROR, TIMEOUT))
@@ -194,6 +215,21 @@ def table(results: Mapping[str, Any]) -> str:
 
 def _shown(name: str, estimate: Mapping[str, float]) -> str:
     value, low, high = estimate["value"], estimate["low"], estimate["high"]
-    if name == "length":
-        return f"{value:6.1f} tokens [{low:.1f}, {high:.1f}]"
+    if name in ("length", "turns"):
+        unit = "tokens" if name == "length" else ""
+        return f"{value:6.1f} {unit:<6} [{low:.1f}, {high:.1f}]"
     return f"{100 * value:6.1f} %      [{100 * low:.1f}, {100 * high:.1f}]"
+
+
+def _of_episodes(episodes: Mapping[str, float]) -> str:
+    """What episodes were like, in a line."""
+    ends = {
+        name.removeprefix(ENDED): int(count)
+        for name, count in episodes.items()
+        if name.startswith(ENDED) and count
+    }
+    return (
+        f"{episodes['episode/given_tokens']:.1f} tokens given, "
+        f"{episodes['episode/environment_s']:.2g} s in the environment; ended by "
+        + ", ".join(f"{name} {count}" for name, count in ends.items())
+    )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import json
 import platform
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -18,15 +19,19 @@ from typing import Any
 import xxhash
 
 from actors.data.schemas import Row
-from common.config.bounds import at_least
+from common.config.bounds import TEMPERATURES, at_least
+from common.config.environment import ENVIRONMENT_RULE
 from common.config.load import load_config
 from common.config.sections import (
+    Config,
     DataConfig,
+    EnvironmentConfig,
     GeneratorConfig,
     ModelConfig,
     PlacementConfig,
     RayConfig,
     RestartConfig,
+    TeacherConfig,
     VerifierConfig,
     WeightsConfig,
 )
@@ -48,7 +53,10 @@ _OURS = {
     "generator.min_count": "generator.count",
 }
 """Keys that an evaluation decides, and what decides them."""
-_ALLOWED = ("model.", "generator.", "verifier.", "ray.", "placement.cores", "restart.", "seed")
+_ALLOWED = (
+    *("model.", "generator.", "verifier.", "environment."),
+    *("ray.", "placement.cores", "restart.", "seed"),
+)
 _TEMPLATE = (
     "data.template",
     "data.plain_template",
@@ -68,6 +76,8 @@ _VERSIONED = (
     "reasoning-gym",
 )
 _EDGE_BYTES = 2**20
+_WHERE = ("placement", "workers", "num_cpus", "resources", "labels", "readable")
+"""Keys of an environment that change no episode."""
 _PROSE = ("about", "license", "unverified")
 """What a suite's file says for people."""
 
@@ -106,6 +116,8 @@ class EvaluationConfig:
     """Only the keys of the template count: the questions are the suite's."""
     generator: GeneratorConfig
     verifier: VerifierConfig
+    environment: EnvironmentConfig
+    """What the questions are played in; without a name they are answered once."""
     placement: PlacementConfig
     restart: RestartConfig
     ray: RayConfig
@@ -114,6 +126,11 @@ class EvaluationConfig:
     @property
     def learner(self) -> None:
         """No learner."""
+
+    @property
+    def teacher(self) -> TeacherConfig:
+        """No teacher."""
+        return TeacherConfig()
 
     @property
     def transport(self) -> WeightTransport:
@@ -144,7 +161,7 @@ def sampling_of(options: Options, suite: Suite, seed: int) -> Sampling:
     for option, number, bound in (
         ("--samples", samples, at_least(1)),
         ("--max-tokens", tokens, at_least(1)),
-        ("--temperature", temperature, at_least(0)),
+        ("--temperature", temperature, TEMPERATURES if temperature else at_least(0)),
     ):
         if number not in bound:
             raise UserError(f"{option} {number} must be {bound}")
@@ -156,10 +173,10 @@ def sampling_of(options: Options, suite: Suite, seed: int) -> Sampling:
     return Sampling(samples, temperature, tokens, seed)
 
 
-def evaluation_config(options: Options) -> EvaluationConfig:
-    """Defaults and overrides; keys that an evaluation has no use for are refused.
+def evaluation_config(options: Options, suite: Suite | None = None) -> EvaluationConfig:
+    """Defaults, the environment of `suite`, and overrides, of which the last one wins.
 
-    Raises: `UserError`, also as `load_config`.
+    Raises: `UserError` for keys that an evaluation has no use for, also as `load_config`.
     """
     for override in options.overrides:
         key = override.partition("=")[0]
@@ -168,15 +185,25 @@ def evaluation_config(options: Options) -> EvaluationConfig:
         if not key.startswith((*_ALLOWED, _ARGUMENTS)) and key not in _TEMPLATE:
             raise UserError(
                 f"{key} has no meaning for eval, which takes keys of model, generator, verifier, "
-                f"ray, restart and placement.cores, seed, {', '.join(_TEMPLATE)}"
+                f"environment, ray, restart and placement.cores, seed, {', '.join(_TEMPLATE)}"
             )
-    keys = load_config([], [f"model.path={options.model}", *options.overrides])
+    played = []
+    if suite is not None and suite.environment.playing:
+        played = [f"environment={json.dumps(asdict(suite.environment))}"]
+    return sampling_config(
+        load_config([], [f"model.path={options.model}", *played, *options.overrides])
+    )
+
+
+def sampling_config(keys: Config) -> EvaluationConfig:
+    """The sections of `keys` that sampling and judging need."""
     return EvaluationConfig(
         model=keys.model,
         data=keys.data,
         # Synchronous: every sample has a seed of its own.
         generator=replace(keys.generator, max_staleness=0),
         verifier=keys.verifier,
+        environment=keys.environment,
         placement=keys.placement,
         restart=keys.restart,
         ray=keys.ray,
@@ -185,7 +212,15 @@ def evaluation_config(options: Options) -> EvaluationConfig:
 
 
 def for_suite(config: EvaluationConfig, suite: Suite, sampling: Sampling) -> EvaluationConfig:
-    """`config` with the suite's grader and length of an answer."""
+    """`config` with the suite's grader and length of an answer.
+
+    Raises: `UserError` where the grader is an environment, and there is none.
+    """
+    if suite.grader.name == ENVIRONMENT_RULE and not config.environment.playing:
+        raise UserError(
+            f"{suite.name} is graded by the environment that its questions are played in, and has "
+            "none: give it one in its file, or by environment.name=..."
+        )
     return replace(
         config,
         generator=replace(config.generator, max_completion_tokens=sampling.max_tokens),
@@ -212,20 +247,40 @@ def settings_of(
     config: EvaluationConfig,
 ) -> dict[str, Any]:
     """All that decides the results, as JSON values; `config.model.path` is the folder."""
+    return {"suite": _of_suite(suite), **sampled_by(options.model, sampling, rows, config)}
+
+
+def sampled_by(
+    model: str, sampling: Sampling, rows: Sequence[Row], config: EvaluationConfig
+) -> dict[str, Any]:
+    """What decides which answers are sampled to `rows`; `model` is its name as it was given."""
     questions = hashlib.sha256("\0".join(r.question + "\0" + r.reference for r in rows).encode())
     data = config.data
     return {
-        "suite": {key: value for key, value in asdict(suite).items() if key not in _PROSE},
         "problems": len(rows),
         "problems_digest": questions.hexdigest()[:16],
-        "model": options.model,
+        "model": model,
         "model_fingerprint": fingerprint(Path(config.model.path)),
         "dtype": config.model.dtype,
         "template": [data.template, data.plain_template, data.system_prompt],
         **_chat_template(data),
+        **({"stop": list(config.generator.stop)} if config.generator.stop else {}),
+        **({"environment": played_in(config)} if config.environment.playing else {}),
         "sampling": asdict(sampling),
         "versions": versions(),
     }
+
+
+def _of_suite(suite: Suite) -> dict[str, Any]:
+    """What a suite's file decides, but for its environment. A file of questions counts by its
+    content, wherever it is."""
+    beside = (*_PROSE, "environment", *(["path"] if suite.source == "file" else []))
+    return {key: value for key, value in asdict(suite).items() if key not in beside}
+
+
+def played_in(config: EvaluationConfig) -> dict[str, Any]:
+    """The environment, but for who plays it where."""
+    return {key: value for key, value in asdict(config.environment).items() if key not in _WHERE}
 
 
 def _chat_template(data: DataConfig) -> dict[str, Any]:

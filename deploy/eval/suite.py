@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,11 +19,17 @@ from omegaconf.errors import OmegaConfBaseException
 
 from actors.data.files import file_records
 from actors.data.quarantine import Quarantine
-from actors.data.schemas import Row
+from actors.data.schemas import Columns, Row, to_row
 from actors.data.sources import hub_records, load_rows
 from actors.verifiers.choice import LETTERS
-from common.config.bounds import Count, Positive, Seconds, Seed, check_bounds
-from common.config.sections import DataConfig, ReasoningGymConfig, VerifierSpec
+from common.config.bounds import Count, Seconds, Seed, Temperature, check_bounds
+from common.config.environment import ENVIRONMENT_RULE
+from common.config.sections import (
+    DataConfig,
+    EnvironmentConfig,
+    ReasoningGymConfig,
+    VerifierSpec,
+)
 from common.errors import UserError, nearest
 from deploy.eval import code_problems
 
@@ -40,9 +46,10 @@ class Suite:
     name: str = MISSING
     about: str = MISSING
     """One line."""
-    source: Literal["hub", "reasoning_gym"] = "hub"
+    source: Literal["hub", "file", "reasoning_gym"] = "hub"
     path: str | None = None
-    """`hub`: a data set name, or a folder with a copy."""
+    """`hub`: a data set name, or a folder with a copy. `file`: a file of rows as training reads
+    them (`actors.data.schemas`), from the suite's folder on."""
     subset: str | None = None
     split: str = "test"
     files: list[str] = field(default_factory=list)
@@ -56,12 +63,16 @@ class Suite:
     """`choice`: the other options."""
     prompt: str = _SLOT
     """The question's place is {question}; the chat template comes on top."""
+    environment: EnvironmentConfig = field(default_factory=EnvironmentConfig)
+    """What each question is played in, turn after turn. Without a name it is answered once."""
     grader: VerifierSpec = field(default_factory=lambda: VerifierSpec(name="math_answer"))
+    """`environment` takes the reward of the environment; other rules judge the last turn."""
     verdict_timeout_s: Seconds = 10.0
     samples: Count = 1
-    temperature: Positive = 0.6
+    temperature: Temperature = 0.6
     """With more than one sample; one is greedy."""
     max_tokens: Count = MISSING
+    """Longest answer in tokens; the longest episode where there is an environment."""
     problems: Count | None = None
     """How many there should be; another number is refused. None: not known."""
     seed: Seed = 0
@@ -100,6 +111,8 @@ def load_suite(name: str) -> Suite:
         raise UserError(f"{path}: {key}: {str(error).splitlines()[0]}") from error
     assert isinstance(suite, Suite)
     _check(suite, path)
+    if suite.source == "file":
+        suite.path = str(path.parent / str(suite.path))
     return suite
 
 
@@ -112,6 +125,11 @@ def _check(suite: Suite, path: Path) -> None:
         (suite.name != path.stem, f"name={suite.name} must be the file's, {path.stem}"),
         (_SLOT not in suite.prompt, f"prompt has no {_SLOT}, the question's place"),
         (suite.source == "hub" and not suite.path, "source=hub needs path, a data set name"),
+        (suite.source == "file" and not suite.path, "source=file needs path, a file"),
+        (
+            suite.source == "file" and suite.rows != "answer",
+            f"source=file and rows={suite.rows}: its rows are read as those of training",
+        ),
         (
             (suite.rows == "choice") != bool(suite.wrong_columns),
             "rows=choice and wrong_columns, the other options, go together",
@@ -151,10 +169,17 @@ def load_problems(suite: Suite, data: str | None = None, limit: int | None = Non
         if not 1 <= limit <= len(rows):
             raise UserError(f"--limit {limit} must lie in 1..{len(rows)}, the problems there are")
         rows = rows[:limit]
-    return [
-        Row(suite.prompt.replace(_SLOT, row.question), row.reference, None, None, row.place)
-        for row in rows
-    ]
+    return [_asked(suite, row) for row in rows]
+
+
+def _asked(suite: Suite, row: Row) -> Row:
+    """`row` with the suite's prompt around its question, which is the last turn of the user."""
+    question, turns = suite.prompt.replace(_SLOT, row.question), list(row.messages)
+    for place in reversed(range(len(turns))):
+        if turns[place] == ("user", row.question):
+            turns[place] = ("user", question)
+            break
+    return replace(row, question=question, messages=tuple(turns))
 
 
 def _drawn(suite: Suite) -> list[Row]:
@@ -166,6 +191,8 @@ def _drawn(suite: Suite) -> list[Row]:
 
 def _read(suite: Suite, data: str | None) -> Iterator[Row]:
     assert suite.path is not None
+    if data is None and suite.source == "file":
+        data = suite.path
     records = (
         file_records(data)
         if data is not None
@@ -175,6 +202,9 @@ def _read(suite: Suite, data: str | None) -> Iterator[Row]:
     for place, record in records:
         if isinstance(record, UserError):
             raise record
+        if suite.source == "file":
+            yield _row_of_a_file(suite, place, record)
+            continue
         try:
             question, reference = make(suite, record)
         except (KeyError, TypeError, ValueError) as error:
@@ -187,11 +217,32 @@ def _read(suite: Suite, data: str | None) -> Iterator[Row]:
 
 
 def _answer_row(suite: Suite, record: Record) -> tuple[str, dict[str, Any]]:
+    if not {suite.question_column, suite.answer_column} & record.keys():
+        return _row_of_another_schema(record)
     answer = record[suite.answer_column]
     parts = answer if isinstance(answer, list) else [answer]
     if not parts or any(part is None or str(part).strip() == "" for part in parts):
         raise ValueError(f"column {suite.answer_column!r} is empty")
     return _text(record, suite.question_column), {"answer": ", ".join(map(str, parts))}
+
+
+def _row_of_a_file(suite: Suite, place: str, record: Record) -> Row:
+    """A row as training reads it: earlier turns are kept, and every column is in the reference."""
+    named = (suite.question_column, suite.answer_column)
+    question, answer = (name if name in record else None for name in named)
+    answerless = suite.grader.name == ENVIRONMENT_RULE
+    return to_row(Columns(question, answer, answerless=answerless), place, record)
+
+
+def _row_of_another_schema(record: Record) -> tuple[str, dict[str, Any]]:
+    """A copy of a suite's data as others wrote it (`actors.data.schemas`), such as verl's."""
+    try:
+        row = to_row(Columns(), "the row", record)
+    except UserError as error:
+        raise ValueError(str(error)) from error
+    if row.messages:
+        raise ValueError("it has more turns than the question")
+    return row.question, {"answer": json.loads(row.reference)["answer"]}
 
 
 def _choice_row(suite: Suite, record: Record) -> tuple[str, dict[str, Any]]:

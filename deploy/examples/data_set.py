@@ -1,11 +1,11 @@
 """A data set of your own: a JSON object on each line, with columns of any name.
 
     .venv/bin/python deploy/examples/data_set.py products.jsonl
-    .venv/bin/grpo-lambda train --config deploy/configs/tiny.yaml data.source=file \
-        data.path=products.jsonl data.prompt_column=question data.answer_column=product \
+    .venv/bin/grpo-lambda train --config deploy/configs/tiny.yaml \
+        data.path=products.jsonl data.answer_column=product \
         verifier.rules='[{name: math_answer, args: {extract: last_number}}]'
 
-Parquet files and data sets of the hub are read in the same way (`data.source=hub`). The last
+Parquet files and data sets of the hub are read in the same way. The last
 `eval.prompts` rows are held out, unless `data.eval_path` names others.
 """
 

@@ -5,7 +5,7 @@
 A small language model learns to add and subtract three digits. A step has six parts:
 
     sample     the model answers P questions, G times each
-    judge      rules give every answer a reward
+    reward     rules give every answer a reward
     as_batch   answers and rewards become one batch
     backward   rewards become advantages, advantages become credit for each token, and credit
                becomes a gradient
@@ -24,6 +24,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
+from contextlib import closing
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -32,15 +33,15 @@ import numpy as np
 import torch
 
 from actors.data.prompts import Prompt, build_prompt_source
-from actors.environments.base import Environment
-from actors.environments.single_turn import SingleTurn
+from actors.verifiers.judge import Judge
 from common.config.sections import Config
 from deploy.command.presets import load
 from deploy.models.resolve import resolve_model
 from learner.algorithm.loss import CompletionBatch
 from learner.algorithm.recipe import Recipe
 from learner.policy.model import Policy, load_policy
-from learner.policy.packing import StepBatch, pack_microbatch, plan_packing
+from learner.policy.packing import pack_microbatch, plan_packing
+from learner.policy.step_batch import StepBatch
 
 TINY = Path(__file__).parents[1] / "configs" / "tiny.yaml"
 # Staleness 0: the answers come from exactly the policy that learns from them.
@@ -61,14 +62,12 @@ def sample(llm: Any, prompts: Sequence[Prompt], config: Config) -> list[list[Any
     return [answer.outputs for answer in llm.generate(questions, wanted, use_tqdm=False)]
 
 
-def judge(
-    environment: Environment, prompts: Sequence[Prompt], groups: Sequence[Sequence[Any]]
-) -> list[float]:
+def reward(judge: Judge, prompts: Sequence[Prompt], groups: Sequence[Sequence[Any]]) -> list[float]:
     """The reward of every completion; NaN for one that the rule could not judge."""
     of_each = zip(prompts, groups, strict=True)
-    environment.reset([prompt.reference for prompt, group in of_each for _ in group])
-    steps = environment.step([completion.text for group in groups for completion in group])
-    return [math.nan if step.reward is None else step.reward for step in steps]
+    references = [prompt.reference for prompt, group in of_each for _ in group]
+    judged = judge.judge([answer.text for group in groups for answer in group], references)
+    return [math.nan if each.reward is None else each.reward for each in judged]
 
 
 def as_batch(
@@ -101,14 +100,7 @@ def backward(policy: Policy, recipe: Recipe, batch: StepBatch, config: Config) -
     The recipe compares rewards within each group and knows the whole batch. After that the loss
     is a sum over completions, so the batch may be cut into micro-batches that fit into memory.
     """
-    prepared = recipe.prepare(
-        torch.from_numpy(batch.rewards_B),
-        torch.from_numpy(batch.group_B),
-        torch.from_numpy(batch.trained_lengths_B),
-        "the rule",
-        torch.from_numpy(batch.lengths_B),
-        torch.from_numpy(batch.truncated_B),
-    )
+    prepared = recipe.prepare(batch.rewarded("the rule"))
     plan = plan_packing(
         batch,
         prepared.trained_B.numpy(),
@@ -121,7 +113,10 @@ def backward(policy: Policy, recipe: Recipe, batch: StepBatch, config: Config) -
     for segments in plan.microbatches[0]:
         row = pack_microbatch(batch, segments, "cpu")
         logprobs_N, entropy_N = policy.logprobs(
-            row, temperature=config.generator.temperature, with_entropy=recipe.needs_entropy
+            row,
+            temperature=config.generator.temperature,
+            with_entropy=recipe.needs_entropy,
+            entropy_learns=recipe.entropy_bonus,
         )
         chosen = list(row.completions)
         tokens_N = np.concatenate([np.r_[batch.tokens_of(c)] for c in chosen])
@@ -131,7 +126,7 @@ def backward(policy: Policy, recipe: Recipe, batch: StepBatch, config: Config) -
                 old_logprobs_N=logprobs_N.detach(),  # one optimiser step a batch
                 behaviour_logprobs_N=torch.from_numpy(batch.behaviour_logprobs[tokens_N]),
                 reference_logprobs_N=None,
-                entropy_N=entropy_N.detach() if recipe.needs_entropy else None,
+                entropy_N=entropy_N if recipe.needs_entropy else None,
                 loss_mask_N=torch.from_numpy(batch.loss_mask[tokens_N]),
                 lengths_B=torch.tensor(row.lengths),
                 advantages_B=prepared.advantages_B[chosen],
@@ -191,7 +186,6 @@ def main(overrides: Sequence[str] = OVERRIDES) -> list[float]:
     questions = build_prompt_source(
         config.data, 0, config.seed, llm.get_tokenizer(), config.model.max_length - answer_tokens
     )
-    environment = SingleTurn(config.verifier)  # a child process, in which rules may fail
     recipe = Recipe(config.algorithm, config.correction_kind, answer_tokens)
     policy, _ = load_policy(
         config.model,
@@ -204,18 +198,19 @@ def main(overrides: Sequence[str] = OVERRIDES) -> list[float]:
         policy.model.parameters(), config.learner.learning_rate, config.learner.betas
     )
     mean_rewards = []
-    for step in range(config.steps):
-        prompts = [questions.next() for _ in range(config.batch.prompts_per_step)]
-        groups = sample(llm, prompts, config)
-        rewards = judge(environment, prompts, groups)
-        loss = backward(policy, recipe, as_batch(prompts, groups, rewards), config)
-        torch.nn.utils.clip_grad_norm_(policy.model.parameters(), config.learner.max_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad()
-        reload(llm, policy)
-        mean_rewards.append(float(np.nanmean(rewards)))
-        print(f"step {step + 1:3}  reward {mean_rewards[-1]:.3f}  loss {loss:+.3f}", flush=True)
-    environment.close()
+    # It judges in a child process, where rules may fail.
+    with closing(Judge(config.verifier)) as judge:
+        for step in range(config.steps):
+            prompts = [questions.next() for _ in range(config.batch.prompts_per_step)]
+            groups = sample(llm, prompts, config)
+            rewards = reward(judge, prompts, groups)
+            loss = backward(policy, recipe, as_batch(prompts, groups, rewards), config)
+            torch.nn.utils.clip_grad_norm_(policy.model.parameters(), config.learner.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+            reload(llm, policy)
+            mean_rewards.append(float(np.nanmean(rewards)))
+            print(f"step {step + 1:3}  reward {mean_rewards[-1]:.3f}  loss {loss:+.3f}", flush=True)
     return mean_rewards
 
 

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.errors import UserError
+from common.record import parts
 from common.record.ledger import OUTCOMES, Outcome, reading
-from common.record.schema import sampled_lengths
+from common.record.pruned import pruned_tokens
 from common.record.trajectory_log import read_log
 from deploy.run.directory import LEDGER
 
@@ -85,20 +86,23 @@ def is_live(run: Path) -> bool:
 def log_problems(run: Path) -> list[str]:
     """List groups whose tokens in the trajectory log are not those of the ledger.
 
-    The ledger is read first: what is logged meanwhile is no contradiction.
+    What `grpo-lambda prune` took out of the log is as it was then. The ledger is read first: what
+    is logged meanwhile is no contradiction.
     """
     booked = logged_tokens(run / LEDGER)
+    pruned = pruned_tokens(run / LEDGER)
     found: dict[int, int] = {}
     twice = []
     for batch in read_log(run / "trajectories"):
         group_id = batch.column("group_id")[0].as_py()
         if group_id in found:
             twice.append(f"group {group_id} is twice in the log")
-        found[group_id] = int(sampled_lengths(batch).sum())
+        found[group_id] = parts.logged_tokens(batch)
+    there = pruned | found
     wrong = [
-        f"group {group_id}: {tokens} tokens in the ledger, {found.get(group_id, 0)} in the log"
+        f"group {group_id}: {tokens} tokens in the ledger, {there.get(group_id, 0)} in the log"
         for group_id, tokens in booked.items()
-        if found.get(group_id, 0) != tokens
+        if there.get(group_id, 0) != tokens
     ]
     return twice + wrong
 

@@ -14,7 +14,9 @@ import pyarrow as pa
 
 from common.errors import UserError
 from common.record.credit_log import credit_path, credit_rules, read_group_credit
+from common.record.parts import FIRST, REPLACES
 from common.record.schema import REWARD_PREFIX, VERDICT_PREFIX
+from deploy.inspector.measured import Segments, values_of_branches
 from deploy.inspector.tokens import TokenTexts
 
 Credit = dict[int, dict[str, Any]]
@@ -29,8 +31,18 @@ _OF_COMPLETION = (
     "reward",
     "accuracy",
     "suspicious",
+    "turns",
+    *(f"environment_{name}" for name in ("verdict", "reason", "reward", "s")),
 )
-_OF_CREDIT = ("advantage", "token_weight", "trained", "trace_weights", "advantages", "logprobs")
+_TOKENWISE = {
+    "advantage": "advantages",
+    "trace_weight": "trace_weights",
+    "logprob": "logprobs",
+    "score": "scores",
+    "value": "values",
+}
+"""Columns of the credit log with a number for every token, by what the page calls them."""
+_OF_CREDIT = ("advantage", "token_weight", "trained", *_TOKENWISE.values())
 
 
 def details(
@@ -38,6 +50,7 @@ def details(
     credit: Credit,
     texts: TokenTexts | None,
     others: dict[str, Credit] | None = None,
+    measured: dict[int, Segments] | None = None,
 ) -> dict[str, Any]:
     """The group's own facts and its completions. Each has `tokens`, with one list for a quantity.
 
@@ -46,24 +59,43 @@ def details(
         credit: by completion index, from `group_credit`.
         texts: None where tokens are shown by their ids.
         others: as `credit`, under other rules by name.
+        measured: by completion index, from `group_values`.
     """
-    others = others or {}
+    others, measured = others or {}, measured or {}
     table = pa.Table.from_batches([batch]).sort_by("completion_index")
     verifiers = [
         name.removeprefix(REWARD_PREFIX)
         for name in table.column_names
         if name.startswith(REWARD_PREFIX)
     ]
-    first = {name: table[name][0].as_py() for name in _OF_GROUP}
+    first = {name: table[name][0].as_py() for name in (*_OF_GROUP, "prompt_text")}
+    replaced = REPLACES in table["part"].to_pylist()
     return first | {
-        "prompt_text": table["prompt_text"][0].as_py(),
         "verifiers": verifiers,
         "rules": list(others),
         "completions": [
             _completion(table.slice(row, 1), verifiers, credit, texts, others)
+            | _of_its_part(table.slice(row, 1), replaced, first["prompt_text"])
+            | {"measured": _measured(table.slice(row, 1), measured)}
             for row in range(table.num_rows)
         ],
     }
+
+
+def _of_its_part(row: pa.Table, replaced: bool, prompt_text: str) -> dict[str, Any]:
+    """What a completion is in a group of several parts, and its prompt where that is another."""
+    part, own = row["part"][0].as_py(), row["prompt_text"][0].as_py()
+    name = {FIRST: "draft" if replaced else "", REPLACES: "follow-up"}.get(part, part)
+    return {"part": name, "own_prompt": own if own != prompt_text else ""}
+
+
+def _measured(row: pa.Table, measured: dict[int, Segments]) -> Segments | None:
+    """What was measured of a completion afterwards, else what the run itself has measured."""
+    found = measured.get(row["completion_index"][0].as_py())
+    if found is not None:
+        return found
+    length, reward = len(row["token_ids"][0]), row["reward"][0].as_py()
+    return values_of_branches(row["branches"][0].as_py(), length, reward)
 
 
 def other_credit(run: Path, group_id: int, step: int | None) -> dict[str, Credit]:
@@ -107,12 +139,7 @@ def _completion(
     ids: list[int] = row["token_ids"][0].as_py()
     given = credit.get(index, {})
     lists = {
-        quantity: _tokenwise(given.get(column), len(ids))
-        for quantity, column in (
-            ("advantage", "advantages"),
-            ("trace_weight", "trace_weights"),
-            ("logprob", "logprobs"),
-        )
+        quantity: _tokenwise(given.get(column), len(ids)) for quantity, column in _TOKENWISE.items()
     }
     return value | {
         "index": index,
@@ -123,6 +150,10 @@ def _completion(
             }
             for name in verifiers
         },
+        "segments": [
+            {"begin": each["begin"], "prompt": _text(each["prompt_ids"], texts)}
+            for each in row["segments"][0].as_py()
+        ],
         "seconds": row["finished_s"][0].as_py() - row["dispatched_s"][0].as_py(),
         "advantage": given["advantage"].as_py() if given else None,
         "token_weight": given["token_weight"].as_py() if given else None,
@@ -139,6 +170,11 @@ def _completion(
             **lists,
         },
     }
+
+
+def _text(ids: list[int], texts: TokenTexts | None) -> str:
+    """Tokens as text, or their ids where there is no tokenizer."""
+    return " ".join(map(str, ids)) if texts is None else "".join(texts.texts(ids))
 
 
 def _under(given: dict[str, pa.Scalar], length: int) -> dict[str, Any]:

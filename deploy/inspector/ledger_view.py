@@ -25,7 +25,8 @@ _GROUPS = """
 SELECT group_id, ticket, prompt_id, completions, dispatch_version, tokens, step,
     CASE WHEN state != 'closed' THEN state ELSE
         (SELECT outcome FROM outcomes AS o WHERE o.group_id = g.group_id
-         ORDER BY outcome = 'failed' LIMIT 1) END
+         ORDER BY outcome IN ('failed', 'compared') + 2 * (outcome IN ('draft', 'probe'))
+         LIMIT 1) END
 FROM groups AS g
 """
 
@@ -33,7 +34,7 @@ FROM groups AS g
 def read_groups(path: Path) -> pa.Table:
     """Every group of the ledger at `path`, under `BOOKED`. Without a ledger there is none.
 
-    The state of a closed group is its outcome; of one with several, the one that is not `failed`.
+    The state of a closed group is its outcome; of several, that of what the learner was to get.
 
     Raises:
         UserError: the file is no ledger.

@@ -8,9 +8,23 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import BaseModel, ConfigDict, Field
 
+from common.record.episodes import ENDS
+
 Column = Literal[
-    "group", "step", "question", "reward", "spread", "length", "staleness", "state", "completions"
+    "group",
+    "step",
+    "question",
+    "reward",
+    "spread",
+    "length",
+    "turns",
+    "tool_errors",
+    "staleness",
+    "state",
+    "completions",
 ]
+End = Literal["", "stop", "length", "turns", "context", "error", "timeout"]
+"""How an episode ended (`common.record.episodes.ENDS`); empty: anyhow."""
 COLUMNS: dict[Column, str] = {
     "group": "group_id",
     "step": "step",
@@ -18,12 +32,14 @@ COLUMNS: dict[Column, str] = {
     "reward": "reward_mean",
     "spread": "reward_std",
     "length": "length",
+    "turns": "turns",
+    "tool_errors": "tool_errors",
     "staleness": "staleness",
     "state": "state",
     "completions": "completions",
 }
 """The column of the Arrow table that a column of the page shows."""
-RANGES: tuple[Column, ...] = ("reward", "length", "staleness", "step")
+RANGES: tuple[Column, ...] = ("reward", "length", "turns", "tool_errors", "staleness", "step")
 PAGE_SIZE, LARGEST_PAGE = 50, 500
 EXCERPT = (50, 110)
 """Characters of a long question that a row shows, from its beginning and from its end. Many data
@@ -46,6 +62,12 @@ class GroupQuery(BaseModel):
     reward_max: float | None = Bound
     length_min: float | None = Bound
     length_max: float | None = Bound
+    turns_min: float | None = Bound
+    turns_max: float | None = Bound
+    tool_errors_min: float | None = Bound
+    tool_errors_max: float | None = Bound
+    end: End = ""
+    """Groups with an episode that ended so."""
     staleness_min: float | None = Bound
     staleness_max: float | None = Bound
     step_min: float | None = Bound
@@ -53,7 +75,7 @@ class GroupQuery(BaseModel):
 
 
 def select(groups: pa.Table, query: GroupQuery) -> pa.Table:
-    """The groups within every range, sorted. Those without the sorted value come last.
+    """The groups within every range and with the end, sorted; last those without what is sorted.
 
     A group without a value is in no range over it. Ties are in the order of the group.
     """
@@ -65,6 +87,9 @@ def select(groups: pa.Table, query: GroupQuery) -> pa.Table:
             column = groups[COLUMNS[name]]
         if high is not None:
             groups = groups.filter(pc.less_equal(column, high))
+    if query.end:
+        bit = pa.scalar(1 << ENDS.index(query.end))
+        groups = groups.filter(pc.not_equal(pc.bit_wise_and(groups["ended"], bit), 0))
     order = "descending" if query.descending else "ascending"
     keys = [(COLUMNS[query.sort], order)]
     if query.sort != "group":
@@ -80,8 +105,16 @@ def rows(groups: pa.Table) -> list[dict[str, Any]]:
     shown: dict[str, Any] = {name: groups[column] for name, column in COLUMNS.items()}
     shown["scored"] = groups["scored"]
     shown["logged"] = pc.is_valid(groups["segment"])
+    shown["ends"] = groups["ended"]
     found: list[dict[str, Any]] = pa.table(shown).to_pylist()
-    return [row | {"question": _excerpt(row["question"])} for row in found]
+    return [
+        row | {"question": _excerpt(row["question"]), "ends": _ends(row["ends"])} for row in found
+    ]
+
+
+def _ends(bits: int | None) -> list[str]:
+    """The names of ends that a row of the index has as bits."""
+    return [name for place, name in enumerate(ENDS) if (bits or 0) >> place & 1]
 
 
 def _excerpt(text: str | None) -> str | None:

@@ -17,23 +17,27 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import torch
 
-from common.config.algorithm import AlgorithmConfig
+from common.config.algorithm import AdvantageConfig, AlgorithmConfig
 from common.config.load import dump_config, load_config
-from common.config.sections import Config
+from common.config.sections import Config, TeacherConfig
 from common.errors import UserError
-from common.record.credit_log import credit_path, read_credit, write_credit
+from common.record.credit_log import credit_path, read_credit, read_scores, write_credit
 from common.record.ledger import reading
 from common.record.metrics import read_metrics
+from common.record.parts import learnt
+from common.record.pruned import pruned_tokens
 from common.record.trajectory_log import read_log
 from deploy.models.resolve import ModelLocation, resolve_model
-from deploy.placement.options import plan_here, with_compute_dtype
+from deploy.placement.options import plan_here, uses_cuda, with_compute_dtype
 from deploy.run.actors import learner_job
 from deploy.run.directory import LEDGER, RunDirectory
-from learner.algorithm.recipe import Recipe, check_recipe
-from learner.policy.packing import StepBatch
+from learner.algorithm.recipe import Recipe
+from learner.algorithm.recipe_checks import check_recipe
+from learner.policy.step_batch import StepBatch
 from learner.training.batch_checks import check_staleness
 from learner.training.credit_sheet import CreditSheet
 from learner.training.rank import LearnerRank
@@ -72,7 +76,13 @@ class Replay:
     """Numbers of the record that were compared."""
     differences: list[Difference]
     credit: pa.Table
-    other: OtherRule | None
+    others: list[OtherRule]
+    """Other rules, as they were asked for."""
+
+    @property
+    def other(self) -> OtherRule | None:
+        """The first of the other rules; None where none was asked for."""
+        return self.others[0] if self.others else None
 
 
 @dataclass(frozen=True)
@@ -86,11 +96,11 @@ class OtherRule:
     """The file with this rule's credit, beside that of the run."""
 
 
-def replay(run: Path, step: int, other: tuple[str, Config] | None = None) -> Replay:
+def replay(run: Path, step: int, *others: tuple[str, Config]) -> Replay:
     """Compute `step` of the run directory `run` again.
 
     Args:
-        other: name and configuration of a rule to judge by the same policy and completions; its
+        others: name and configuration of rules to judge by the same policy and completions; their
             credit is kept beside that of the run.
 
     Raises:
@@ -102,13 +112,17 @@ def replay(run: Path, step: int, other: tuple[str, Config] | None = None) -> Rep
     first = directory.newest_checkpoint(print, before=step)
     batches = step_batches(run, range(first + 1, step + 1))
     staleness, sheet = config.generator.max_staleness, CreditSheet()
-    with _learner(config, directory, first) as learner:
+    with policy_at(config, directory.checkpoint(first) if first else None) as learner:
         for earlier in range(first + 1, step):
-            learner.step(batches[earlier], earlier - 1, staleness)
+            known = _scores(run, earlier, config, batches[earlier])
+            learner.step(batches[earlier], earlier - 1, staleness, scores=known)
+        scores = _scores(run, step, config, batches[step])
         batch = StepBatch.from_record_batches(batches[step])
-        judged = None
-        if other is not None:
-            judged = _judge(learner.trainer, batch, batches[step], run, step, other)
+        if scores is not None:
+            batch = replace(batch, scores=np.concatenate(scores))
+        judged = [
+            _judge(learner.trainer, batch, batches[step], run, step, other) for other in others
+        ]
         found = check_staleness(batch, step - 1, staleness) | learner.trainer.train(batch, sheet)
         credit = _table(sheet, step, batches[step])
     found = {name: value for name, value in found.items() if not name.startswith("time/")}
@@ -117,6 +131,30 @@ def replay(run: Path, step: int, other: tuple[str, Config] | None = None) -> Rep
         pairs |= _credit_pairs(read_credit(run, step), credit)
     wrong = [Difference(name, *pair) for name, pair in pairs.items() if not _same(*pair)]
     return Replay(step, first, config.learner.ranks, found, len(pairs), wrong, credit, judged)
+
+
+def write_policy(run: Path, version: int, folder: Path) -> Path:
+    """A model folder with the policy of `version`: a checkpoint, or one made in `folder`.
+
+    What has no checkpoint is trained again, from the newest behind it and the trajectory log.
+
+    Raises:
+        UserError: the data between are gone.
+    """
+    config, directory = with_compute_dtype(run_config(run)), RunDirectory(run)
+    first = directory.newest_checkpoint(print, before=version + 1)
+    if version == 0:
+        return resolve_model(config.model.path)
+    if first == version:
+        return directory.checkpoint(version)
+    batches = step_batches(run, range(first + 1, version + 1))
+    with policy_at(config, directory.checkpoint(first) if first else None) as learner:
+        for step, groups in batches.items():
+            known = _scores(run, step, config, groups)
+            learner.step(groups, step - 1, config.generator.max_staleness, scores=known)
+        learner.take_checkpoint({})
+        learner.write_checkpoint(str(folder))
+    return folder
 
 
 def other_rule(run: Path, overrides: Sequence[str], recipes: Path) -> tuple[str, Config]:
@@ -130,7 +168,7 @@ def other_rule(run: Path, overrides: Sequence[str], recipes: Path) -> tuple[str,
     odd = [o for o in overrides if not o.startswith(("recipe=", "algorithm."))]
     if odd:
         raise UserError(f"{odd[0]}: another rule is recipe=NAME and keys of algorithm. only")
-    config = run_config(run)
+    config = replace(run_config(run), teacher=TeacherConfig())  # what it said is on record
     named = [o.partition("=")[2] for o in overrides if o.startswith("recipe=")]
     if named:
         config = replace(config, recipe=None, algorithm=AlgorithmConfig())
@@ -146,7 +184,7 @@ def other_rule(run: Path, overrides: Sequence[str], recipes: Path) -> tuple[str,
 
 
 def step_batches(run: Path, steps: Sequence[int]) -> dict[int, Batches]:
-    """The groups of each step, in the order in which the learner took them.
+    """What the learner got of each step's groups, in the order in which it took them.
 
     Raises:
         UserError: a step was not trained, or a group of it is not in the trajectory log.
@@ -162,14 +200,33 @@ def step_batches(run: Path, steps: Sequence[int]) -> dict[int, Batches]:
     for batch in read_log(run / "trajectories"):
         group_id = batch.column("group_id")[0].as_py()
         if group_id in step_of:
-            found[step_of[group_id]][group_id] = batch
+            found[step_of[group_id]][group_id] = learnt(batch)
     lost = set(step_of) - {group_id for groups in found.values() for group_id in groups}
     if lost:
+        gone = "not in the log: put the missing segment back"
+        if min(lost) in pruned_tokens(run / LEDGER):
+            gone = "pruned from the log: take a step behind those that were pruned"
         raise UserError(
-            f"{run / 'trajectories'}: group {min(lost)}, trained in step {step_of[min(lost)]}, is "
-            "not in the log: put the missing segment back"
+            f"{run / 'trajectories'}: group {min(lost)}, trained in step {step_of[min(lost)]}, "
+            f"is {gone}"
         )
     return {step: sorted(groups.values(), key=_place) for step, groups in found.items()}
+
+
+def _scores(
+    run: Path, step: int, config: Config, groups: Batches
+) -> list[npt.NDArray[np.float32]] | None:
+    """What the scorer of the run said of each completion of `step`; None where nobody scored."""
+    if config.algorithm.advantage.scorer is None:
+        return None
+    found = read_scores(run, step)
+    names = ("group_id", "completion_index")
+    keys = [
+        key
+        for group in groups
+        for key in zip(*(group.column(name).to_pylist() for name in names), strict=True)
+    ]
+    return [found[key] for key in keys]
 
 
 def _place(batch: pa.RecordBatch) -> tuple[int, int]:
@@ -198,24 +255,30 @@ def _record(run: Path, step: int) -> Mapping[str, float]:
 
 
 @contextmanager
-def _learner(config: Config, directory: RunDirectory, first: int) -> Iterator[LearnerRank]:
-    """One rank in this process, with the policy and optimiser of checkpoint `first`."""
+def policy_at(config: Config, checkpoint: Path | None) -> Iterator[LearnerRank]:
+    """One rank in this process, with the policy and optimiser of a checkpoint.
+
+    Args:
+        checkpoint: None: those that the run began with.
+    """
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     origin = ModelLocation(config.model.path, str(resolve_model(config.model.path)))
-    folder = str(directory.checkpoint(first)) if first else str(origin.folder)
+    folder = str(checkpoint or origin.folder)
     threads = plan_here(config, []).learner_threads
+    offload = config.learner.activation_offload and uses_cuda(config)  # it changes no number
     torch.set_num_threads(threads)
     alone = replace(
         config,
         model=replace(config.model, path=folder),
-        learner=replace(config.learner, ranks=1, threads=threads),
+        learner=replace(config.learner, ranks=1, threads=threads, activation_offload=offload),
+        teacher=TeacherConfig(),  # its scores are on record
     )
-    learner = LearnerRank(learner_job(alone, origin), rank=0)
+    learner = LearnerRank(learner_job(alone, origin, scores_on_record=True), rank=0)
     try:
         learner.setup(*learner.rendezvous_address())
-        if first:
+        if checkpoint is not None:
             learner.load_checkpoint(folder)
         yield learner
     finally:
@@ -234,10 +297,18 @@ def _judge(
     length = config.generator.max_completion_tokens
     recipe = Recipe(config.algorithm, config.correction_kind, length)
     sheet = CreditSheet()
+    if _read(config.algorithm.advantage) != _read(trainer.recipe.advantage):
+        batch = replace(batch, scores=None)  # they are another's
     metrics = replace(trainer, recipe=recipe).probe(batch, sheet)
     credit = _table(sheet, step, groups)
     write_credit(run, step, credit.combine_chunks().to_batches()[0], name)
     return OtherRule(name, metrics, credit, credit_path(run, step, name))
+
+
+def _read(advantage: AdvantageConfig) -> tuple[object, ...]:
+    """Who scored, and what it read: what makes scores those of a rule."""
+    read = (advantage.context, advantage.context_template, advantage.sibling_reward)
+    return (advantage.scorer, *read, advantage.ema_rate, advantage.ema_sync_steps)
 
 
 def _table(sheet: CreditSheet, step: int, groups: Batches) -> pa.Table:
@@ -260,7 +331,10 @@ def _pairs(
 def _credit_pairs(recorded: pa.Table, found: pa.Table) -> dict[str, tuple[float, float]]:
     """A pair of numbers for each column of the credit log: the first that differs, if any does."""
     pairs = {}
-    for name in ("reward", "advantage", "token_weight", "trace_weights", "advantages", "logprobs"):
+    names = ["reward", "advantage", "token_weight", "trace_weights", "advantages", "logprobs"]
+    if recorded.column("values").null_count < recorded.num_rows:  # older logs have none
+        names.append("values")
+    for name in names:
         mine, theirs = (_numbers(table.column(name)) for table in (recorded, found))
         if len(mine) != len(theirs):
             pairs[f"credit/{name}, how many"] = (float(len(mine)), float(len(theirs)))

@@ -20,10 +20,12 @@ import yaml
 from common.errors import UserError, first_line
 from common.record.credit_log import FOLDER as CREDIT
 from common.record.credit_log import credit_steps
+from common.record.episodes import ENDS
 from common.record.metrics import read_metrics
 from deploy.inspector.account import is_live
 from deploy.inspector.details import details, group_credit, other_credit
 from deploy.inspector.ledger_view import read_fate, read_groups
+from deploy.inspector.measured import group_values, measured_files
 from deploy.inspector.query import GroupQuery, page_of, rows, select
 from deploy.inspector.segments import LogIndex
 from deploy.inspector.tokens import TokenTexts, load_tokenizer
@@ -92,6 +94,7 @@ class RunData:
             "completions": pc.sum(logged["completions"]).as_py() or 0,
             "steps": pc.max(groups["step"]).as_py() or 0,
             "credit_steps": len(state.credit_steps),
+            "episodes": _has_episodes(logged),
             "metrics": sorted({key for record in state.metrics for key in record} - {"step"}),
             "notes": self._notes(),
         }
@@ -137,7 +140,9 @@ class RunData:
             texts = self._tokenizer()
         credit, note = group_credit(self.run, group_id, summary["step"])
         others = other_credit(self.run, group_id, summary["step"])
-        return summary | fate | {"note": note} | details(batch, credit, texts, others)
+        values, wrong = group_values(self.run, group_id, summary["step"])
+        note = "; ".join(each for each in (note, wrong) if each)
+        return summary | fate | {"note": note} | details(batch, credit, texts, others, values)
 
     def _tokenizer(self) -> TokenTexts | None:
         """The tokenizer, looked for again until the first checkpoint brings one."""
@@ -171,11 +176,12 @@ class RunData:
         names = [METRICS, LEDGER, f"{LEDGER}-wal", CREDIT]
         paths = [self.run / name for name in names]
         paths += sorted((self.run / "trajectories").glob("segment-*.arrow"))
+        paths += measured_files(self.run)
         found = []
         for path in paths:
             if path.exists():
                 stat = path.stat()
-                found.append((path.name, stat.st_size, stat.st_mtime_ns))
+                found.append((str(path.relative_to(self.run)), stat.st_size, stat.st_mtime_ns))
         text = json.dumps([found, is_live(self.run)])
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -237,6 +243,7 @@ def _joined(log: pa.Table, booked: pa.Table) -> pa.Table:
 
     tokens = pc.if_else(pc.greater(known["tokens"], 0), known["tokens"], None)
     completions, dispatched = either("completions"), either("dispatch_version")
+    sampled = pc.coalesce(known["completions"], completions)  # probes are not in the log
     return pa.table(
         {
             "group_id": ids,
@@ -245,7 +252,7 @@ def _joined(log: pa.Table, booked: pa.Table) -> pa.Table:
             "state": known["state"],
             "completions": completions,
             "dispatch_version": dispatched,
-            "length": pc.divide(tokens.cast(pa.float64()), completions.cast(pa.float64())),
+            "length": pc.divide(tokens.cast(pa.float64()), sampled.cast(pa.float64())),
             "staleness": pc.subtract(pc.subtract(known["step"], 1), dispatched),
             **{
                 name: logged[name]
@@ -254,6 +261,9 @@ def _joined(log: pa.Table, booked: pa.Table) -> pa.Table:
                     "reward_mean",
                     "reward_std",
                     "accuracy",
+                    "turns",
+                    "tool_errors",
+                    "ended",
                     "question",
                     "segment",
                     "row",
@@ -261,6 +271,13 @@ def _joined(log: pa.Table, booked: pa.Table) -> pa.Table:
             },
         }
     ).combine_chunks()
+
+
+def _has_episodes(groups: pa.Table) -> bool:
+    """Whether any completion had turns, or an end that an answer cannot have."""
+    of_answers = 1 << ENDS.index("stop") | 1 << ENDS.index("length")
+    other = pc.bit_wise_and(groups["ended"], pa.scalar(~of_answers))
+    return bool(pc.any(pc.or_(pc.greater(groups["turns"], 1), pc.not_equal(other, 0))).as_py())
 
 
 def _read_config(path: Path) -> tuple[str, str]:

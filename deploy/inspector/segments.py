@@ -8,7 +8,7 @@ the Arrow stream, whose batches are the groups in the order of the index.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +18,11 @@ import pyarrow.compute as pc
 import pyarrow.ipc
 import pyarrow.parquet
 
-from common.errors import RunError, UserError
-from common.record.schema import check_schema
-from common.record.trajectory_log import segments
+from common.errors import RunError, UserError, first_line
+from common.record.episodes import ENDS
+from common.record.parts import REPLACES
+from common.record.schema import ERROR, EVERY_LOG_HAS, SUSPICIOUS, TIMEOUT, current
+from common.record.trajectory_log import check_segment, segments
 
 _SCALARS = [
     "group_id",
@@ -31,8 +33,15 @@ _SCALARS = [
     "dispatch_version",
     "reward",
     "accuracy",
+    "finish_reason",
+    "environment_verdict",
 ]
+_IF_THERE = ("part",)
+"""What logs of older versions do not have."""
+_OF_TURNS = ["turns.list.element.begin", "turns.list.element.failed"]
+"""What is read of the turns of a Parquet twin."""
 _TEXTS = ["prompt_text", "text"]
+_REPEATED = ["question", "prompt_text", "finish_reason", "environment_verdict"]
 
 INDEX = pa.schema(
     [
@@ -46,9 +55,19 @@ INDEX = pa.schema(
         pa.field("reward_mean", pa.float64()),  # of those
         pa.field("reward_std", pa.float64()),  # of those, over all of them (no n - 1)
         pa.field("accuracy", pa.float64()),
+        pa.field("turns", pa.float64()),  # mean of a completion
+        pa.field("tool_errors", pa.int64()),
+        pa.field("ended", pa.int64()),  # a bit for each of `ENDS` that a completion ended by
         pa.field("question", pa.dictionary(pa.int32(), pa.string())),
     ]
 )
+
+
+_UNKNOWN = 62
+"""Bit of an end that is none of `ENDS`."""
+
+_NEEDED = (*EVERY_LOG_HAS, "reward", "accuracy", SUSPICIOUS)
+"""Columns of a verified group that the page reads."""
 
 
 class Segment:
@@ -74,7 +93,7 @@ class Segment:
         twin = self.path.with_suffix(".parquet")
         closed = twin.is_file()  # asked first: what is appended before a closing is seen below
         if closed and not self.groups.num_rows:
-            self.groups = _index(self._read_twin(_SCALARS))
+            self.groups = _index(self._read_twin([*_SCALARS, *_OF_TURNS], _IF_THERE))
             self._has_twin = True
             return True
         self._has_twin = closed
@@ -82,14 +101,17 @@ class Segment:
         if size == self._seen_bytes:
             return False
         self._seen_bytes = size
-        batches = [batch.select(_SCALARS) for batch in self._new_batches()]
+        batches = [
+            batch.select([*_SCALARS, *_there(batch.schema), "turns"])
+            for batch in self._new_batches()
+        ]
         if batches:
             self.groups = pa.concat_tables([self.groups, _index(pa.Table.from_batches(batches))])
         return bool(batches)
 
     def group(self, row: int) -> pa.RecordBatch:
         """The completions of the group in `row` of `groups`."""
-        (batch,) = self._batches(range(row, row + 1))
+        batch = current(*self._batches(range(row, row + 1)))
         expected = self.groups["group_id"][row].as_py()
         if batch.column("group_id")[0].as_py() != expected:
             raise RunError(f"{self.path} and its Parquet twin differ at group {expected}")
@@ -130,11 +152,19 @@ class Segment:
                 batch.validate(full=True)
                 yield batch
 
-    def _read_twin(self, columns: list[str]) -> pa.Table:
+    def _read_twin(self, columns: list[str], if_there: Sequence[str] = ()) -> pa.Table:
         twin = self.path.with_suffix(".parquet")
-        with pa.parquet.ParquetFile(twin, read_dictionary=["question", "prompt_text"]) as file:
-            _check(file.schema_arrow, twin)
-            return file.read(columns)
+        remedy = f"Remove it: the segment beside it, {self.path.name}, holds the same"
+        try:
+            with pa.parquet.ParquetFile(twin, read_dictionary=_REPEATED) as file:
+                parts = [name.partition(".")[0] for name in columns]
+                check_segment(file.schema_arrow, twin, parts, remedy)
+                more = [name for name in if_there if name in file.schema_arrow.names]
+                table = file.read([*columns, *more])
+                table.validate(full=True)
+                return table
+        except (pa.ArrowException, OSError, KeyError, UnicodeDecodeError) as error:
+            raise UserError(f"{twin} is damaged: {first_line(error)}. {remedy}") from error
 
     def _new_batches(self) -> Iterator[pa.RecordBatch]:
         """Whole batches behind those that were read. A torn tail ends them for this time."""
@@ -143,7 +173,7 @@ class Segment:
             try:
                 if self._schema is None:
                     self._schema = pa.ipc.read_schema(source)
-                    _check(self._schema, self.path)
+                    check_segment(self._schema, self.path, _NEEDED)
                     self._end = source.tell()
                 while True:
                     place = source.tell()
@@ -186,11 +216,23 @@ class LogIndex:
         return table.unify_dictionaries().combine_chunks()
 
 
-def _check(schema: pa.Schema, path: Path) -> None:
-    try:
-        check_schema(schema)
-    except ValueError as error:
-        raise UserError(f"{path}: {error}") from error
+def _there(schema: pa.Schema) -> list[str]:
+    return [name for name in _IF_THERE if name in schema.names]
+
+
+def _of_learner(rows: pa.Table, place: npt.NDArray[np.int64]) -> pa.Table:
+    """Rewards of completions, null for drafts: the learner did not get them.
+
+    Args:
+        place: of the group of each row.
+    """
+    judged = rows.select(["reward", "accuracy"])
+    if "part" not in rows.column_names:
+        return judged
+    replacing = pc.equal(_plain(rows["part"]), REPLACES).to_numpy(zero_copy_only=False)
+    draft = np.isin(place, place[replacing]) & ~replacing
+    columns = [pc.if_else(pa.array(draft), None, column) for column in judged.columns]
+    return pa.table(columns, names=judged.column_names) if draft.any() else judged
 
 
 def _index(rows: pa.Table) -> pa.Table:
@@ -199,7 +241,7 @@ def _index(rows: pa.Table) -> pa.Table:
     starts = np.concatenate([[0], np.flatnonzero(np.diff(ids)) + 1]) if len(ids) else np.arange(0)
     place = np.repeat(np.arange(len(starts)), np.diff([*starts, len(ids)]))
     sums = (
-        rows.select(["reward", "accuracy"])
+        _of_learner(rows, place)
         .append_column("place", pa.array(place))
         .group_by("place", use_threads=False)
         .aggregate(
@@ -221,9 +263,34 @@ def _index(rows: pa.Table) -> pa.Table:
         "reward_mean": sums["reward_mean"],
         "reward_std": sums["reward_stddev"],
         "accuracy": sums["accuracy_mean"],
+        **_of_episodes(rows, starts),
         "question": _plain(first["question"]).dictionary_encode(),
     }
     return pa.table({name: columns[name] for name in INDEX.names}).cast(INDEX)
+
+
+def _of_episodes(rows: pa.Table, starts: npt.NDArray[np.int64]) -> dict[str, pa.Array]:
+    """Turns, tool errors and ends of the groups that begin at `starts`."""
+    if not len(starts):
+        nothing = pa.array([], pa.int64())
+        return {"turns": nothing, "tool_errors": nothing, "ended": nothing}
+    turns = rows["turns"].combine_chunks()
+    counts = pc.list_value_length(turns).to_numpy().astype(np.int64)
+    errors = np.zeros(len(counts), np.int64)
+    if turns.type.value_type.get_field_index("failed") >= 0:  # else logged before they were counted
+        failed = pc.fill_null(pc.struct_field(turns.flatten(), "failed"), 0)
+        errors = np.bincount(
+            pc.list_parent_indices(turns).to_numpy(), failed.to_numpy(), len(counts)
+        ).astype(np.int64)
+    verdicts, reasons = (_plain(rows[name]) for name in ("environment_verdict", "finish_reason"))
+    ends = pc.if_else(pc.is_in(verdicts, pa.array([ERROR, TIMEOUT])), verdicts, reasons)
+    places = pc.fill_null(pc.index_in(ends, pa.array(ENDS)), _UNKNOWN).to_numpy().astype(np.int64)
+    sizes = np.diff([*starts, len(counts)])
+    return {
+        "turns": pa.array(np.add.reduceat(counts, starts) / sizes),
+        "tool_errors": pa.array(np.add.reduceat(errors, starts)),
+        "ended": pa.array(np.bitwise_or.reduceat(1 << places, starts)),
+    }
 
 
 def _plain(texts: pa.ChunkedArray) -> pa.ChunkedArray:

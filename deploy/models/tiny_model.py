@@ -43,18 +43,20 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:
-    """A Llama with fresh float32 weights drawn from `seed`.
+def build_model(
+    tokenizer: PreTrainedTokenizerFast, seed: int, width: int = 128, layers: int = 4
+) -> LlamaForCausalLM:
+    """A Llama with fresh float32 weights drawn from `seed`; its heads are 32 wide.
 
     The vocabulary is padded to a multiple of 64; ids past the tokenizer's are never trained.
     """
     config = LlamaConfig(
         vocab_size=-(-len(tokenizer) // 64) * 64,
-        hidden_size=128,
-        intermediate_size=352,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=4,
+        hidden_size=width,
+        intermediate_size=width * 11 // 4,
+        num_hidden_layers=layers,
+        num_attention_heads=width // 32,
+        num_key_value_heads=width // 32,
         max_position_embeddings=CONTEXT,
         bos_token_id=None,
         tie_word_embeddings=True,
@@ -66,10 +68,26 @@ def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausal
         return LlamaForCausalLM(config).float()
 
 
-def build_tiny(folder: Path, seed: int = 0) -> None:
-    """Write the warm-started model and its tokenizer into `folder`; about a minute on one core."""
+def build_teacher(folder: Path) -> None:
+    """Write a teacher of the tiny model: of 2.2 times its weights, and shown no hasty answer.
+
+    It reads the same tokens, and is warm-started twice as long.
+    """
+    tokenizer = build_tokenizer()
+    model = build_model(tokenizer, 1, width=192)
+    warm_start(model, tokenizer, 1, times=2, careful=True)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def build_tiny(folder: Path, seed: int = 0, terms: int = 3) -> None:
+    """Write the warm-started model and its tokenizer into `folder`; about a minute on one core.
+
+    Args:
+        terms: digits of the sums that it is warm-started on.
+    """
     tokenizer = build_tokenizer()
     model = build_model(tokenizer, seed)
-    warm_start(model, tokenizer, seed)
+    warm_start(model, tokenizer, seed, terms)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

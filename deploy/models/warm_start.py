@@ -14,9 +14,9 @@ Legend: B rows, T tokens.
 
 from __future__ import annotations
 
-import os
 import random
 from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
@@ -53,47 +53,93 @@ def solution(expression: str) -> str:
     return ";".join(steps)
 
 
-def facts(seed: int) -> Iterator[Row]:
-    """Make single steps, as they stand inside a careful answer, for ever."""
+def facts(seed: int, terms: int = 3) -> Iterator[Row]:
+    """Make single steps, as they stand inside a careful answer of `terms` digits, for ever."""
     draw = random.Random(seed)
     while True:
-        first = draw.randint(-9, 18) if draw.random() < 0.7 else draw.randint(0, 9)
+        first = (
+            draw.randint(9 * (2 - terms), 9 * (terms - 1))
+            if draw.random() < 0.7
+            else draw.randint(0, 9)
+        )
         step = solution(f"{first} {draw.choice('+-')} {draw.randint(0, 9)}")
         given, _, result = step.partition("=")
         yield f"{given}=", result
 
 
-def answers(seed: int) -> Iterator[Row]:
-    """Make careful and hasty answers to training questions; none that `is_held_out`."""
+def answers(seed: int, terms: int = 3, *, careful: bool = False) -> Iterator[Row]:
+    """Make careful and hasty answers to training questions; none that `is_held_out`.
+
+    Args:
+        careful: make no hasty ones.
+    """
     import reasoning_gym
 
     draw = random.Random(seed)
     # Far from the seeds of training runs, which are small; what holds questions apart is the rule.
-    task = reasoning_gym.create_dataset("chain_sum", seed=seed + 10**9, size=10**8, **TASK)
+    long = TASK | {"min_terms": terms, "max_terms": terms}
+    task = reasoning_gym.create_dataset("chain_sum", seed=seed + 10**9, size=10**8, **long)
     for entry in task:
         expression = entry["metadata"]["expression"]
         if is_held_out(entry["question"]):
             continue
-        hasty = draw.random() < HASTY[int(expression[0]) >= 5]
-        answer = str(draw.randint(-9, 27)) if hasty else solution(expression)
+        hasty = draw.random() < HASTY[int(expression[0]) >= 5] and not careful
+        answer = str(draw.randint(9 * (2 - terms), 9 * terms)) if hasty else solution(expression)
         yield entry["question"], f" {answer}"
 
 
-def warm_start(model: Any, tokenizer: Any, seed: int) -> None:
-    """Train `model` in place on both phases, on every core."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
-    try:
-        _train(model, tokenizer, facts(seed), _FACT_STEPS, _FACT_BATCH, ends=False)
-        _train(model, tokenizer, answers(seed), _ANSWER_STEPS, _ANSWER_BATCH, ends=True)
-    finally:
-        torch.set_num_threads(threads)
-
-
-def _train(
-    model: Any, tokenizer: Any, rows: Iterator[Row], steps: int, batch: int, *, ends: bool
+def warm_start(
+    model: Any,
+    tokenizer: Any,
+    seed: int,
+    terms: int = 3,
+    *,
+    times: int = 1,
+    careful: bool = False,
 ) -> None:
-    optimizers = _optimizers(model)
+    """Train `model` in place on both phases; sums are of `terms` digits.
+
+    One core computes. Operations are short, so a second one saves little; where others use it,
+    each operation waits for it.
+
+    Args:
+        times: how much longer than usual.
+        careful: show it no hasty answer.
+    """
+    answered = answers(seed, terms, careful=careful)
+    with computing(1):
+        learn(model, tokenizer, facts(seed, terms), times * _FACT_STEPS, _FACT_BATCH, ends=False)
+        learn(model, tokenizer, answered, times * _ANSWER_STEPS, _ANSWER_BATCH, ends=True)
+
+
+@contextmanager
+def computing(threads: int) -> Iterator[None]:
+    """Have torch compute with so many threads meanwhile."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def learn(
+    model: Any,
+    tokenizer: Any,
+    rows: Iterator[Row],
+    steps: int,
+    batch: int,
+    *,
+    ends: bool,
+    peak: float = _LEARNING_RATE,
+) -> None:
+    """Train `model` in place on `steps` batches of rows.
+
+    Args:
+        ends: an end-of-text token is learned behind every row.
+        peak: the learning rate between its rise and its fall.
+    """
+    optimizers = _optimizers(model, peak)
 
     def rate(step: int) -> float:
         return min(1.0, (step + 1) / _WARMUP_STEPS, (steps - step) / (0.3 * steps))
@@ -113,14 +159,50 @@ def _train(
         model.zero_grad()
 
 
-def _optimizers(model: Any) -> list[torch.optim.Optimizer]:
+def _optimizers(model: Any, peak: float) -> list[torch.optim.Optimizer]:
     """Muon for the matrices inside the layers, which need a third of AdamW's steps; AdamW else."""
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "layers" in n]
     others = [p for n, p in model.named_parameters() if p.ndim != 2 or "layers" not in n]
-    return [
-        torch.optim.Muon(matrices, lr=_LEARNING_RATE, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(others, lr=_LEARNING_RATE, betas=(0.9, 0.95)),
-    ]
+    return [Muon(matrices, peak), torch.optim.AdamW(others, lr=peak, betas=(0.9, 0.95))]
+
+
+class Muon(torch.optim.Optimizer):
+    """`torch.optim.Muon` in float32, with `match_rms_adamw`.
+
+    That one multiplies in bfloat16, which a CPU without instructions for it emulates: there it
+    takes twice as long as forward and backward pass together.
+    """
+
+    def __init__(
+        self, params: list[Tensor], lr: float, momentum: float = 0.95, weight_decay: float = 0.1
+    ) -> None:
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Move every matrix that has a gradient."""
+        for group in self.param_groups:
+            for matrix in group["params"]:
+                state = self.state[matrix]
+                mean = state.setdefault("momentum", torch.zeros_like(matrix))
+                mean.lerp_(matrix.grad, 1 - group["momentum"])
+                update = orthogonal(matrix.grad.lerp(mean, group["momentum"]))
+                matrix.mul_(1 - group["lr"] * group["weight_decay"])
+                matrix.add_(update, alpha=-0.2 * max(matrix.shape) ** 0.5 * group["lr"])
+
+
+def orthogonal(matrix: Tensor) -> Tensor:
+    """The nearest matrix whose singular values are 1, roughly: five steps of Newton and Schulz.
+
+    The coefficients are those of Keller Jordan's Muon, which leave values of 0.7 to 1.2.
+    """
+    a, b, c = 3.4445, -4.775, 2.0315
+    wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
+    wide = wide / wide.norm().clamp(min=1e-7)
+    for _ in range(5):
+        gram = wide @ wide.T
+        wide = a * wide + (b * gram + c * gram @ gram) @ wide
+    return wide if matrix.shape[0] <= matrix.shape[1] else wide.T
 
 
 def _batch(rows: list[Row], tokenizer: Any, ends: bool) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,10 @@
 
     learner, all ranks   float32 weights and gradients and what the optimiser keeps, which makes 16
                          bytes a parameter with AdamW's two moments; plus the gathered compute copy,
-                         on every rank
+                         on every rank; with adapters (`model.adapter`) the 16 bytes are theirs
+                         alone, and the other weights stay in compute dtype; a critic has weights
+                         and optimiser of its own, a moving average four bytes a parameter;
+                         bfloat16 weights and moments in 8 bit take two each
     checkpoint           the same without gradients, and a compute copy, from when it is taken until
                          it is written
     generator, each      compute weights and the key-value cache
@@ -18,17 +21,21 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import struct
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from common.config.data import ALL_LINEAR, AdapterConfig
 from common.errors import UserError
 from deploy.placement.config import ActorConfig
-from learner.training.optimizer import state_bytes
+from learner.training.memory import ALONE, OtherModels
+from learner.training.optimizer import MASTERS, state_bytes
 
 GIB = 2**30
+_IN_LAYER = re.compile(r"\.\d+\.")
 _FLOAT32 = 4
-_PROCESS_BYTES = {"learner": 0.5 * GIB, "generator": 1.5 * GIB, "others": 1.5 * GIB}
+PROCESS_BYTES = {"learner": 0.5 * GIB, "generator": 1.5 * GIB, "others": 1.5 * GIB}
 """Bytes of the libraries a process imports, rounded up from process listings."""
 
 
@@ -60,43 +67,77 @@ class MemoryEstimate:
 
 
 def estimate(
-    config: ActorConfig, parameters: int, *, has_reference: bool = False
+    config: ActorConfig,
+    parameters: int,
+    others: OtherModels = ALONE,
+    *,
+    adapters: int = 0,
+    taught: int = 0,
 ) -> MemoryEstimate:
     """Estimate the memory of a run or an evaluation on a CPU.
 
     Args:
         parameters: how many the model has.
-        has_reference: the learner holds the model that the run began from, too (a KL term).
+        others: what the learner holds beside the policy.
+        adapters: parameters of adapters, where they alone are trained; 0 where all are.
+        taught: parameters of a teacher that has generators of its own.
     """
     width = 2 if config.model.dtype == "bfloat16" else 4
     compute = parameters * width
-    each = compute + config.generator.kv_cache_gib * GIB + _PROCESS_BYTES["generator"]
-    serving = MemoryEstimate(config.generator.count * each, _PROCESS_BYTES["others"])
+    each = compute + config.generator.kv_cache_gib * GIB + PROCESS_BYTES["generator"]
+    beside = config.teacher.count * (each - compute + taught * width)
+    serving = MemoryEstimate(config.generator.count * each + beside, PROCESS_BYTES["others"])
     if config.learner is None:
         return serving
-    kept = state_bytes(config.learner)
+    kept = state_bytes(config.learner, config.model.adapter.rank if adapters else 0)
+    master = MASTERS[config.learner.masters].itemsize
+    models = 2 if others.critic else 1
+    trained, frozen = parameters, compute if others.reference else 0
+    if adapters:  # the policy's frozen weights are the reference too; a critic has its own
+        trained, frozen = adapters, models * compute
+    average = trained * _FLOAT32 * others.average
     return replace(
         serving,
-        learner=parameters * (2 * _FLOAT32 + kept)
-        + (compute if has_reference else 0)
-        + config.learner.ranks * (compute + _PROCESS_BYTES["learner"]),
-        checkpoint=parameters * (_FLOAT32 + kept + width),
+        learner=trained * (_FLOAT32 + models * (master + kept))  # gradients of one at a time
+        + frozen
+        + others.teacher * width
+        + average
+        + config.learner.ranks * (models * compute + PROCESS_BYTES["learner"]),
+        checkpoint=models * trained * (master + kept) + average + compute,
         transfer=(2 + config.generator.count) * compute,
     )
 
 
 def count_parameters(folder: Path) -> int:
     """Count the parameters of a model folder, from the headers of its safetensors files."""
-    total = 0
+    return sum(math.prod(shape) for shape in _shapes(folder).values())
+
+
+def count_adapters(folder: Path, adapter: AdapterConfig) -> int:
+    """Count the parameters of adapters to a model folder: of the matrices in its layers."""
+    matrices = {
+        name.removesuffix(".weight"): shape
+        for name, shape in _shapes(folder).items()
+        if len(shape) == 2 and _IN_LAYER.search(name)
+    }
+    targets = [f".{target.strip()}" for target in adapter.targets.split(",")]
+    wanted = (
+        shape
+        for name, shape in matrices.items()
+        if adapter.targets == ALL_LINEAR or f".{name}".endswith(tuple(targets))
+    )
+    return adapter.rank * sum(map(sum, wanted))
+
+
+def _shapes(folder: Path) -> dict[str, list[int]]:
+    """Shapes of all tensors of a model folder, by name."""
+    shapes: dict[str, list[int]] = {}
     for path in folder.glob("*.safetensors"):
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
             header = json.loads(file.read(length))
-        for name, entry in header.items():
-            if name == "__metadata__":
-                continue
-            total += math.prod(entry["shape"])
-    return total
+        shapes |= {n: entry["shape"] for n, entry in header.items() if n != "__metadata__"}
+    return shapes
 
 
 def available_bytes() -> int:
@@ -109,9 +150,15 @@ def available_bytes() -> int:
     return sizes.get("MemAvailable", 0)
 
 
-def check_memory(config: ActorConfig, folder: Path, *, has_reference: bool) -> None:
+def check_memory(config: ActorConfig, folder: Path, others: OtherModels) -> None:
     """Raise `UserError` when this machine cannot hold what `estimate` counts."""
-    needed = estimate(config, count_parameters(folder), has_reference=has_reference)
+    needed = estimate(
+        config,
+        count_parameters(folder),
+        others,
+        taught=count_parameters(Path(config.teacher.path or "")) if config.teacher.count else 0,
+        adapters=count_adapters(folder, config.model.adapter),
+    )
     available = available_bytes()
     if available and needed.total > available:
         raise UserError(

@@ -12,6 +12,7 @@ it took 28, 38 and 32 s (medians of four steps, one run each, on a noisy machine
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -150,49 +151,93 @@ class ActorOptions:
     generator: dict[str, object]
     learner: dict[str, object]
     verifier: dict[str, object]
+    environment: dict[str, object]
+    teacher: dict[str, object]
 
 
 def actor_options(config: ActorConfig, cores: CorePlan, cuda: bool) -> ActorOptions:
     """Give the actors their Ray resources and environment variables."""
-    generator_environment = {
+    of_generator, of_rank = gpus_each(config) if cuda else (0.0, 0.0)
+    generator: dict[str, object] = {
+        "num_cpus": cores.generator_threads,
+        "num_gpus": of_generator,
+        "max_concurrency": 1000,
+        "runtime_env": {"env_vars": _generator_environment(config, cores, cuda)},
+    }
+    return ActorOptions(
+        generator=generator,
+        teacher=generator | {"num_gpus": float(config.teacher.tensor_parallel) if cuda else 0.0},
+        learner={
+            "num_cpus": cores.learner_threads,
+            "num_gpus": of_rank,
+            "runtime_env": {"env_vars": _learner_environment(config, cores, cuda)},
+        },
+        verifier={"num_cpus": 0.5, "max_concurrency": 1000},
+        environment={
+            "num_cpus": config.environment.num_cpus,
+            "max_concurrency": 1000,
+            "max_restarts": -1,  # whose episodes fail one after the other ends by its verdicts
+            "runtime_env": {"env_vars": _NO_DEVICE},
+        },
+    )
+
+
+_NO_DEVICE = {"CUDA_VISIBLE_DEVICES": ""}
+"""Ray leaves every device visible to an actor that asks for none. vLLM would take one uncounted."""
+
+
+def _generator_environment(config: ActorConfig, cores: CorePlan, cuda: bool) -> dict[str, str]:
+    variables = {
         "OMP_NUM_THREADS": str(cores.generator_threads),
-        "OMP_WAIT_POLICY": "PASSIVE",
-        # vLLM would bind its threads to cores of its own choice; the actor has bound them already.
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "WARNING"),
         "VLLM_NO_USAGE_STATS": "1",
         "TOKENIZERS_PARALLELISM": "false",
+        **config.transport.generator_environment,
+        **_network(config),
+    }
+    if cuda:
+        return variables
+    if cores.preload:
+        variables["LD_PRELOAD"] = ":".join(cores.preload)
+    return variables | {
+        **_NO_DEVICE,
+        "OMP_WAIT_POLICY": "PASSIVE",
+        # vLLM would bind its threads to cores of its own choice; the actor has bound them already.
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         # oneDNN keeps a compiled product of a quarter MiB for each size of vLLM's batch. Its
         # default of 1024 let generators grow by 240 MiB over 500 steps; 256 cost no CPU time.
         "ONEDNN_PRIMITIVE_CACHE_CAPACITY": os.environ.get("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256"),
     }
-    if cores.preload and not cuda:
-        generator_environment["LD_PRELOAD"] = ":".join(cores.preload)
-    learner_environment = {
+
+
+def _learner_environment(config: ActorConfig, cores: CorePlan, cuda: bool) -> dict[str, str]:
+    variables = {
         "OMP_NUM_THREADS": str(cores.learner_threads),
-        "OMP_WAIT_POLICY": "PASSIVE",
         "TOKENIZERS_PARALLELISM": "false",
-        # Steps and checkpoints run in two threads. A thread's own arena could not keep freed blocks
-        # of more than 64 MiB, so there is one for all (`learner.training.heap`).
-        "MALLOC_ARENA_MAX": "1",
-        # Huge pages, where the kernel gives them on request: 6 % of a training step on two cores.
-        "GLIBC_TUNABLES": os.environ.get("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1"),
+        **_network(config),
     }
-    of_generator, of_rank = gpus_each(config) if cuda else (0.0, 0.0)
-    return ActorOptions(
-        generator={
-            "num_cpus": cores.generator_threads,
-            "num_gpus": of_generator,
-            "max_concurrency": 1000,
-            "runtime_env": {"env_vars": generator_environment},
-        },
-        learner={
-            "num_cpus": cores.learner_threads,
-            "num_gpus": of_rank,
-            "runtime_env": {"env_vars": learner_environment},
-        },
-        verifier={"num_cpus": 0.5, "max_concurrency": 1000},
-    )
+    if not cuda:
+        return variables | {
+            **_NO_DEVICE,
+            "OMP_WAIT_POLICY": "PASSIVE",
+            # Steps and checkpoints run in two threads. A thread's own arena could not keep freed
+            # blocks of more than 64 MiB, so there is one for all (`learner.training.heap`).
+            "MALLOC_ARENA_MAX": "1",
+            # Huge pages, where the kernel gives them on request: 6 % of a step on two cores.
+            "GLIBC_TUNABLES": os.environ.get("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1"),
+        }
+    if not config.transport.shares_devices:
+        # Micro-batches differ in shape, and fixed blocks of memory fit few of the next ones. What
+        # is shared with a generator by CUDA's handles must be such a block.
+        chosen = os.environ.get("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+        variables["PYTORCH_ALLOC_CONF"] = chosen
+    return variables
+
+
+def _network(config: ActorConfig) -> dict[str, str]:
+    """Have gloo and NCCL meet over the interface that the configuration names."""
+    names = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+    return dict.fromkeys(names, config.ray.interface) if config.ray.interface else {}
 
 
 def gpus_each(config: ActorConfig) -> tuple[float, float]:
@@ -201,12 +246,27 @@ def gpus_each(config: ActorConfig) -> tuple[float, float]:
     return share * (config.generator.num_gpus or config.generator.devices), share
 
 
+def devices_wanted(config: ActorConfig) -> float:
+    """CUDA devices that all generators, teachers and learner ranks ask Ray for."""
+    of_generator, of_rank = gpus_each(config)
+    of_teachers = config.teacher.count * config.teacher.tensor_parallel
+    return config.generator.count * of_generator + num_ranks(config) * of_rank + of_teachers
+
+
+def environment_actors(config: ActorConfig) -> int:
+    """Actors in which episodes are played; 0 where they are played beside their generators."""
+    environment = config.environment
+    pooled = environment.name is not None and environment.placement == "actors"
+    return environment.workers if pooled else 0
+
+
 def cpus_needed(config: ActorConfig, cores: CorePlan) -> int:
     """Logical CPUs of a cluster of our own, where actors that take turns count twice."""
     needed = (
-        len(cores.generator_cores) * cores.generator_threads
+        (len(cores.generator_cores) + config.teacher.count) * cores.generator_threads
         + len(cores.learner_cores) * cores.learner_threads
         + config.verifier.workers
+        + math.ceil(environment_actors(config) * config.environment.num_cpus)
         + 1
     )
     return max(needed, len(available_cores()))

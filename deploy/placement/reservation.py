@@ -1,6 +1,7 @@
 """Reserve room on a cluster: a placement group for each part of a run.
 
-The learner's ranks are packed onto as few nodes as hold them, and verifiers are spread. Every
+The learner's ranks are packed onto as few nodes as hold them; verifiers and
+actors of environments are spread. Every
 generator has a group of its own, so that it can come and go alone. A group without room stays
 pending, which is what an autoscaler sees. After a deadline an error says what is missing.
 """
@@ -22,11 +23,11 @@ from ray.util.placement_group import (
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from common.errors import UserError
-from deploy.placement.config import ActorConfig
-from deploy.placement.options import ActorOptions
+from deploy.placement.config import ActorConfig, teacher_names
+from deploy.placement.options import ActorOptions, environment_actors
 
 _LOOK_S = 0.5
-LEARNER, VERIFIERS = "learner", "verifiers"
+LEARNER, VERIFIERS, ENVIRONMENTS = "learner", "verifiers", "environments"
 
 
 @dataclass(frozen=True)
@@ -53,16 +54,27 @@ def wishes(config: ActorConfig, options: ActorOptions) -> list[Wish]:
         Wish(name, of_generator, 1, generator.labels, "PACK") for name in generator_names(config)
     ]
     of_verifier = _bundle(options.verifier, verifier.resources)
-    verifiers = Wish(VERIFIERS, of_verifier, verifier.workers, verifier.labels, "SPREAD")
+    of_teacher = _bundle(options.teacher, {})
+    spread = [
+        *(Wish(name, of_teacher, 1, {}, "PACK") for name in teacher_names(config)),
+        Wish(VERIFIERS, of_verifier, verifier.workers, verifier.labels, "SPREAD"),
+        *_environments(config, options),
+    ]
     if learner is None:
-        return [verifiers, *generators]
+        return [*spread, *generators]
     of_rank = _bundle(options.learner, learner.resources)
     if config.transport.shares_devices:
         both, labels = Counter(of_generator), generator.labels | learner.labels
         both.update(of_rank)
-        return [Wish(LEARNER, dict(both), learner.ranks, labels, "PACK"), verifiers]
+        return [Wish(LEARNER, dict(both), learner.ranks, labels, "PACK"), *spread]
     ranks = Wish(LEARNER, of_rank, learner.ranks, learner.labels, "PACK")
-    return [ranks, verifiers, *generators]
+    return [ranks, *spread, *generators]
+
+
+def _environments(config: ActorConfig, options: ActorOptions) -> list[Wish]:
+    environment, count = config.environment, environment_actors(config)
+    bundle = _bundle(options.environment, environment.resources)
+    return [Wish(ENVIRONMENTS, bundle, count, environment.labels, "SPREAD")] if count else []
 
 
 def generator_names(config: ActorConfig) -> list[str]:

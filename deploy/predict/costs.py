@@ -6,42 +6,23 @@ shares of them that software reaches are assumptions, listed in `Assumptions` an
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
-from common.errors import UserError
+from common.devices import Device
 from deploy.predict.simulate import Costs
-
-_BYTES = 2
-"""Bytes of a weight or a cached key in bfloat16."""
-_MASTER_BYTES = 8
-"""Bytes of a parameter in the learner: float32 weights and gradients, without the optimiser."""
-
-
-@dataclass(frozen=True)
-class Device:
-    """Peaks of one accelerator: dense bfloat16 FLOP/s, memory bytes/s, memory in bytes."""
-
-    flops: float
-    bandwidth: float
-    memory: float
-
-
-DEVICES = {
-    "A100-80GB": Device(312e12, 2.0e12, 80e9),
-    "H100-80GB": Device(989e12, 3.35e12, 80e9),
-    "H200-141GB": Device(989e12, 4.8e12, 141e9),
-    "L40S-48GB": Device(362e12, 0.864e12, 48e9),
-}
+from learner.policy.shape import BYTES, ModelShape
+from learner.training.memory import LearnerLoad, learner_memory
 
 
 @dataclass(frozen=True)
 class Assumptions:
     """Shares of the peaks that software reaches, and what no data sheet says."""
 
-    learner_utilisation: float = 0.40
+    learner_products: float = 0.50
+    """Share of the matrix peak in the learner's products."""
+    learner_attention: float = 0.30
+    learner_bandwidth: float = 0.70
+    """Share of the memory's bandwidth in all else of the learner's layers, compiled."""
     prefill_utilisation: float = 0.50
     decode_bandwidth: float = 0.70
     decode_utilisation: float = 0.30
@@ -50,7 +31,13 @@ class Assumptions:
     all_reduce_s: float = 20e-6
     """Seconds of an all-reduce; tensor parallelism has two a layer."""
     network: float = 40e9
-    """Bytes/s between nodes, into each generator at once (broadcast)."""
+    """Bytes/s between nodes, of each device; into each generator at once (broadcast)."""
+    host_link: float = 20e9
+    """Bytes/s between a device and pinned memory of its host, one way (PCIe 4, 16 lanes)."""
+    host_copies: float = 1.5e9
+    """Bytes/s through the object store, with its copies and checksums."""
+    reload_layer_s: float = 0.02
+    """Seconds of vLLM's reload for each layer, which Python goes through."""
     request_s: float = 1e-4
     coordinate_s: float = 0.0055
     """Seconds a group, measured on cores slower than a cluster's, as
@@ -58,79 +45,6 @@ class Assumptions:
     verify_s: float = 0.02
     log_group_s: float = 2e-3
     step_overhead_s: float = 0.5
-
-
-@dataclass(frozen=True)
-class ModelShape:
-    """A decoder with grouped-query attention and a gated MLP."""
-
-    vocabulary: int
-    hidden: int
-    layers: int
-    heads: int
-    kv_heads: int
-    head_size: int
-    intermediate: int
-    tied: bool
-    attention_bias: bool = False
-
-    @property
-    def parameters(self) -> int:
-        """Number of parameters."""
-        attention = self.hidden * self.head_size * (2 * self.heads + 2 * self.kv_heads)
-        if self.attention_bias:
-            attention += self.head_size * (self.heads + 2 * self.kv_heads)
-        layer = attention + 3 * self.hidden * self.intermediate + 2 * self.hidden
-        embeddings = self.vocabulary * self.hidden * (1 if self.tied else 2)
-        return self.layers * layer + embeddings + self.hidden
-
-    @property
-    def kv_bytes(self) -> int:
-        """Bytes of one token in the key-value cache."""
-        return 2 * self.layers * self.kv_heads * self.head_size * _BYTES
-
-
-MODELS = {
-    "Qwen/Qwen2.5-1.5B": ModelShape(151_936, 1536, 28, 12, 2, 128, 8960, True, True),
-    "Qwen/Qwen2.5-3B": ModelShape(151_936, 2048, 36, 16, 2, 128, 11_008, True, True),
-    "Qwen/Qwen2.5-7B": ModelShape(152_064, 3584, 28, 28, 4, 128, 18_944, False, True),
-    "meta-llama/Llama-3.1-8B": ModelShape(128_256, 4096, 32, 32, 8, 128, 14_336, False),
-}
-"""Shapes of models that a plan should not have to download, by name without `-Instruct`."""
-
-
-def model_shape(path: str) -> ModelShape:
-    """The shape of a model, by a known name or from a Hugging Face folder.
-
-    Raises: `UserError` for any other.
-    """
-    known = MODELS.get(path.removesuffix("-Instruct"))
-    if known is not None:
-        return known
-    config = Path(path) / "config.json"
-    if not config.is_file():
-        raise UserError(
-            f"model.path={path}: its shape is not known here. Give a local folder, or one of "
-            f"{', '.join(sorted(MODELS))}"
-        )
-    return _read_shape(json.loads(config.read_text()))
-
-
-def _read_shape(config: dict[str, Any]) -> ModelShape:
-    """Read a shape from config.json; a multimodal model keeps its language model's apart."""
-    config = config | config.get("text_config", {})
-    heads = config["num_attention_heads"]
-    return ModelShape(
-        vocabulary=config["vocab_size"],
-        hidden=config["hidden_size"],
-        layers=config["num_hidden_layers"],
-        heads=heads,
-        kv_heads=config.get("num_key_value_heads", heads),
-        head_size=config.get("head_dim") or config["hidden_size"] // heads,
-        intermediate=config["intermediate_size"],
-        tied=bool(config.get("tie_word_embeddings", False)),
-        attention_bias=config.get("model_type") == "qwen2" or config.get("attention_bias", False),
-    )
 
 
 @dataclass(frozen=True)
@@ -152,30 +66,126 @@ class Pools:
         return self.generators * self.devices_each + self.ranks
 
 
+@dataclass(frozen=True)
+class Pass:
+    """Seconds that a learner rank spends on a micro-batch, by what they go to."""
+
+    tokens: int
+    products: float
+    attention: float
+    vectors: float
+    """Norms, rotations, activation functions and logits: bound by memory."""
+    messages: float
+    """Gathering weights and reducing gradients, beside the work as far as that lasts."""
+    copies: float
+    """Activations to the host and back, beside no work."""
+    useful: float
+    """Operations that count for the share of the peak: 6 a weight and token."""
+    flops: float
+
+    @property
+    def exposed(self) -> float:
+        """Seconds for which nothing is computed, since messages are under way."""
+        return max(0.0, self.messages - self.products - self.attention - self.vectors)
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of all."""
+        return self.products + self.attention + self.vectors + self.exposed + self.copies
+
+    @property
+    def mfu(self) -> float:
+        """Share of the device's peak."""
+        return self.useful / (self.seconds * self.flops)
+
+
+def learner_pass(
+    device: Device, model: ModelShape, load: LearnerLoad, mean_context: float, per_node: int
+) -> Pass:
+    """What a micro-batch of `load.tokens` costs a learner rank on `device`."""
+    a, tokens = Assumptions(), load.tokens
+    passes = 4 if load.recompute else 3
+    frozen = 1 if load.adapters else 0  # a frozen weight has no gradient of its own
+    inside = 2.0 * model.layers * model.layer_parameters
+    # The head's product is made again in its backward pass.
+    products = (passes - frozen) * inside + (4 - frozen) * 2.0 * model.embedding
+    products += passes * 2.0 * load.adapters
+    width = model.heads * model.head_size
+    # Two products over the tokens before; the backward pass has five, and none is counted twice.
+    attention = (passes + 0.5) * 4.0 * mean_context * width * model.layers
+    vectors = passes * 2.0 * model.layers * (13 * model.hidden + 3.5 * model.intermediate)
+    vectors += 12.0 * model.vocabulary
+    shards = load.shards
+    rate = device.link if shards <= per_node else a.network
+    others = (shards - 1) / shards
+    trained = load.adapters or model.parameters
+    gradients = 0.0 if load.reduce_once else 4.0 * trained
+    return Pass(
+        tokens,
+        products=tokens * products / (device.flops * a.learner_products),
+        attention=tokens * attention / (device.flops * a.learner_attention),
+        vectors=tokens * vectors / (device.bandwidth * a.learner_bandwidth),
+        messages=others * (2 * BYTES * model.parameters + gradients) / rate,
+        copies=2 * learner_memory(model, load).host / a.host_link,
+        useful=(6.0 - 2.0 * frozen) * tokens * model.parameters,
+        flops=device.flops,
+    )
+
+
+@dataclass(frozen=True)
+class Publish:
+    """Seconds of an update of the generators' weights."""
+
+    travel: float
+    load: float
+
+
+def publish_times(model: ModelShape, device: Device, transport: str, *, one_node: bool) -> Publish:
+    """How long weights travel by `transport`, and how long vLLM takes to load them."""
+    a, weights = Assumptions(), BYTES * model.parameters
+    rates = {
+        "nccl": device.link if one_node else a.network,
+        "ipc": device.bandwidth / 4,
+        "object_store": a.host_copies,
+    }
+    # vLLM writes each tensor twice: into the layer as loaded, and into its place.
+    load_s = model.layers * a.reload_layer_s + 4 * weights / device.bandwidth
+    return Publish(weights / rates.get(transport, a.host_copies), load_s)
+
+
 def costs_on(
     device: Device,
     model: ModelShape,
     pools: Pools,
     mean_context: float,
     *,
-    recompute: bool,
+    learner: Pass,
+    publish: Publish,
     learner_device: Device | None = None,
     state_bytes: float = 8.0,
+    master_bytes: float = 4.0,
+    scored: float = 0.0,
+    trained: float | None = None,
+    critic: bool = False,
 ) -> Costs:
     """Costs of generators on `device` and a learner on `learner_device` (None is the same one).
 
     Args:
         mean_context: tokens that a decoding sequence attends to, on average.
-        recompute: activation checkpointing, a second forward pass in every backward one.
+        learner: a micro-batch of a rank.
         state_bytes: what the optimiser keeps for a parameter; 8 is AdamW's two moments.
+        master_bytes: those of a weight that is trained, and of its gradient.
+        scored: parameters of a model that scores all tokens of a step.
+        trained: parameters that the optimiser steps on; None is all.
+        critic: a critic as large as the policy values every token, and learns from it.
     """
     a, trainer = Assumptions(), learner_device or device
-    parallel, weights = pools.devices_each, _BYTES * model.parameters
+    parallel, weights = pools.devices_each, BYTES * model.parameters
     bandwidth = device.bandwidth * a.decode_bandwidth * parallel
     reduce_s = 2 * model.layers * a.all_reduce_s if parallel > 1 else 0.0
-    products = 2 * model.parameters
-    learner_rate = trainer.flops * a.learner_utilisation * pools.ranks
-    publish_s = weights / a.network
+    products, stepped = 2 * model.parameters, trained or model.parameters
+    models = 2 if critic else 1
+    scored += model.parameters if critic else 0
     return Costs(
         decode_round_s=weights / bandwidth + reduce_s + a.round_overhead_s,
         decode_sequence_s=mean_context * model.kv_bytes / bandwidth
@@ -186,79 +196,10 @@ def costs_on(
         verify_s=a.verify_s,
         log_group_s=a.log_group_s,
         learner_step_s=a.step_overhead_s
-        + (_MASTER_BYTES + state_bytes) * model.parameters / (pools.ranks * trainer.bandwidth),
-        learner_token_s=(4 if recompute else 3) * products / learner_rate,
-        export_s=publish_s,
+        + models * (2 * master_bytes + state_bytes) * stepped / (pools.ranks * trainer.bandwidth),
+        learner_token_s=models * learner.seconds / (learner.tokens * pools.ranks)
+        + 2 * scored / (trainer.flops * a.learner_products * pools.ranks),
+        export_s=publish.travel,
         deliver_s=0.0,
-        stall_s=publish_s,
+        stall_s=publish.travel + publish.load,
     )
-
-
-@dataclass(frozen=True)
-class DeviceMemory:
-    """Memory of a device in bytes, by what needs it."""
-
-    weights: float
-    optimiser: float
-    activations: float
-    cache: float
-
-    @property
-    def total(self) -> float:
-        """Bytes that are needed in all."""
-        return self.weights + self.optimiser + self.activations + self.cache
-
-
-_USABLE = 0.90
-"""Share of a device's memory; the driver, the allocator and NCCL take the rest."""
-
-
-def learner_memory(
-    model: ModelShape,
-    ranks: int,
-    tokens: int,
-    logits_mib: float,
-    *,
-    recompute: bool,
-    state_bytes: float,
-) -> DeviceMemory:
-    """Memory of a learner rank: its shard, the gathered layers, a micro-batch of `tokens`.
-
-    A layer keeps its input when it is recomputed; else about 34 bytes a hidden unit and 8 a unit
-    of the MLP (bfloat16, flash attention). One layer is always there in full. `state_bytes` is what
-    the optimiser keeps for a parameter.
-    """
-    full_layer = tokens * (34 * model.hidden + 8 * model.intermediate)
-    kept = tokens * model.hidden * _BYTES if recompute else full_layer
-    layer_weights = _BYTES * model.parameters / model.layers
-    return DeviceMemory(
-        weights=2 * layer_weights + _BYTES * model.vocabulary * model.hidden,
-        optimiser=(_MASTER_BYTES + state_bytes) * model.parameters / ranks,
-        activations=model.layers * kept + full_layer + 2 * logits_mib * 2**20,
-        cache=0.0,
-    )
-
-
-def generator_memory(
-    model: ModelShape, devices_each: int, device: Device, fraction: float, taken: float = 0.0
-) -> DeviceMemory:
-    """Memory of a generator's device: the cache gets what weights and a forward pass leave.
-
-    `taken`: bytes of the device that a learner rank keeps.
-    """
-    weights = _BYTES * model.parameters / devices_each
-    activations = 2e9
-    cache = max(0.0, device.memory * fraction - taken - weights - activations)
-    return DeviceMemory(weights, 0.0, activations, cache)
-
-
-def fits(memory: DeviceMemory, device: Device) -> bool:
-    """Whether the device has what is needed, beside what the driver and others take."""
-    return memory.total <= device.memory * _USABLE
-
-
-def cached_sequences(
-    memory: DeviceMemory, model: ModelShape, devices_each: int, context: float
-) -> int:
-    """Sequences of `context` tokens that a generator's cache holds at a time."""
-    return int(memory.cache * devices_each / (model.kv_bytes * context))

@@ -8,32 +8,38 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import ray
+from ray._common.utils import get_default_ray_temp_dir
+from ray._private import ray_constants
 
-from actors.environments.worker import VerifierWorker
+from actors.environments.actor import EnvironmentActor
 from actors.generation.generator import Generator
 from actors.verifiers.registry import verifier_names
+from actors.verifiers.worker import VerifierWorker
 from common.config.sections import Config, VerifierConfig
 from common.errors import StartError, UserError
 from common.record.writer import TrajectoryLogWriter
 from common.supervision.calls import Handle, start_actor
 from common.supervision.stacks import descendants
 from deploy.models.resolve import ModelLocation
-from deploy.placement.config import ActorConfig
+from deploy.placement.config import ActorConfig, teacher_generator, teacher_names
+from deploy.placement.memory import count_parameters
 from deploy.placement.options import (
     LOG_OPTIONS,
     ActorOptions,
     CorePlan,
     actor_options,
     cpus_needed,
+    environment_actors,
     object_store_bytes,
 )
-from deploy.placement.reservation import LEARNER, VERIFIERS, Reservation
+from deploy.placement.reservation import ENVIRONMENTS, LEARNER, VERIFIERS, Reservation
 from learner.training.job import LearnerJob
 from learner.training.rank import LearnerRank
 
@@ -52,6 +58,9 @@ class Actors:
     generators: dict[str, Handle[Generator]]
     verifiers: dict[str, Handle[VerifierWorker]]
     learners: list[Handle[LearnerRank]]
+    environments: Sequence[Handle[EnvironmentActor]] = ()
+    teachers: Mapping[str, Handle[Generator]] = field(default_factory=dict)
+    """The generators that hold the teacher, where it has any."""
 
 
 def connect(config: ActorConfig, cores: CorePlan) -> None:
@@ -67,23 +76,7 @@ def connect(config: ActorConfig, cores: CorePlan) -> None:
     address = config.ray.address
     environment = {"env_vars": {"PYTHONPATH": _python_path()}}
     if address == "local":
-        try:
-            ray.init(
-                address="local",
-                num_cpus=cpus_needed(config, cores),
-                object_store_memory=object_store_bytes(config),
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level="ERROR",
-                runtime_env=environment,
-                _system_config={"task_events_max_num_task_in_gcs": _TASKS_REMEMBERED},
-            )
-        except Exception as error:  # Ray raises just that when its node is not up in 30 s
-            _kill_servers()  # else they live until this process ends
-            raise StartError(
-                f"Ray did not start on this machine: {error} If the machine is busy, try again; "
-                "else see Ray's logs under /tmp/ray/session_latest/logs"
-            ) from error
+        _start_ray(config, cores, environment)
         return
     _check_address(address, config.ray.connect_timeout_s)
     try:
@@ -96,6 +89,71 @@ def connect(config: ActorConfig, cores: CorePlan) -> None:
             "or use ray.address=local; one that asks for a token wants RAY_AUTH_MODE=token and its "
             "token in RAY_AUTH_TOKEN or ~/.ray/auth_token"
         ) from error
+
+
+@contextmanager
+def _on_loopback() -> Iterator[None]:
+    """A node that Ray starts meanwhile listens at 127.0.0.1 alone.
+
+    The argument `_node_ip_address` does not do it: Ray takes the host's outer address for 127.0.0.1
+    wherever it thinks that other nodes might join.
+    """
+    was = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = was
+
+
+def _start_ray(config: ActorConfig, cores: CorePlan, environment: dict[str, Any]) -> None:
+    """Start a cluster of our own.
+
+    Raises:
+        UserError: it cannot start on this machine, now or later.
+        StartError: it was not there in time.
+    """
+    folder = Path(get_default_ray_temp_dir())
+    _check_socket_paths(folder)
+    try:
+        with _on_loopback():
+            ray.init(
+                address="local",
+                num_cpus=cpus_needed(config, cores),
+                object_store_memory=object_store_bytes(config),
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level="ERROR",
+                runtime_env=environment,
+                _system_config={"task_events_max_num_task_in_gcs": _TASKS_REMEMBERED},
+            )
+    except Exception as error:  # Ray raises just that when its node is not up in 30 s
+        _kill_servers()  # else they live until this process ends
+        logs = f"Ray's logs are under {folder / 'session_latest' / 'logs'}"
+        late = isinstance(error, (ConnectionError, TimeoutError))
+        if isinstance(error, (OSError, ValueError)) and not late:
+            raise UserError(f"Ray cannot start on this machine: {error}. {logs}") from error
+        raise StartError(
+            f"Ray did not start on this machine: {error} If it is busy, try again. {logs}"
+        ) from error
+
+
+_SOCKET_BYTES = 107
+"""Longest path of a Unix socket on Linux."""
+_SOCKET = "session_2026-01-01_00-00-00_000000_0000000/sockets/plasma_store"
+"""What Ray puts behind its temporary folder."""
+
+
+def _check_socket_paths(folder: Path) -> None:
+    """Raise `UserError` where Ray's sockets would have longer paths than the kernel takes."""
+    excess = len(os.fsencode(folder / _SOCKET)) - _SOCKET_BYTES
+    if excess > 0:
+        variable = "RAY_TMPDIR" if "RAY_TMPDIR" in os.environ else "TMPDIR"
+        raise UserError(
+            f"Ray keeps its sockets under {folder}, and their paths would be {excess} byte(s) "
+            f"longer than the {_SOCKET_BYTES} that a Unix socket's may have: set {variable} to a "
+            "shorter folder, such as /tmp"
+        )
 
 
 def _python_path() -> str:
@@ -138,6 +196,17 @@ class ActorFactory:
     locate: ModelLocation
     reservation: Reservation | None = None
     """Places on a cluster; None on one of our own, which is as large as the run."""
+    environments: Sequence[Handle[EnvironmentActor]] = ()
+    """What the generators play episodes in, where that is not beside them."""
+
+    def with_environments(self) -> ActorFactory:
+        """This factory, and the actors of environments that its generators need."""
+        options, config = self._options.environment, self.config.environment
+        actors = [
+            start_actor(EnvironmentActor, options | self._place(ENVIRONMENTS, index), config)
+            for index in range(environment_actors(self.config))
+        ]
+        return replace(self, environments=actors)
 
     def generator(self, name: str, model_folder: str) -> Handle[Generator]:
         """Start the generator called `name`, generator-N, with the weights in `model_folder`."""
@@ -154,6 +223,26 @@ class ActorFactory:
             self.version,
             self.cores.generator_cores[index] if self._bound else None,
             self.locate,
+            config.environment,
+            config.data,
+            self.environments,
+        )
+
+    def teacher(self, name: str) -> Handle[Generator]:
+        """Start the generator called `name`, teacher-N, with the teacher in it."""
+        config, options = self.config, self._options.teacher | self._place(name)
+        assert config.teacher.path is not None
+        longest = config.model.max_length + 1  # a score is asked for with a token behind it
+        return start_actor(
+            Generator,
+            options,
+            name,
+            replace(config.model, path=config.teacher.path, max_length=longest),
+            teacher_generator(config),
+            config.transport.name,
+            config.seed,
+            0,
+            None,
         )
 
     def verifier(self, name: str) -> Handle[VerifierWorker]:
@@ -178,6 +267,8 @@ class ActorFactory:
             {name: self.generator(name, config.model.path) for name in generators},
             {name: self.verifier(name) for name in (f"verifier-{index}" for index in verifiers)},
             learners,
+            self.environments,
+            {name: self.teacher(name) for name in teacher_names(config)},
         )
 
     def _learners(self, job: LearnerJob) -> list[Handle[LearnerRank]]:
@@ -203,11 +294,23 @@ class ActorFactory:
         return self.config.ray.address == "local" and not self.cuda
 
 
-def learner_job(config: Config, origin: ModelLocation) -> LearnerJob:
-    """What a run with a local `config.model.path`, begun from `origin`, asks of the learner."""
+def learner_job(
+    config: Config, origin: ModelLocation, *, scores_on_record: bool = False
+) -> LearnerJob:
+    """What a run with a local `config.model.path`, begun from `origin`, asks of the learner.
+
+    Args:
+        scores_on_record: its steps are given what their scorer said.
+    """
+    names = verifier_names(config.verifier)
+    teacher = None if config.teacher.count else config.teacher.path
     return LearnerJob(
         model=config.model,
         reference_path=origin.folder,
+        teacher_path=teacher,
+        teacher_parameters=count_parameters(Path(teacher)) if teacher else 0,
+        teacher_offload=config.teacher.offload,
+        scores_on_record=scores_on_record,
         learner=config.learner,
         algorithm=config.algorithm,
         correction_kind=config.correction_kind,
@@ -215,7 +318,10 @@ def learner_job(config: Config, origin: ModelLocation) -> LearnerJob:
         temperature=config.generator.temperature,
         seed=config.seed,
         total_steps=config.steps,
-        primary_verifier=verifier_names(config.verifier)[0],
+        primary_verifier=names[0],
+        reward_weights={
+            name: rule.weight for name, rule in zip(names, config.verifier.rules, strict=True)
+        },
         bucket_mib=config.weights.bucket_mib,
         transport=config.weights.transport,
         tokens_per_microbatch=config.batch.tokens_per_microbatch,

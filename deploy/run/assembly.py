@@ -25,12 +25,15 @@ from actors.rollout.pools import (
     warm_up_verifiers,
 )
 from actors.rollout.resume import RolloutState
+from actors.rollout.teacher import TeacherPool
 from common.record.credit_log import forget_credit_after
 from common.record.ledger import Ledger
 from common.record.writer import TrajectoryLogClient
 from common.supervision.waits import Waits
 from common.weights.transport import Receivers
 from deploy.placement.reservation import fewest_generators, generator_names
+from deploy.placement.walls import walls_there
+from deploy.run import shared_devices
 from deploy.run.actors import Actors
 from deploy.run.directory import LEDGER, RunDirectory
 from deploy.run.inputs import Inputs, Notify
@@ -50,6 +53,8 @@ class Parts:
     log: TrajectoryLogClient
     rollout: RolloutState
     publisher: Publisher
+    teachers: TeacherPool | None
+    """None where there are none."""
 
 
 class Assembly:
@@ -81,8 +86,8 @@ class Assembly:
             used: the generators hold the weights of a run before this one.
         """
         learner = self._learner()
-        await self._members_up(learner, used)
-        proof = self._proof(learner)
+        reach = await self._members_up(learner, used)
+        proof = self._proof(learner, reach)
         async with self._generators(proof) as generators, self._verifiers() as verifiers:
             with ExitStack() as at_end:
                 ledger = Ledger(self._run.path / LEDGER, self._inputs.source.identity)
@@ -90,9 +95,11 @@ class Assembly:
                 rollout = self._rollout(ledger, learner)
                 await self._restore(learner, rollout)
                 publisher = await self._publisher(learner, generators, proof)
-                if used:
-                    await publisher.deliver(await publisher.export(self._inputs.first_step))
-                yield Parts(generators, verifiers, learner, self._log, rollout, publisher)
+                # Generators that sleep have given their weights away.
+                loaded = not used and not self._config.transport.shares_devices
+                await publisher.begin(self._inputs.first_step, loaded=loaded)
+                teachers = self._teachers()
+                yield Parts(generators, verifiers, learner, self._log, rollout, publisher, teachers)
 
     def _learner(self) -> LearnerRanks:
         learner = self._config.learner
@@ -104,24 +111,61 @@ class Assembly:
             learner.credit_log_every,
         )
 
-    async def _members_up(self, learner: LearnerRanks, used: bool) -> None:
-        config, actors = self._config, self._actors
-        starts: list[Awaitable[Any]] = [learner.setup(config.learner.start_timeout_s)]
+    async def _members_up(self, learner: LearnerRanks, used: bool) -> int:
+        """Returns when all serve; the range behind which the model computes otherwise."""
+        starts: list[Awaitable[Any]] = [self._take_devices(learner, used)]
         if not used:
-            deadline_s = config.generator.start_timeout_s
-            starts += [
-                start_generators(actors.generators, self._waits, deadline_s),
-                warm_up_verifiers(actors.verifiers, self._waits, deadline_s),
-            ]
-        await asyncio.gather(*starts)
+            deadline_s = self._config.generator.start_timeout_s
+            starts.append(self._verifiers_up(deadline_s))
+            starts.append(start_generators(self._actors.teachers, self._waits, deadline_s))
+        facts, *_ = await asyncio.gather(*starts)
+        return int(facts["reach"])
 
-    def _proof(self, learner: LearnerRanks) -> CanaryProof:
+    async def _verifiers_up(self, deadline_s: float) -> None:
+        """They can judge; those on other machines say what walls stand there."""
+        found = await warm_up_verifiers(self._actors.verifiers, self._waits, deadline_s)
+        if self._config.ray.address != "local":  # else it was said before anything started
+            for line in walls_there(found):
+                self._notify(line)
+
+    async def _set_up(self, learner: LearnerRanks) -> dict[str, Any]:
+        """Set the learner up, and say how it computes."""
+        facts = await learner.setup(self._config.learner.start_timeout_s)
+        for note in facts["notes"]:
+            self._notify(note)
+        return facts
+
+    async def _take_devices(self, learner: LearnerRanks, used: bool) -> dict[str, Any]:
+        """Start generators and learner side by side, or on the same devices one by one.
+
+        Returns facts of the learner.
+        """
+        config, generators, waits = self._config, self._actors.generators, self._waits
+        deadline_s = config.generator.start_timeout_s
+        if config.transport.shares_devices:
+            if used:
+                await shared_devices.sleep(generators, waits, deadline_s)
+            else:
+                await shared_devices.start_asleep(config, generators, waits, self._notify)
+            return await self._set_up(learner)
+        if used:
+            return await self._set_up(learner)
+        facts, _ = await asyncio.gather(
+            self._set_up(learner), start_generators(generators, waits, deadline_s)
+        )
+        return facts
+
+    def _proof(self, learner: LearnerRanks, reach: int) -> CanaryProof:
         weights = self._config.weights
         prompts = self._inputs.source.some_prompts(weights.canary_sequences)
         canary = Canary.from_prompts(
-            [prompt.token_ids for prompt in prompts], weights.canary_tokens
+            [prompt.token_ids for prompt in prompts],
+            weights.canary_tokens,
+            reach,
+            self._config.model.max_length,
         )
-        return CanaryProof(learner, canary, self._config.canary_tolerance)
+        tolerance = self._config.canary_tolerance
+        return CanaryProof(learner, canary, tolerance, weights.canary_growth)
 
     def _generators(self, proof: CanaryProof) -> GeneratorPool:
         handles = self._actors.generators
@@ -134,6 +178,10 @@ class Assembly:
             min_live=fewest_generators(self._config),
             to_come=set(generator_names(self._config)) - set(handles),
         )
+
+    def _teachers(self) -> TeacherPool | None:
+        handles = dict(self._actors.teachers)
+        return TeacherPool(handles, self._waits) if handles else None
 
     def _verifiers(self) -> VerifierPool:
         return VerifierPool(self._actors.verifiers, self._waits, self._replacements.verifiers())

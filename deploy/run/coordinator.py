@@ -16,7 +16,6 @@ import pyarrow.ipc
 from actors.rollout.episodes import Episodes, GroupSampling
 from actors.rollout.evaluate import Evaluator
 from actors.rollout.loop import RolloutLoop
-from common.config.notes import notes
 from common.config.sections import Config
 from common.record.metrics import Metrics
 from common.record.writer import TrajectoryLogClient
@@ -24,6 +23,7 @@ from common.supervision.calls import get_all
 from common.supervision.heartbeat import beat
 from common.supervision.loops import first_cause, until_it_ends
 from common.trajectory import GroupReceipt, batch_refs
+from deploy.predict.notes import notes
 from deploy.run.actors import Actors, learner_job, start_log
 from deploy.run.assembly import Assembly, Parts
 from deploy.run.checkpoints import Checkpoints
@@ -116,6 +116,8 @@ class Run:
                 schedule=schedule_of(inputs),
                 keep_batch=self._keep_batch,
                 stop=self._preemption.requested,
+                scorer=parts.teachers,
+                score_timeout_s=config.teacher.score_timeout_s,
             )
             return await until_it_ends(
                 learning.run(), generation_loop(config, parts).run(), heartbeat(config, parts)
@@ -158,6 +160,8 @@ class Run:
 def generation_loop(config: Config, parts: Parts) -> RolloutLoop:
     """Prompts to groups, for ever."""
     generator, rollout = config.generator, parts.rollout
+    asked = config.algorithm.rollout
+    follow_up = None if asked.follow_up.kind == "none" else asked.follow_up
     return RolloutLoop(
         source=rollout.source,
         episodes=Episodes(
@@ -170,12 +174,16 @@ def generation_loop(config: Config, parts: Parts) -> RolloutLoop:
         log=parts.log,
         guidance=rollout.guidance,
         sampling=GroupSampling(
-            config.batch.group_size,
+            asked.follow_up.first_of(config.batch.group_size),
             generator.max_completion_tokens,
             generator.temperature,
             generator.group_cap_s,
+            asked.greedy,
+            asked.consistency.pattern if asked.consistency.weight else "",
+            follow_up,
+            config.batch.group_size,
         ),
-        seed=config.seed if generator.max_staleness == 0 else None,
+        seed=config.sampling_seed,
     )
 
 
@@ -200,17 +208,20 @@ def heartbeat(config: Config, parts: Parts) -> Coroutine[Any, Any, None]:
     """Signs of life of every process, for ever."""
     silence_s = config.restart.silence_s
     everyone = (parts.generators, parts.verifiers, parts.learner, parts.log)
-    return beat(config.restart.heartbeat_s, [partial(each.ping, silence_s) for each in everyone])
+    pings = [partial(each.ping, silence_s) for each in everyone]
+    teachers = [] if parts.teachers is None else [partial(parts.teachers.ping, silence_s)]
+    return beat(config.restart.heartbeat_s, [*pings, *teachers])
 
 
 def schedule_of(inputs: Inputs) -> Schedule:
     """What happens at which step."""
     config = inputs.config
+    parts = 1 if config.algorithm.rollout.follow_up.kind == "none" else 2
     return Schedule(
         first_step=inputs.first_step,
         last_step=config.steps,
         eval_every=config.eval.every,
         checkpoint_every=config.checkpoint.every,
         max_staleness=config.generator.max_staleness,
-        take_timeout_s=2 * config.generator.group_timeout_s,
+        take_timeout_s=2 * parts * config.generator.group_timeout_s,
     )

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import datetime
 import fcntl
+import hashlib
 import os
 import re
 import shutil
@@ -26,6 +27,7 @@ from common.config.load import dump_config
 from common.config.sections import Config
 from common.errors import UserError
 from common.record.manifest import damage
+from deploy.run.restart_budget import wanted_of_lost
 
 LEDGER = "ledger.sqlite"
 QUARANTINE = "quarantine.jsonl"
@@ -33,10 +35,16 @@ FAILED_BATCH = "failed-batch.arrow"
 _LOOK_S = 0.5
 """Seconds to try for the lock: longer than `deploy.inspector.account.is_live`, which only looks
 whether a run is going on, holds it."""
+_WRITTEN = ".config.sha256"
+"""The digest of config.yaml as the run wrote it; a copy elsewhere has none."""
 _STEP = re.compile(r"^step-(\d+)$")
 
 
 _ERROR_LINE = re.compile(r"(?:^|[\s\]])((?:\w+\.)*\w*(?:Error|Exception|Killed): .+)$")
+
+
+_OWN_END = "vLLM's engine was shut down"
+"""Said by a generator that the run has ended itself."""
 
 
 def last_errors(log_folder: Path, count: int = 3) -> list[str]:
@@ -45,10 +53,14 @@ def last_errors(log_folder: Path, count: int = 3) -> list[str]:
     for path in sorted(log_folder.glob("*"), key=lambda file: file.stat().st_mtime):
         for line in path.read_text(errors="replace").splitlines():
             match = _ERROR_LINE.search(line)
-            if match:
+            if match and not match.group(1).endswith(_OWN_END):
                 found.pop(match.group(1), None)
                 found[match.group(1)] = None
     return list(found)[-count:]
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _locked(file: TextIO) -> bool:
@@ -60,10 +72,11 @@ def _locked(file: TextIO) -> bool:
 
 
 def explained(error: BaseException, log_folder: Path, advice: str) -> str:
-    """The error, what the processes themselves said last, and `advice`."""
+    """The error, who met it, what the processes themselves said last, and `advice`."""
     cause = getattr(error, "cause", None) or error
     said = last_errors(log_folder)
-    return "\n".join([str(cause), *(f"  {line}" for line in said), advice])
+    lines = [*wanted_of_lost(error), *said]
+    return "\n".join([str(cause), *(f"  {line}" for line in lines), advice])
 
 
 class RunDirectory:
@@ -98,6 +111,7 @@ class RunDirectory:
         run = cls(path)
         run.path.mkdir(parents=True, exist_ok=False)
         (run.path / "config.yaml").write_text(config)
+        (run.path / _WRITTEN).write_text(_digest(config))
         run._acquire()
         return run
 
@@ -130,13 +144,32 @@ class RunDirectory:
         self._lock.write(str(os.getpid()))
         self._lock.flush()
 
+    def config_was_edited(self) -> bool:
+        """Whether config.yaml is another than the run has written; False where nobody knows."""
+        written = self.path / _WRITTEN
+        now = (self.path / "config.yaml").read_text(encoding="utf-8", errors="replace")
+        return written.is_file() and written.read_text() != _digest(now)
+
     def release(self) -> None:
         """Let another process train here. A run that never started leaves no folder behind."""
         if self._lock is not None:
             self._lock.close()
             self._lock = None
-        if {entry.name for entry in self.path.iterdir()} <= {"config.yaml", ".lock"}:
+        if not self._has_begun:
             shutil.rmtree(self.path)
+
+    @property
+    def _has_begun(self) -> bool:
+        return not {entry.name for entry in self.path.iterdir()} <= {
+            "config.yaml",
+            _WRITTEN,
+            ".lock",
+        }
+
+    @property
+    def how_to_go_on(self) -> str:
+        """What a person does when the cause of a failure is mended."""
+        return f"go on by resume={self.path}" if self._has_begun else "start the run again"
 
     def checkpoint(self, step: int) -> Path:
         return self.path / "checkpoints" / f"step-{step}"

@@ -11,6 +11,7 @@ import asyncio
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from ray.exceptions import RayError
@@ -19,12 +20,14 @@ from common.config.sections import Config
 from common.errors import RunError, StallError, UserError
 from common.record.metrics import read_metrics
 from common.supervision.stacks import stall_report
+from deploy.placement.devices import on_these_devices
 from deploy.run.coordinator import Run
 from deploy.run.directory import RunDirectory, explained
 from deploy.run.mirror import Mirror
 from deploy.run.preemption import Preemption
 from deploy.run.restart_budget import RestartBudget, is_recoverable
 from deploy.run.service import Service
+from deploy.run.settled import settled
 
 
 async def train_to_end(
@@ -37,7 +40,11 @@ async def train_to_end(
 
     Raises: as `deploy.launch.train`.
     """
-    automatic, config = config.resume == "auto", found(config)
+    automatic = config.resume == "auto"
+    config = settled(found(config), partial(print, flush=True))
+    config, said = on_these_devices(config)
+    if said is not None:
+        print(said, flush=True)
     run = RunDirectory.reopen(config.resume) if config.resume else RunDirectory.create(config)
     with _explaining(run):
         async with _ended_on_failure(service, run):
@@ -65,7 +72,7 @@ async def _through_deaths(
             if is_done(run, config.steps):  # it failed behind its last checkpoint
                 print(_said(error, run), flush=True)
                 return await _done(config, run)
-            wait_s = restarts.after(error, last_step(run))
+            wait_s = restarts.after(error, last_step(run), run.how_to_go_on)
             print(f"{_said(error, run)}\nall processes start again in {wait_s:.0f} s", flush=True)
         else:
             if preemption.requested.is_set():

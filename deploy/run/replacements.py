@@ -11,8 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
-from actors.environments.worker import VerifierWorker
 from actors.generation.generator import Generator
+from actors.verifiers.worker import VerifierWorker
 from common.record.writer import TrajectoryLogWriter
 from common.supervision.calls import Handle
 from common.supervision.replacement import Replacement

@@ -14,9 +14,12 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from actors.environments.worker import VerifierWorker
+from ray.exceptions import RayTaskError
+
+from actors.environments.actor import EnvironmentActor
 from actors.generation.generator import Generator
-from common.config.sections import VerifierConfig
+from actors.verifiers.worker import VerifierWorker
+from common.config.sections import TeacherConfig, VerifierConfig
 from common.errors import UserError
 from common.record.writer import TrajectoryLogWriter
 from common.supervision.calls import Handle, Ref, ask
@@ -26,11 +29,12 @@ from deploy.models.resolve import ModelLocation
 from deploy.placement.config import ActorConfig, num_ranks
 from deploy.placement.cpu_runtime import preload_libraries
 from deploy.placement.memory import check_memory
-from deploy.placement.options import CorePlan, actor_options, gpus_each, plan_here, uses_cuda
+from deploy.placement.options import CorePlan, actor_options, devices_wanted, plan_here, uses_cuda
 from deploy.placement.reservation import Reservation, generator_names, wishes
-from deploy.placement.walls import walls_here
+from deploy.placement.walls import environment_walls, walls_here
 from deploy.run.actors import ActorFactory, Actors, connect, disconnect
 from learner.training.job import LearnerJob
+from learner.training.memory import ALONE, OtherModels
 from learner.training.rank import LearnerRank
 from learner.training.ranks import LearnerRanks
 
@@ -76,24 +80,28 @@ class Service:
             if wanted != self._served:
                 raise UserError(
                     "runs that share actors must have the same model, generator, verifier, "
-                    "weights.transport and ray sections and as many learner ranks "
+                    "environment, weights.transport and ray sections and as many learner ranks "
                     "(generator.max_staleness may differ)"
                 )
             if job is not None:
                 learner = LearnerRanks(self._actors.learners, self.waits, SHUTDOWN_S)
                 await learner.begin(job, SHUTDOWN_S)
             return self._actors, True
-        cuda = _check(config, has_reference=job is not None and job.algorithm.objective.kl > 0)
+        others = ALONE if job is None else OtherModels.of(job.algorithm, job.teacher_parameters)
+        cuda = _check(config, others)
         cores = plan_here(config, [] if cuda else preload_libraries())
         notify(_start_message(config, cores))
         if config.ray.address == "local":  # elsewhere each verifier looks at its own host
             notify(f"verifiers behind walls: {'; '.join(walls_here(config.verifier))}")
+            if walls := environment_walls(config.environment, "local"):
+                notify(f"environments behind walls: {'; '.join(walls)}")
         connect(config, cores)
         reservation, generators = None, generator_names(config)
         if config.ray.address != "local" or config.transport.shares_devices:
             reservation = Reservation(wishes(config, actor_options(config, cores, cuda)))
             generators = await reservation.wait(config, config.ray.placement_timeout_s, notify)
-        self._factory = ActorFactory(config, cores, cuda, version, origin, reservation)
+        factory = ActorFactory(config, cores, cuda, version, origin, reservation)
+        self._factory = factory.with_environments()
         self._actors, self._served = self._factory.all(generators, job), wanted
         return self._actors, False
 
@@ -114,30 +122,40 @@ class Service:
         """Close what belongs to one run; the learner lets go of its policy."""
         assert self._actors is not None
         calls = [ask(handle, LearnerRank.shutdown) for handle in self._actors.learners]
-        await self._all_answered([*calls, ask(log, TrajectoryLogWriter.close)])
+        *_, closed = await self._all_answered([*calls, ask(log, TrajectoryLogWriter.close)])
         log.kill()
+        if isinstance(closed, RayTaskError):
+            print(
+                f"warning: the trajectory log was not closed: {closed.cause}. Segments that are "
+                "gone or torn are named by inspect --ledger",
+                flush=True,
+            )
 
     async def end(self, log_folder: Path) -> None:
         """End every actor and Ray; the logs of all processes go to `log_folder`."""
         if self._actors is not None:
             generators, verifiers = self._actors.generators, self._actors.verifiers
+            teachers, environments = self._actors.teachers, self._actors.environments
             self._actors = None
             await self._all_answered(
                 [ask(handle, Generator.shutdown) for handle in generators.values()]
+                + [ask(handle, Generator.shutdown) for handle in teachers.values()]
                 + [ask(handle, VerifierWorker.close) for handle in verifiers.values()]
+                + [ask(handle, EnvironmentActor.shutdown) for handle in environments]
             )
         disconnect(log_folder)
 
-    async def _all_answered(self, calls: list[Ref[None]]) -> None:
+    async def _all_answered(self, calls: list[Ref[None]]) -> list[object]:
         """Every actor was asked to end its own children; whatever does not answer is killed after.
 
-        Errors are not raised: a dead or hanging actor is why we may be here.
+        Errors are not raised, but returned in the place of an answer: a dead or hanging actor is
+        why we may be here.
         """
         waiting = [
             self.waits.on(call, owner="shutdown", cause="an actor", deadline_s=SHUTDOWN_S)
             for call in calls
         ]
-        await asyncio.gather(*waiting, return_exceptions=True)
+        return list(await asyncio.gather(*waiting, return_exceptions=True))
 
 
 def _sections(config: ActorConfig) -> object:
@@ -149,17 +167,26 @@ def _sections(config: ActorConfig) -> object:
         config.learner.device,
     )
     transport, placement = config.transport.name, config.placement
-    return config.model, generator, config.verifier, learner, transport, placement, config.ray
+    played = config.environment
+    return (
+        *(config.model, generator, config.verifier, played, _pool(config.teacher)),
+        *(learner, transport, placement, config.ray),
+    )
 
 
-def _check(config: ActorConfig, *, has_reference: bool) -> bool:
+def _pool(teacher: TeacherConfig) -> TeacherConfig | None:
+    """A teacher in generators of its own, which runs share; None for any other."""
+    return teacher if teacher.count else None
+
+
+def _check(config: ActorConfig, others: OtherModels) -> bool:
     """Whether the run uses CUDA. Raises `UserError` when it cannot run on this machine."""
     cuda = uses_cuda(config)
     if config.transport.needs_cuda and not cuda:
-        others = names_where(lambda transport: not transport.needs_cuda)
+        choices = names_where(lambda transport: not transport.needs_cuda)
         raise UserError(
             f"weights.transport={config.transport.name} moves weights between CUDA devices "
-            f"and there is none: use weights.transport={others}"
+            f"and there is none: use weights.transport={choices}"
         )
     varlen = config.learner is not None and config.learner.attention == "varlen"
     if varlen and not (cuda and config.model.dtype == "bfloat16"):
@@ -171,7 +198,7 @@ def _check(config: ActorConfig, *, has_reference: bool) -> bool:
         if cuda:
             _check_devices(config)
         else:
-            check_memory(config, Path(config.model.path), has_reference=has_reference)
+            check_memory(config, Path(config.model.path), others)
     return cuda
 
 
@@ -181,8 +208,7 @@ def _check_devices(config: ActorConfig) -> None:
 
     here = torch.cuda.device_count()
     generators, ranks = config.generator.count, num_ranks(config)
-    of_generator, of_rank = gpus_each(config)
-    wanted = generators * of_generator + ranks * of_rank
+    wanted = devices_wanted(config)
     if wanted > here:
         shared = names_where(lambda transport: transport.shares_devices)
         raise UserError(

@@ -9,7 +9,7 @@ Evidence: [P] paper or official code, [R] reviewer, [3P] third parties, [D] deri
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 import torch
@@ -19,7 +19,7 @@ from common.config.algorithm import BaselineConfig
 from common.errors import VerifierError
 from learner.algorithm.axis import Axis, Rule, number_problem, tensor_problem
 from learner.algorithm.baselines import MORE_BASELINES
-from learner.algorithm.grouped import Advantages, GroupedRewards
+from learner.algorithm.grouped import Advantages, GroupedRewards, RewardPart
 
 
 def check_rewards(rewards: Tensor, verifier_name: str) -> None:
@@ -142,6 +142,9 @@ def group_advantages(
     lengths_B: Tensor,
     config: BaselineConfig,
     rule: Rule[GroupedRewards, Advantages],
+    parts: Sequence[RewardPart] = (),
+    scores_B: Tensor | None = None,
+    compared_B: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Mapping[str, float]]:
     """Advantages of a batch under `rule`, which is the one that `config` names.
 
@@ -149,6 +152,9 @@ def group_advantages(
         rewards_B: NaN where a completion has no reward.
         group_B: long, the index of each completion's group, in any order.
         lengths_B: long, all tokens of each completion.
+        parts: what the rewards are the weighted sum of, [B] each.
+        scores_B: mean log-probability of each completion's tokens.
+        compared_B: bool, completions that others are compared with; they are not kept.
 
     Returns:
         Advantages [B] float64; [B] bool, whether the completion belongs to the batch at all; and
@@ -157,12 +163,21 @@ def group_advantages(
         advantages from below (GRPO-lambda: -0.1 [R]).
     """
     valid_B = ~rewards_B.isnan()
-    grouped = GroupedRewards(rewards_B[valid_B].double(), group_B[valid_B], lengths_B[valid_B])
+    grouped = GroupedRewards(
+        rewards_B[valid_B].double(),
+        group_B[valid_B],
+        lengths_B[valid_B],
+        tuple(RewardPart(part.values[valid_B].double(), part.weight) for part in parts),
+        None if scores_B is None else scores_B[valid_B].double(),
+        None if compared_B is None else compared_B[valid_B],
+    )
     found = BASELINES.call(rule, config.kind, grouped)
     advantages_V = found.advantages_V.double()
     kept_V = torch.ones_like(grouped.group_V, dtype=torch.bool)
     if found.kept_V is not None:
         kept_V = found.kept_V
+    if grouped.compared_V is not None:
+        kept_V = kept_V & ~grouped.compared_V
     if config.min_advantage is not None:
         advantages_V = advantages_V.clamp(min=config.min_advantage)
     advantages_B = torch.zeros_like(rewards_B, dtype=torch.float64)

@@ -128,6 +128,12 @@ def length_preference(
     g_V = exponent_V.clamp(max=EXPONENT_LIMIT).exp()
     dg_V = (g_V * log_h_V).masked_fill(exponent_V > EXPONENT_LIMIT, 0.0)
     share_V = _group_softmax(g_V, group_V, groups)
+    if bool(((share_V > 0.5) & (size_V > 2)).any()):
+        warnings.warn(
+            f"lambda_grpo: with lambda {lambda_:.3g} one completion has more than half of its "
+            "group's weight; lower aggregation.lambda_learning_rate, or start anew",
+            stacklevel=2,
+        )
     derivative_V = size_V * share_V * (dg_V - group_sum(share_V * dg_V))
     return size_V * share_V, derivative_V
 

@@ -36,7 +36,8 @@ from torch import Tensor
 from common.config.names import import_named
 from common.errors import RunError, UserError
 from common.record.metric_names import METRICS
-from learner.algorithm.arguments import check_arguments
+from learner.algorithm.arguments import check_arguments, parameters
+from learner.algorithm.choices import Chooser, TokenColumns
 
 
 class AxisConfig(Protocol):
@@ -137,6 +138,20 @@ class Axis(Generic[Inputs, Config, Result]):
                 "give a function"
             )
         return cast(Callable[..., Rule[Inputs, Result]], found)(config, **config.args)
+
+    def chooser(self, config: Config) -> Callable[[TokenColumns], Tensor] | None:
+        """How the rule chooses among all tokens of an update; None where it does not."""
+        rule = self.rules.get(config.kind)
+        chooser: Chooser | None = getattr(rule, "chooser", None)
+        if rule is None or chooser is None:
+            return None
+        given = {name: each.default for name, each in parameters(rule).items()} | config.args
+        wanted = {name: given[name] for name in parameters(chooser)}
+        return lambda columns: chooser(columns, config, **wanted)
+
+    def chooses_of_all(self, config: Config) -> bool:
+        """Whether the rule chooses also among tokens of completions without an advantage."""
+        return bool(getattr(self.rules.get(config.kind), "of_all", False))
 
     def call(self, rule: Rule[Inputs, Result], kind: str, inputs: Inputs) -> Result:
         """Ask a rule, and look at the answer where the rule is the user's own.

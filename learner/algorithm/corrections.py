@@ -8,6 +8,7 @@ update. The weight multiplies the token's surrogate and carries no gradient.
     sequence_mask    the ratio, and 0 for completions whose ratio as a whole left [low, high]
     off_policy_mask  0 for completions of negative advantage that the policy has left behind
     topr             min(ratio, 1) where the advantage is not positive, 1 where it is
+    m2po             0 for the few tokens that make the ratios' second moment large
 
 At `sequence` level the ratio is the product over the completion's tokens. Tokens that the policy
 did not sample (behaviour log-probability NaN) have no ratio: weight 1, and no part in products.
@@ -25,8 +26,9 @@ import torch
 from torch import Tensor
 
 from common.config.algorithm import CorrectionConfig
-from common.config.bounds import Limit, NotNegative
+from common.config.bounds import Limit, NotNegative, Positive
 from learner.algorithm.axis import Axis, tensor_problem, token_cases, token_metric_problem
+from learner.algorithm.choices import chooses, second_moment
 from learner.algorithm.surrogates import bounded_exp
 from learner.algorithm.traces import PackedAxis
 
@@ -46,6 +48,8 @@ class CorrectionInputs:
     sampled_N: Tensor  # bool; what a rule returns for the others is not looked at
     axis: PackedAxis
     advantages_N: Tensor  # that of the token's completion
+    chosen_N: Tensor | None = None
+    """Tokens that the rule has chosen among all of the update (`learner.algorithm.choices`)."""
 
 
 @dataclass(frozen=True)
@@ -121,6 +125,20 @@ def _topr(inputs: CorrectionInputs, config: CorrectionConfig) -> Correction:
     return Correction(torch.where(inputs.advantages_N > 0, 1.0, tapered_N).to(tapered_N.dtype))
 
 
+@chooses(second_moment)
+def _m2po(
+    inputs: CorrectionInputs, config: CorrectionConfig, *, limit: Positive = 0.04
+) -> Correction:
+    """0 for the tokens furthest off the sampler, until the mean of gap^2 is below `limit`, else 1.
+
+    M2PO, arXiv 2510.01161; the rule and 0.04 as in AReaL [3P]. It keeps far more tokens than a
+    clip where data are old, and bounds their variance all the same. Over the whole update.
+    """
+    if inputs.chosen_N is None:
+        raise ValueError("correction `m2po` needs chosen_N")
+    return Correction((~inputs.chosen_N).to(inputs.ratio_N.dtype))
+
+
 def _made_up(lengths: list[int]) -> CorrectionInputs:
     gap_N = torch.linspace(-0.2, 0.3, sum(lengths))
     sampled_N = torch.ones(sum(lengths), dtype=torch.bool)
@@ -145,6 +163,7 @@ CORRECTIONS: Axis[CorrectionInputs, CorrectionConfig, Correction] = Axis(
         "sequence_mask": _sequence_mask,
         "off_policy_mask": _off_policy_mask,
         "topr": _topr,
+        "m2po": _m2po,
     },
     cases=token_cases(_made_up),
     problem=_problem,
@@ -172,9 +191,10 @@ def correct(
     axis: PackedAxis,
     advantages_N: Tensor,
     config: CorrectionConfig,
+    chosen_N: Tensor | None = None,
 ) -> Correction:
     """Weights from `behaviour_gap`; 1 where `sampled_N` is False. `config.kind` is not `auto`."""
     ratio_N = bounded_exp(LEVELS[config.level](gap_N, axis))
-    inputs = CorrectionInputs(ratio_N, gap_N, sampled_N, axis, advantages_N)
+    inputs = CorrectionInputs(ratio_N, gap_N, sampled_N, axis, advantages_N, chosen_N)
     found = CORRECTIONS.rule(config)(inputs)
     return replace(found, weight_N=found.weight_N.masked_fill(~sampled_N, 1.0))

@@ -14,6 +14,14 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
+class RewardPart:
+    """What one verifier gave the completions, or a penalty."""
+
+    values: Tensor  # float64, one a completion
+    weight: float
+
+
+@dataclass(frozen=True)
 class GroupedRewards:
     """Rewards with the group of each, and the statistics of the groups spread back to members."""
 
@@ -21,6 +29,12 @@ class GroupedRewards:
     group_V: Tensor
     lengths_V: Tensor
     """All tokens of each completion, long."""
+    parts: tuple[RewardPart, ...] = ()
+    """What `rewards_V` is the weighted sum of; nothing where that is not known."""
+    scores_V: Tensor | None = None
+    """Mean log-probability of each completion's tokens under the policy that sampled them."""
+    compared_V: Tensor | None = None
+    """Whether the completion is there for others to compare with alone, bool."""
 
     @cached_property
     def groups(self) -> int:
@@ -72,3 +86,8 @@ class Advantages:
     kept_V: Tensor | None = None
     """Which completions count, bool; None for all. The others count in no denominator."""
     metrics: Mapping[str, float] = field(default_factory=dict)
+
+
+def deviation(values_V: Tensor) -> Tensor:
+    """Sample standard deviation; 0 for fewer than two values."""
+    return values_V.std() if values_V.numel() > 1 else values_V.new_zeros(())

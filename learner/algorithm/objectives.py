@@ -17,21 +17,12 @@ import torch
 from torch import Tensor
 
 from common.config.algorithm import ObjectiveConfig
-from common.config.bounds import above, or_infinite
+from common.config.bounds import Limit, NotNegative, Share, ShareBelowOne, above, or_infinite
 from learner.algorithm.axis import Axis, tensor_problem, token_cases, token_metric_problem
+from learner.algorithm.choices import TokenColumns, chooses, highest_covariance, some_in_band
 from learner.algorithm.surrogates import Surrogate, Terms, bounded_exp, log_policy
 from learner.algorithm.traces import PackedAxis
-from learner.algorithm.trust_regions import dppo, dro, sapo, vespo
-
-
-def k3(logprobs_N: Tensor, reference_N: Tensor) -> Tensor:
-    """The k3 estimate of KL(pi || ref), nats a token: exp(d) - d - 1 with d = log pi_ref - log pi.
-
-    Its gradient pulls towards the reference at every distance. arXiv 2402.03300, eq. 4 [P].
-    """
-    gap_N = reference_N - logprobs_N
-    return bounded_exp(gap_N) - gap_N - 1
-
+from learner.algorithm.trust_regions import disco, dppo, dro, sapo, vespo
 
 DualClip = Annotated[float, or_infinite(above(1))]
 """`.inf` is off."""
@@ -63,9 +54,14 @@ def _ppo(terms: Terms, config: ObjectiveConfig, *, dual_clip: DualClip = math.in
 def _gspo(terms: Terms, config: ObjectiveConfig) -> Surrogate:
     """PPO's clip on s_i = (pi / pi_old)^(1/|o_i|), arXiv 2507.18071 [P].
 
-    The gradient runs through s_i into every token of the completion.
+    The gradient runs through s_i into every token of the completion. Where tokens differ in
+    advantage it is GSPO-token [P]: every token has s_i as its ratio, and the gradient of its own.
     """
     mean_B = terms.axis.mean(terms.log_ratio_N).to(terms.log_ratio_N.dtype)
+    if terms.token_advantages_N is not None:
+        own_N = terms.log_ratio_N - terms.log_ratio_N.detach()
+        ratio_N = terms.axis.spread(mean_B).detach() + own_N
+        return _clipped(ratio_N, terms.advantages_N, config)
     sequence = _clipped(mean_B, terms.advantages_B, config)
     return Surrogate(terms.axis.spread(sequence.values_N), terms.axis.spread(sequence.clipped_N))
 
@@ -104,6 +100,75 @@ def _gpg(terms: Terms, config: ObjectiveConfig) -> Surrogate:
     return Surrogate(values_N, torch.zeros_like(values_N, dtype=torch.bool))
 
 
+def _guide(terms: Terms, config: ObjectiveConfig, *, gamma_quantile: Share = 0.9) -> Surrogate:
+    """PPO's surrogate, and A r / (r + gamma) for what was sampled behind a hint; Guide.
+
+    arXiv 2506.13923 [P]. There r is the ratio of the policy behind the plain prompt to the sampler
+    behind the hint, without a clip, and gamma a quantile of r over the completion (the authors'
+    script has micro-batches of one). Its gradient is at most a quarter of PPO's, where r = gamma.
+    """
+    found = _clipped(terms.log_ratio_N, terms.advantages_N, config)
+    if terms.elsewhere_gap_N is None or terms.elsewhere_B is None:
+        return found
+    elsewhere_N = terms.axis.spread(terms.elsewhere_B)
+    ratio_N = bounded_exp(terms.log_ratio_N + terms.elsewhere_gap_N)
+    gamma_B = torch.ones_like(terms.advantages_B)
+    parts = ratio_N.detach().split(terms.axis.lengths_B.tolist())
+    for completion in terms.elsewhere_B.nonzero()[:, 0].tolist():
+        if len(parts[completion]):
+            gamma_B[completion] = torch.quantile(parts[completion], gamma_quantile)
+    shaped_N = ratio_N / (ratio_N + terms.axis.spread(gamma_B))
+    return Surrogate(
+        torch.where(elsewhere_N, shaped_N * terms.advantages_N, found.values_N),
+        found.clipped_N & ~elsewhere_N,
+    )
+
+
+@chooses(some_in_band)
+def _clip_cov(
+    terms: Terms,
+    config: ObjectiveConfig,
+    *,
+    share: ShareBelowOne = 2e-4,
+    lowest: NotNegative = 1.0,
+    highest: Limit = 5.0,
+) -> Surrogate:
+    """PPO's surrogate, and none for a few tokens of high covariance: Clip-Cov, arXiv 2505.22617.
+
+    `share` of the update's tokens are drawn from those whose covariance of advantage and
+    log-probability lies between `lowest` and `highest`; it is such tokens that take the entropy
+    down [P]. verl takes means and draw over each micro-batch [3P], this over the update.
+    """
+    found = _clipped(terms.log_ratio_N, terms.advantages_N, config)
+    chosen_N = _chosen(terms, "clip_cov")
+    return Surrogate(found.values_N.masked_fill(chosen_N, 0.0), found.clipped_N | chosen_N)
+
+
+@chooses(highest_covariance)
+def _kl_cov(
+    terms: Terms,
+    config: ObjectiveConfig,
+    *,
+    share: ShareBelowOne = 2e-4,
+    coefficient: NotNegative = 1.0,
+) -> Surrogate:
+    """r A, less coefficient |x| for the tokens of highest covariance: KL-Cov, arXiv 2505.22617 [P].
+
+    There is no clip. |x| is the distance of a token's log-probability from its anchor's; at the
+    anchor it has no gradient, so the penalty acts from the second update of a batch on.
+    """
+    chosen_N = _chosen(terms, "kl_cov")
+    values_N = bounded_exp(terms.log_ratio_N) * terms.advantages_N
+    held_N = torch.where(chosen_N, coefficient * terms.log_ratio_N.abs(), 0.0)
+    return Surrogate(values_N - held_N, torch.zeros_like(chosen_N))
+
+
+def _chosen(terms: Terms, kind: str) -> Tensor:
+    if terms.chosen_N is None:
+        raise ValueError(f"objective `{kind}` needs chosen_N")
+    return terms.chosen_N
+
+
 def _made_up(lengths: list[int]) -> Terms:
     z_N = torch.linspace(-0.2, 0.3, sum(lengths)).requires_grad_()
     advantages_B = torch.linspace(1.0, -1.0, len(lengths))
@@ -135,11 +200,36 @@ OBJECTIVES: Axis[Terms, ObjectiveConfig, Surrogate] = Axis(
         "dppo": dppo,
         "vespo": vespo,
         "dro": dro,
+        "disco": disco,
+        "clip_cov": _clip_cov,
+        "guide": _guide,
+        "kl_cov": _kl_cov,
     },
     cases=token_cases(_made_up),
     problem=_problem,
     whole_batch=False,
 )
+
+
+def uses_ratio(config: ObjectiveConfig) -> bool:
+    """Whether an objective does anything else away from the anchor than at it."""
+    gradients, chooser = [], OBJECTIVES.chooser(config)
+    for shift in (0.0, 0.5, -0.5):
+        z_N = torch.full((2,), shift, dtype=torch.float64, requires_grad=True)
+        logprobs_N = torch.full_like(z_N, -1.0).detach()
+        anchor_N, ones_N = logprobs_N - shift, torch.ones_like(logprobs_N)
+        columns = TokenColumns(logprobs_N, anchor_N, anchor_N, ones_N, ones_N, ones_N)
+        terms = Terms(
+            z_N,
+            logprobs_N,
+            torch.tensor([1.0, -1.0], dtype=torch.float64),
+            PackedAxis(torch.tensor([1, 1])),
+            torch.zeros_like(logprobs_N),
+            chosen_N=None if chooser is None else chooser(columns),
+        )
+        values_N = OBJECTIVES.rule(config)(terms).values_N
+        gradients.append(torch.autograd.grad(values_N.sum(), z_N)[0])
+    return not all(torch.equal(gradients[0], each) for each in gradients[1:])
 
 
 def _unscaled(advantages_V: Tensor, group_V: Tensor) -> float:

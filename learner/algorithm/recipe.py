@@ -12,31 +12,43 @@ Legend: B completions of the global batch, all groups.
 
 from __future__ import annotations
 
-import itertools
+import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from common.config.algorithm import AlgorithmConfig, CreditConfig
-from common.config.bounds import check_bounds
+from common.config.algorithm import (
+    AdvantageConfig,
+    AlgorithmConfig,
+    ConsistencyConfig,
+    CorrectionConfig,
+    CreditConfig,
+    CriticConfig,
+)
 from common.errors import UserError
+from learner.algorithm.advantage_inputs import AdvantageInputs
 from learner.algorithm.advantages import BASELINES, check_rewards, group_advantages
 from learner.algorithm.aggregation import AGGREGATIONS, KeptCompletions, LearnedAggregation
 from learner.algorithm.axis import Rule
+from learner.algorithm.choices import TokenColumns, TokenShare, token_shares
 from learner.algorithm.corrections import CORRECTIONS
 from learner.algorithm.credit import CREDITS
+from learner.algorithm.grouped import RewardPart
 from learner.algorithm.loss import CompletionBatch, LossOutput, policy_loss
 from learner.algorithm.objectives import OBJECTIVES, batch_scale
+from learner.algorithm.recipe_checks import check_recipe
+from learner.algorithm.rewarded import Rewarded
 from learner.algorithm.selection import ROLLOUTS, Chosen, Sampled, by_keys, overlong_penalty
+from learner.algorithm.token_advantages import ADVANTAGES
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """What a completion needs to be trained on; all [B]."""
+    """What a completion needs to be trained on; all [B], but for the advantages of tokens."""
 
     advantages_B: Tensor  # float64, 0 where the completion does not count
     token_weights_B: Tensor  # float64, 0 where the completion does not count
@@ -50,6 +62,22 @@ class Prepared:
     """Trained tokens of each completion, long."""
     metrics: dict[str, float]
     """Metrics of rules of the user's own."""
+    has_advantage_B: Tensor
+    """Whether any token of the completion that is in the loss has an advantage, bool."""
+    advantages_N: Tensor | None = None
+    """Advantages of all tokens of the step, float64, 0 where the completion does not count; None
+    where every token has the advantage of its completion."""
+    right_B: Tensor | None = None
+    """Whether the completion counts and has a reward above 0, bool; None where nobody asks."""
+    likelihood_weights_B: Tensor | None = None
+    """Weight of each token's log-likelihood, float64; None where the loss has none."""
+    returns_N: Tensor | None = None
+    """What the critic learns of all tokens of the step, float64; None without a critic."""
+
+    def likelihood_of(self, chosen: Tensor, device: torch.device) -> Tensor | None:
+        """`likelihood_weights_B` of some completions, on `device`."""
+        weights_B = self.likelihood_weights_B
+        return None if weights_B is None else weights_B[chosen].to(device)
 
 
 @dataclass(frozen=True)
@@ -73,6 +101,7 @@ class Recipe:
         self._correction_kind = correction_kind
         self._rollout = ROLLOUTS.rule(config.rollout)
         self._baseline = BASELINES.rule(config.baseline)
+        self._advantage = ADVANTAGES.rule(config.advantage)
         self._aggregation = AGGREGATIONS.rule(config.aggregation)
         self._batch: _Batch | None = None
 
@@ -83,15 +112,62 @@ class Recipe:
         return kind == "prefix_sets" or CREDITS.is_own(kind)
 
     @property
+    def entropy_bonus(self) -> bool:
+        """Whether the loss has a bonus for entropy, which needs its gradient."""
+        return self._config.objective.entropy > 0
+
+    @property
     def needs_entropy(self) -> bool:
-        """Whether the credit rule is given entropies, as a rule of the user's own is."""
+        """Whether the loss or the credit rule is given entropies, as a rule of one's own is."""
         credit = self._config.credit
         traced = credit.kind == "lambda_trace" and credit.entropy_quantile > 0
-        return traced or CREDITS.is_own(credit.kind)
+        return traced or self.entropy_bonus or CREDITS.is_own(credit.kind)
+
+    def choosers(self) -> dict[str, Callable[[TokenColumns], Tensor]]:
+        """By axis, how its rule chooses among all tokens of an update; mostly none does."""
+        found = {
+            "credit": CREDITS.chooser(self._config.credit),
+            "objective": OBJECTIVES.chooser(self._config.objective),
+            "correction": CORRECTIONS.chooser(self._correction),
+        }
+        return {axis: chooser for axis, chooser in found.items() if chooser is not None}
+
+    def token_shares(self) -> list[TokenShare | None]:
+        """Which tokens the updates of a batch are for, in their order; None: all of them."""
+        return token_shares(self._config.objective)
+
+    @property
+    def _correction(self) -> CorrectionConfig:
+        return replace(self._config.correction, kind=self._correction_kind)
 
     @property
     def needs_reference(self) -> bool:
-        return self._config.objective.kl > 0
+        return self._config.needs_reference
+
+    @property
+    def scorer(self) -> str | None:
+        """Who scores the tokens of a step (`algorithm.advantage.scorer`); mostly nobody."""
+        return self._config.advantage.scorer
+
+    @property
+    def critic(self) -> CriticConfig | None:
+        """How the critic learns; None where the recipe has none."""
+        return self._config.advantage.critic if self._config.needs_critic else None
+
+    @property
+    def held_steps(self) -> int:
+        """First steps of a run, in which the critic learns and the policy does not move."""
+        return 0 if self.critic is None else self.critic.pretrain_steps
+
+    @property
+    def advantage(self) -> AdvantageConfig:
+        """Who scores the tokens, and what the scorer reads."""
+        return self._config.advantage
+
+    @property
+    def consistency(self) -> ConsistencyConfig:
+        """The bonus for answers that follow from what was said before them."""
+        return self._config.rollout.consistency
 
     @property
     def kl(self) -> float:
@@ -100,11 +176,11 @@ class Recipe:
 
     @property
     def kl_in_loss(self) -> bool:
-        return self.needs_reference and self._config.objective.kl_in == "loss"
+        return self.kl > 0 and self._config.objective.kl_in == "loss"
 
     @property
     def kl_in_reward(self) -> bool:
-        return self.needs_reference and self._config.objective.kl_in == "reward"
+        return self.kl > 0 and self._config.objective.kl_in == "reward"
 
     @property
     def shapes_credit(self) -> bool:
@@ -112,70 +188,123 @@ class Recipe:
         return self._config.credit.kind != "broadcast"
 
     def broadcast(self) -> Recipe:
-        """This recipe with GRPO's credit, sharing nothing: for `loss` alone."""
-        config = replace(self._config, credit=CreditConfig(kind="broadcast"))
-        return Recipe(config, self._correction_kind, self._max_completion_tokens)
+        """This recipe with GRPO's credit: for `loss` alone, since it shares what rules remember."""
+        same = copy.copy(self)
+        same._config = replace(self._config, credit=CreditConfig(kind="broadcast"))
+        return same
 
-    def prepare(
-        self,
-        rewards_B: Tensor,
-        group_B: Tensor,
-        lengths_B: Tensor,
-        verifier_name: str,
-        whole_lengths_B: Tensor | None = None,
-        truncated_B: Tensor | None = None,
-    ) -> Prepared:
+    def prepare(self, rewarded: Rewarded) -> Prepared:
         """`estimate`, and `weigh` of the whole batch as one update: see there."""
-        estimated = self.estimate(
-            rewards_B, group_B, lengths_B, verifier_name, whole_lengths_B, truncated_B
-        )
-        return self.weigh(estimated)
+        return self.weigh(self.estimate(rewarded))
 
-    def estimate(
-        self,
-        rewards_B: Tensor,
-        group_B: Tensor,
-        lengths_B: Tensor,
-        verifier_name: str,
-        whole_lengths_B: Tensor | None = None,
-        truncated_B: Tensor | None = None,
-    ) -> Prepared:
+    def estimate(self, rewarded: Rewarded) -> Prepared:
         """Advantages from the whole global batch; token weights are still 0.
 
-        `rewards_B` float64, NaN where a completion has no reward: it is left out of its group's
-        baseline and of every denominator. `group_B` long, the index of each completion's group.
-        `lengths_B` long, trained tokens of each completion. Raises `VerifierError` for an infinite
-        reward. `whole_lengths_B` long (all tokens of each completion, `lengths_B` if None) and
-        `truncated_B` bool (cut at the limit, none if None) serve the rollout axis.
+        Raises:
+            VerifierError: a reward is infinite.
         """
-        check_rewards(rewards_B.masked_fill(rewards_B.isnan(), 0.0), verifier_name)
-        whole_B = lengths_B if whole_lengths_B is None else whole_lengths_B
+        group_B, lengths_B = rewarded.group_B, rewarded.lengths_B
+        check_rewards(_known(rewarded.rewards_B), rewarded.verifier_name)
+        sampled_B, cut_B = rewarded.sampled_lengths_B, rewarded.truncated_B
+        sampled_B = lengths_B if sampled_B is None else sampled_B
+        cut_B = torch.zeros(len(sampled_B), dtype=torch.bool) if cut_B is None else cut_B
         rollout = self._config.rollout
-        rewards_B = rewards_B + rollout.overlong_penalty_factor * overlong_penalty(
-            whole_B, self._max_completion_tokens, rollout.overlong_penalty_share
+        penalty_B = rollout.overlong_penalty_factor * overlong_penalty(
+            sampled_B, self._max_completion_tokens, rollout.overlong_penalty_share
         )
-        cut_B = torch.zeros(len(whole_B), dtype=torch.bool) if truncated_B is None else truncated_B
+        rewards_B = rewarded.rewards_B + penalty_B
+        parts = [*rewarded.parts, RewardPart(penalty_B, 1.0)] if rewarded.parts else []
+        compared_B = self._compared(rewarded)
+        if not rollout.greedy:  # of a run that had it
+            rewards_B = rewards_B.masked_fill(compared_B, math.nan)
         scored_B = ~rewards_B.isnan()
-        before = self._choose(Sampled(rewards_B, group_B, whole_B, cut_B, scored_B))
-        advantages_B, kept_B, metrics = group_advantages(
-            rewards_B.masked_fill(~before.kept_B, math.nan),
-            group_B,
-            whole_B,
-            self._config.baseline,
-            self._baseline,
+        before = self._choose(Sampled(rewards_B, group_B, sampled_B, cut_B, scored_B))
+        rewards_B = rewards_B.masked_fill(~before.kept_B, math.nan)
+        advantages_B, kept_B, metrics = self._compare(
+            rewards_B, group_B, sampled_B, parts, rewarded.scores_B, compared_B
         )
-        after = self._choose(Sampled(rewards_B, group_B, whole_B, cut_B, kept_B, advantages_B))
+        after = self._choose(Sampled(rewards_B, group_B, sampled_B, cut_B, kept_B, advantages_B))
         kept_B = after.kept_B
+        if rewarded.scored_B is not None:
+            kept_B = kept_B & rewarded.scored_B
         advantages_B = advantages_B.masked_fill(~kept_B, 0.0)
-        useful_B = torch.ones_like(kept_B) if self.kl_in_loss else advantages_B != 0
-        return Prepared(
+        found = Prepared(
             advantages_B,
             token_weights_B=torch.zeros_like(advantages_B),
             kept_B=kept_B,
-            trained_B=kept_B & useful_B & (lengths_B > 0),
+            trained_B=kept_B & (lengths_B > 0),
             group_B=group_B,
             lengths_B=lengths_B,
             metrics={**before.metrics, **metrics, **after.metrics},
+            has_advantage_B=advantages_B != 0,
+        )
+        found = self._of_tokens(found, rewards_B, rewarded)
+        taught_B = found.has_advantage_B
+        if self._config.objective.likelihood > 0:
+            found = replace(found, right_B=kept_B & (rewards_B > 0))
+            taught_B = taught_B | (rewards_B > 0)
+        if (
+            self.kl_in_loss
+            or self.entropy_bonus
+            or OBJECTIVES.chooses_of_all(self._config.objective)
+        ):
+            return found
+        return replace(found, trained_B=found.trained_B & taught_B)
+
+    def _compare(
+        self,
+        values_B: Tensor,
+        group_B: Tensor,
+        lengths_B: Tensor,
+        parts: Sequence[RewardPart] = (),
+        scores_B: Tensor | None = None,
+        compared_B: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Mapping[str, float]]:
+        config = self._config.baseline
+        return group_advantages(
+            values_B, group_B, lengths_B, config, self._baseline, parts, scores_B, compared_B
+        )
+
+    def _compared(self, rewarded: Rewarded) -> Tensor:
+        """Completions that others are compared with, [B] bool.
+
+        Raises:
+            UserError: the recipe needs some, and none was sampled.
+        """
+        compared_B = rewarded.compared_B
+        if compared_B is None:
+            compared_B = torch.zeros(len(rewarded.rewards_B), dtype=torch.bool)
+        if self._config.rollout.greedy and len(compared_B) and not compared_B.any():
+            raise UserError(
+                "algorithm.rollout.greedy=true compares with greedy completions, and the run that "
+                "sampled these had none: set it to false with another baseline, or sample anew"
+            )
+        return compared_B
+
+    def _of_tokens(self, found: Prepared, rewards_B: Tensor, rewarded: Rewarded) -> Prepared:
+        """`found` with advantages of tokens, where the rule tells tokens apart."""
+        config, tokens, step = self._config.advantage, rewarded.tokens, rewarded.step
+        if config.kind == "completion":
+            return found
+        if tokens is None:
+            raise ValueError(f"algorithm.advantage.kind={config.kind} needs the tokens of the step")
+
+        def baseline(values: Tensor, groups: Tensor, lengths: Tensor) -> Tensor:
+            return self._compare(values, groups, lengths)[0]
+
+        inputs = AdvantageInputs(
+            found.advantages_B, rewards_B, found.group_B, found.kept_B, tokens, baseline, step
+        )
+        answer = ADVANTAGES.call(self._advantage, config.kind, inputs)
+        counted_N = tokens.axis.spread(found.kept_B)
+        advantages_N = answer.advantages_N.double().masked_fill(~counted_N, 0.0)
+        some_N = (advantages_N != 0) & tokens.loss_mask_N
+        return replace(
+            found,
+            advantages_N=advantages_N,
+            has_advantage_B=tokens.axis.sum(some_N) > 0,
+            metrics={**found.metrics, **answer.metrics},
+            returns_N=answer.returns_N,
         )
 
     def _choose(self, sampled: Sampled) -> Chosen:
@@ -207,7 +336,20 @@ class Recipe:
         token_weights_B = torch.zeros_like(estimated.advantages_B)
         token_weights_B[counted_B] = scale * found.weights_V.double()
         metrics = {**estimated.metrics, **found.metrics}
-        return replace(estimated, token_weights_B=token_weights_B, metrics=metrics)
+        return replace(
+            estimated,
+            token_weights_B=token_weights_B,
+            likelihood_weights_B=self._likelihood(estimated, counted_B),
+            metrics=metrics,
+        )
+
+    def _likelihood(self, estimated: Prepared, counted_B: Tensor) -> Tensor | None:
+        """Weights that make a mean over the tokens of right answers among those of an update."""
+        if estimated.right_B is None:
+            return None
+        right_B = (estimated.right_B & counted_B).double()
+        tokens = float((right_B * estimated.lengths_B).sum())
+        return self._config.objective.likelihood * right_B / max(tokens, 1.0)
 
     def loss(self, batch: CompletionBatch) -> LossOutput:
         """Loss of one microbatch; see `learner.algorithm.loss.policy_loss`."""
@@ -247,53 +389,10 @@ class Recipe:
         return {
             "rollout": (config.rollout.kind, self._rollout),
             "baseline": (config.baseline.kind, self._baseline),
+            "advantage": (config.advantage.kind, self._advantage),
             "aggregation": (config.aggregation.kind, self._aggregation),
         }
 
 
-def check_recipe(config: AlgorithmConfig, correction_kind: str) -> None:
-    """Raise `UserError` for a value out of its bound, or values that contradict each other."""
-    check_bounds(config, "algorithm.")
-    credit = config.credit
-    if config.objective.anchor == "behaviour":
-        _check_anchor(credit, correction_kind)
-    traced = credit.kind == "lambda_trace" and credit.application == "trace"
-    if traced and credit.cut and correction_kind != "none":
-        raise UserError(
-            "algorithm.credit.cut=true needs algorithm.credit.application=weight under a "
-            "correction: see learner/algorithm/traces.py"
-        )
-    _try_rules(config, correction_kind)
-
-
-def _check_anchor(credit: CreditConfig, correction_kind: str) -> None:
-    """Refuse what would count the ratio to the sampler twice."""
-    if correction_kind != "none":
-        raise UserError(
-            "algorithm.objective.anchor=behaviour takes ratios to the sampler itself, and "
-            f"algorithm.correction.kind={correction_kind} would count them twice: use none or auto"
-        )
-    if credit.kind == "lambda_trace" and credit.cut:
-        raise UserError(
-            "algorithm.credit.cut=true cuts traces by the ratio to the sampler, which "
-            "algorithm.objective.anchor=behaviour has in every ratio: use one of the two"
-        )
-
-
-def _try_rules(config: AlgorithmConfig, correction_kind: str) -> None:
-    """Try the user's own rules. No two of them may record a metric of the same name."""
-    correction = replace(config.correction, kind=correction_kind)
-    names = {
-        ROLLOUTS.key: ROLLOUTS.check(config.rollout),
-        BASELINES.key: BASELINES.check(config.baseline),
-        CREDITS.key: CREDITS.check(config.credit),
-        OBJECTIVES.key: OBJECTIVES.check(config.objective),
-        CORRECTIONS.key: CORRECTIONS.check(correction),
-        AGGREGATIONS.key: AGGREGATIONS.check(config.aggregation),
-    }
-    for (key, mine), (other, theirs) in itertools.combinations(names.items(), 2):
-        if both := mine & theirs:
-            raise UserError(
-                f"the rules of {key} and {other} both record {', '.join(sorted(both))}: give the "
-                "metric of one another name"
-            )
+def _known(rewards_B: Tensor) -> Tensor:
+    return rewards_B.masked_fill(rewards_B.isnan(), 0.0)

@@ -31,10 +31,23 @@ class Terms:
     behaviour_gap_N: Tensor  # log pi_old - log mu, 0 where the token was not sampled
     anchor_logprobs_N: Tensor | None = None
     """Log-probability under the policy that ratios are to, detached; None: `logprobs_N` less z."""
+    token_advantages_N: Tensor | None = None
+    """Advantages of tokens, where those of a completion may differ."""
+    chosen_N: Tensor | None = None
+    """What the rule was told of every token, among all of the update: whether it is chosen, or a
+    number (`learner.algorithm.choices`)."""
+
+    elsewhere_gap_N: Tensor | None = None
+    """Difference log pi_old - log mu where a token was sampled behind another prompt, else 0; None:
+    no token was."""
+    elsewhere_B: Tensor | None = None
+    """The completions of such tokens, bool."""
 
     @cached_property
     def advantages_N(self) -> Tensor:
-        """The advantage of every token: that of its completion."""
+        """The advantage of every token: its own, or that of its completion."""
+        if self.token_advantages_N is not None:
+            return self.token_advantages_N
         return self.axis.spread(self.advantages_B)
 
     @property

@@ -3,7 +3,8 @@
     PackedAxis          which token belongs to which completion, and where it stands in it
     linear_recurrence   z_t = x_t + a_t z_{t-1}, forward and exact backward by a parallel scan
     uniform_recurrence  the same where a_t is one constant inside each completion
-    LambdaTrace         the kernels `recent`, `both` and `terminal` of GRPO-lambda, cut or selective
+    LambdaTrace         the kernels `recent`, `both` and `terminal` of GRPO-lambda
+    suffix_ratio        what a token keeps of its credit when another policy sampled the rest
 
 A trace is a linear map z = K x inside each completion, K lower triangular. At the old policy the
 gradient of sum_t exp(z_t) is sum_k c_k grad log pi(o_k) with c = K^T 1, so the *trace weights* c
@@ -16,6 +17,7 @@ Evidence tags: [P] paper, [3P] third parties quoting it, [D] derived and checked
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -27,6 +29,9 @@ from torch import Tensor
 RADIX = 16
 """Block length of the scan: one level costs 2 * RADIX kernels and divides the length by RADIX."""
 
+_LARGEST_LOG = 20.0
+"""Logarithm of the largest weight without a bound, so that float32 stays finite."""
+
 UNIFORM_BLOCK = 16
 """Block length where the decay is one constant: a block is then one row of a matrix product."""
 
@@ -36,6 +41,8 @@ class PackedAxis:
     """Completions of `lengths_B` tokens (zero allowed), back to back on one axis of N tokens."""
 
     lengths_B: Tensor
+    turn_N: Tensor | None = None
+    """Place of each token's turn in its completion, long, ascending; None: one turn each."""
 
     @cached_property
     def starts_B(self) -> Tensor:
@@ -234,31 +241,38 @@ class LambdaTrace:
     `both` the first token stays in every row, because d^0 = 1 [D]. d = 1 makes `recent` and
     `both` the cumulative sum.
 
-    `keep_N` (cut traces [D], ours). Credit for the TD error of token t reaches token k through the
-    actions k+1..t. Under a behaviour policy mu the expectation of grad log pi(o_k) delta_t over
-    those actions must be re-weighted by prod_{j=k+1..t} pi_old(o_j) / mu(o_j). V-trace (1802.01561)
-    and Retrace (1606.02647) truncate each factor at 1, which bounds the variance and lets credit
-    fade where the policy would no longer follow the path:
+    `turn_decay` d_u ([D]; given tokens have no place on the axis) is the decay over the border of
+    two turns, in the place of d. For k in turn u and t in turn v
 
-        K(t, k) <- K(t, k) * prod_{j=k+1..t} keep_j,   keep_j = min(1, pi_old / mu)(o_j)
+        recent    d^(t-k-(v-u)) d_u^(v-u)
 
-    For `recent` that is z_t = x_t + d keep_t z_{t-1}. keep = 1 (on-policy) changes nothing. The
-    factor of o_k itself comes from the correction axis, as a weight on the surrogate of token k.
-    On the advantage (`weight`) that is exactly it. Inside the ratio (`trace`) a correction weighs
-    row t: the factor of o_t would count twice and that of o_k never, so `Recipe` refuses the pair.
+    d_u = d is the trace that knows no turns, d_u = 0 a trace a turn; d = 1 and d_u < 1 make a turn
+    one action.
 
-    `select_N` (selective traces, after S-trace, arXiv 2605.05965; the form is [I]): x is masked,
-    columns k with select_k = False are zero, so that only the selected tokens get credit.
+    `select_N` masks x: columns k with select_k = False are zero, so that only the selected tokens
+    get credit. `mean` divides row t by its sum over the selected, so that z_t is a weighted mean of
+    log-ratios and not their sum; a row without any is 0. `scale_N` then multiplies column k: a cut
+    (`suffix_ratio`) takes credit off a token without giving it to its neighbours.
     """
 
     axis: PackedAxis
     kind: str
     decay: float
-    keep_N: Tensor | None = None
+    scale_N: Tensor | None = None
     select_N: Tensor | None = None
+    mean: bool = False
+    turn_decay: float | None = None
 
     def apply(self, inputs_N: Tensor) -> Tensor:
         """The traces z = K x of all completions, differentiable in x."""
+        scaled_N = inputs_N if self.scale_N is None else inputs_N * self.scale_N
+        traced_N = self._kernel(scaled_N)
+        if not self.mean:
+            return traced_N
+        sums_N = self._kernel(torch.ones_like(inputs_N))
+        return traced_N / sums_N.masked_fill(sums_N == 0, 1.0)
+
+    def _kernel(self, inputs_N: Tensor) -> Tensor:
         if self.select_N is not None:
             inputs_N = inputs_N * self.select_N
         return _KERNELS[self.kind](self, inputs_N)
@@ -272,21 +286,68 @@ class LambdaTrace:
 
     def weights(self, like_N: Tensor) -> Tensor:
         """Trace weights c = K^T rows, [N] in the dtype of `like_N`: the credit of every token."""
+        return self.transposed(self.rows(like_N))
+
+    def transposed(self, values_N: Tensor) -> Tensor:
+        """What K^T makes of `values_N`: what every token gets of the values of tokens behind it."""
         with torch.enable_grad():
-            inputs_N = torch.zeros_like(like_N).requires_grad_()
+            inputs_N = torch.zeros_like(values_N).requires_grad_()
             traced_N = self.apply(inputs_N)
-        return torch.autograd.grad(traced_N, inputs_N, self.rows(traced_N.detach()))[0]
+        return torch.autograd.grad(traced_N, inputs_N, values_N)[0]
 
     def decays(self, like_N: Tensor, decay: float) -> Tensor:
-        """Factors a_t = decay * keep_t inside completions, 0 at their starts."""
-        decays_N = torch.full_like(like_N, decay) if self.keep_N is None else decay * self.keep_N
+        """Factors a_t = decay inside completions, 0 at their starts."""
+        decays_N = torch.full_like(like_N, decay)
+        if self.turn_decay is not None and self.axis.turn_N is not None:
+            decays_N = decays_N.masked_fill(_changes(self.axis.turn_N), self.turn_decay)
         return decays_N.masked_fill(self.axis.position_N == 0, 0.0)
+
+    @property
+    def knows_turns(self) -> bool:
+        """Whether the decay differs between turns."""
+        return self.turn_decay is not None and self.axis.turn_N is not None
+
+
+def _changes(turn_N: Tensor) -> Tensor:
+    """Whether a token's turn is another than that of the token before it, [N] bool."""
+    changes_N = torch.zeros_like(turn_N, dtype=torch.bool)
+    changes_N[1:] = turn_N[1:] != turn_N[:-1]
+    return changes_N
+
+
+def suffix_ratio(
+    gap_N: Tensor, axis: PackedAxis, bound: float = 1.0, *, by_factor: bool = False
+) -> Tensor:
+    """What a token keeps of its credit off-policy: min(bound, prod_{j > k} rho_j), [N].
+
+    `gap_N` is log rho = log pi_old - log mu. Token k is credited with A at every t >= k, and A is
+    made by the whole completion. So the expectation of grad log pi(o_k) A over the tokens from k
+    on, under pi_old and not mu, asks for prod_{j = k..T-1} rho_j whatever t is [D, by exact
+    enumeration]. The product k..t of V-trace (1802.01561) and Retrace (1606.02647) belongs to TD
+    errors of a critic, which know nothing of the tokens behind t. rho_k itself is the correction's
+    (`learner.algorithm.corrections`), on the surrogate of token k.
+
+    The bound keeps the variance finite, at the price of a bias. The product is truncated as a
+    whole, as by the trajectory-aware traces of arXiv 2301.11321. `by_factor` truncates each rho_j,
+    as V-trace does: never more than the former for a bound of 1 [D], and much less in long
+    completions. Ratios that are nothing but noise of 0.02 nats then leave e^-8 of the credit of a
+    token with 1000 behind it.
+    """
+    highest = min(math.log(bound), _LARGEST_LOG)
+    wide_N = gap_N.double()
+    if by_factor:
+        wide_N = wide_N.clamp(max=highest)
+    last_N = axis.position_N == axis.spread(axis.lengths_B) - 1
+    follows_N = (~last_N).double()
+    behind_N = linear_recurrence(wide_N.flip(0), follows_N.flip(0)).flip(0) - wide_N
+    limit = _LARGEST_LOG if by_factor else highest
+    return behind_N.clamp(max=limit).exp().to(gap_N.dtype)
 
 
 def _recent(trace: LambdaTrace, inputs_N: Tensor) -> Tensor:
-    """z_t = x_t + d keep_t z_{t-1}."""
+    """z_t = x_t + d z_{t-1}."""
     long = inputs_N.numel() > 4 * UNIFORM_BLOCK * trace.axis.lengths_B.numel()
-    if trace.keep_N is None and long:
+    if long and not trace.knows_turns:
         return uniform_recurrence(inputs_N, trace.decay, trace.axis)
     return linear_recurrence(inputs_N, trace.decays(inputs_N.detach(), trace.decay))
 
@@ -300,9 +361,9 @@ def _both(trace: LambdaTrace, inputs_N: Tensor) -> Tensor:
 
     Below m = ceil(t/2) the kernel is d^k, from m on it is d^(t-k):
 
-        z_t = S P_{m-1} + R_t - d^(t-m+1) S R_{m-1}
+        z_t = P_{m-1} + R_t - d^(t-m+1) R_{m-1}
 
-    with R the recent trace, P_t = d^t x_t + keep_t P_{t-1} and S = prod_{j=m..t} keep_j.
+    with R the recent trace and P_t = d^t x_t + P_{t-1}.
     """
     position_N = trace.axis.position_N
     half_N = (position_N + 1) // 2
@@ -310,15 +371,9 @@ def _both(trace: LambdaTrace, inputs_N: Tensor) -> Tensor:
     before_N = trace.axis.spread(trace.axis.starts_B) + (half_N - 1).clamp(min=0)
     decay = torch.tensor(trace.decay, dtype=inputs_N.dtype, device=inputs_N.device)
     recent_N = _recent(trace, inputs_N)
-    keep_N = trace.decays(inputs_N.detach(), 1.0)
-    early_N = linear_recurrence(inputs_N * decay**position_N, keep_N)
-    span_N = (half_N > 0).to(inputs_N.dtype)
-    if trace.keep_N is not None:
-        logs_N = trace.keep_N.clamp(min=torch.finfo(inputs_N.dtype).tiny).log()
-        total_N = linear_recurrence(logs_N, (position_N > 0).to(inputs_N.dtype))
-        span_N = span_N * (total_N - total_N[before_N]).exp()
+    early_N = linear_recurrence(inputs_N * decay**position_N, trace.decays(inputs_N.detach(), 1.0))
     overlap_N = decay ** (position_N - half_N + 1) * recent_N[before_N]
-    return span_N * (early_N[before_N] - overlap_N) + recent_N
+    return (half_N > 0).to(inputs_N.dtype) * (early_N[before_N] - overlap_N) + recent_N
 
 
 _KERNELS: dict[str, Callable[[LambdaTrace, Tensor], Tensor]] = {

@@ -4,6 +4,7 @@
     dppo    a token counts while its probability has moved little, not its ratio
     vespo   a smooth weight from the ratio of the whole completion
     dro     a square of the log-ratio holds the policy back
+    disco   a penalty where the divergence of all tokens of the update exceeds a bound
 
 The anchor is the policy before the first update of the batch, or the one that sampled
 (`objective.anchor`). At a ratio of 1 the gradient of each is that of A log pi.
@@ -20,7 +21,8 @@ import torch
 from torch import Tensor
 
 from common.config.algorithm import ObjectiveConfig
-from common.config.bounds import Limit, Positive
+from common.config.bounds import Limit, NotNegative, Positive
+from learner.algorithm.choices import chooses, divergence
 from learner.algorithm.surrogates import (
     LOG_RATIO_LIMIT,
     Surrogate,
@@ -113,11 +115,12 @@ def vespo(
     sides of W = k / lambda. (k, lambda) is (2, 3) for advantages of at least 0, else (3, 2).
     """
     log_W = terms.axis.sum(terms.log_ratio_N.detach()).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
-    positive_B = terms.advantages_B >= 0
-    power_B = _by_sign(positive_B, power_positive, power_negative, log_W)
-    decay_B = _by_sign(positive_B, decay_positive, decay_negative, log_W)
-    phi_B = (power_B * log_W + decay_B * (1 - log_W.exp())).exp()
-    scale_N = terms.axis.spread(phi_B).to(terms.logprobs_N.dtype) * terms.advantages_N
+    log_W = terms.axis.spread(log_W)
+    positive_N = terms.advantages_N >= 0
+    power_N = _by_sign(positive_N, power_positive, power_negative, log_W)
+    decay_N = _by_sign(positive_N, decay_positive, decay_negative, log_W)
+    phi_N = (power_N * log_W + decay_N * (1 - log_W.exp())).exp()
+    scale_N = phi_N.to(terms.logprobs_N.dtype) * terms.advantages_N
     values_N = scale_N * log_policy(terms)
     return Surrogate(values_N, torch.zeros_like(values_N, dtype=torch.bool))
 
@@ -126,3 +129,24 @@ def dro(terms: Terms, config: ObjectiveConfig, *, tau: Positive = 0.1) -> Surrog
     """Surrogate A log pi - tau / 2 log(r)^2, as in Kimi k1.5 and DRO (arXiv 2501.12599 [3P])."""
     values_N = terms.advantages_N * log_policy(terms) - tau / 2 * terms.log_ratio_N**2
     return Surrogate(values_N, torch.zeros_like(values_N, dtype=torch.bool))
+
+
+@chooses(divergence, of_all=True)
+def disco(
+    terms: Terms,
+    config: ObjectiveConfig,
+    *,
+    beta: NotNegative = 1000.0,
+    delta: NotNegative = 1e-4,
+) -> Surrogate:
+    """Surrogate A log pi, less beta sg[max(K - delta, 0)] K: DisCO, arXiv 2505.12366 [P].
+
+    K is the mean of log anchor - log pi over all tokens of the update, those of completions without
+    an advantage among them. The authors' code takes it over a micro-batch of all ranks [P]. The
+    clips of the section are not used; a token counts as clipped where the penalty acts.
+    """
+    if terms.chosen_N is None:
+        raise ValueError("objective `disco` needs chosen_N")
+    pull_N = terms.chosen_N.to(terms.log_ratio_N.dtype)
+    values_N = terms.advantages_N * log_policy(terms) + pull_N * terms.log_ratio_N
+    return Surrogate(values_N, pull_N > 0)

@@ -109,7 +109,8 @@ class PackedLayout:
     """[cells] bool, True where a cell is padding; None when no cell is."""
     segments: tuple[SegmentLengths, ...]
     derived: dict[Any, Any] = field(default_factory=dict)
-    """What follows from the layout alone, as masks: made by the first layer that needs it."""
+    """What follows from the layout alone, as masks: made by the first layer that needs it. Let it
+    go (`clear`) after the row's backward pass: the masks of a step may take a GB of a device."""
 
     @property
     def longest(self) -> int:

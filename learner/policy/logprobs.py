@@ -4,12 +4,18 @@
 pass, so that under FSDP it sees the gathered weight, and it returns log p(label) instead of
 logits. Logits exist for `chunk_tokens` tokens at a time, in forward and again in backward,
 where they are recomputed: one more matrix product buys memory that no longer grows with
-tokens x vocabulary. The last chunk, which backward begins with, is kept instead.
+tokens x vocabulary.
 
     components
       LogprobHead         the module; owns the output weight (shared with the embedding if tied)
       HeadRequest         what to score: rows of the hidden states and their labels
       _ChunkedLogprobs    the autograd function
+      _scores, _slopes    what is done to the logits of a chunk, forward and backward
+
+Around the matrix products the last two are all there is. One operation after the other they go
+over the logits some sixteen times in float32. Compiled (`use_compiled`), each is one kernel that
+reads the product as it is and writes no logits. On a CPU they run as they stand, and the last
+chunk, which backward begins with, is kept instead of computed again.
 
 Shapes: T packed rows, N scored tokens, C tokens of a chunk, H hidden size, V vocabulary.
 Units: nats.
@@ -17,7 +23,8 @@ Units: nats.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -47,12 +54,15 @@ class HeadRequest:
     labels_N: Tensor
     temperature: float = 1.0
     with_entropy: bool = False
+    entropy_learns: bool = False
+    """Whether the entropy carries a gradient."""
 
 
 class LogprobHead(nn.Module):
     """Output embedding that returns [1, N, 2]: log-probability and entropy of N tokens.
 
-    The entropy column carries no gradient, and is zero unless the request asks for it.
+    The entropy column is zero unless the request asks for it, and carries a gradient only where
+    the request says so.
     """
 
     def __init__(self, linear: nn.Linear, chunk_tokens: int, transform: LogitTransform) -> None:
@@ -62,6 +72,11 @@ class LogprobHead(nn.Module):
         self.chunk_tokens = chunk_tokens
         self.transform = transform
         self._request: HeadRequest | None = None
+        self._compiled = False
+
+    def use_compiled(self) -> None:
+        """Compile what is done to the logits of a chunk, from the next pass on."""
+        self._compiled = True
 
     @contextmanager
     def requested(self, request: HeadRequest) -> Iterator[None]:
@@ -78,7 +93,13 @@ class LogprobHead(nn.Module):
             raise RuntimeError("LogprobHead ran outside `requested`: nothing says what to score")
         hidden_NH = hidden_1TH[0].index_select(0, request.rows_N)
         logprobs_N, entropy_N = chunked_logprobs(
-            hidden_NH, self.weight, self.bias, request, self.chunk_tokens, self.transform
+            hidden_NH,
+            self.weight,
+            self.bias,
+            request,
+            self.chunk_tokens,
+            self.transform,
+            compiled=self._compiled,
         )
         # Not a view: FSDP hangs its backward hook on this very tensor.
         return torch.stack((logprobs_N[None], entropy_N[None]), dim=-1)
@@ -91,47 +112,163 @@ def chunked_logprobs(
     request: HeadRequest,
     chunk_tokens: int,
     transform: LogitTransform | None = None,
+    *,
+    compiled: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Log-probability of the label and entropy of N tokens, both [N], float32 or float64."""
     if chunk_tokens < 1:
         raise ValueError(f"chunk_tokens must be at least 1, got {chunk_tokens}")
-    scorer = _Scorer(transform or LogitTransform(), request.temperature, chunk_tokens)
+    entropy = request.with_entropy or request.entropy_learns
+    rule = _Rule(transform or LogitTransform(), request.temperature, entropy)
+    scorer = _Scorer(rule, chunk_tokens, compiled, request.entropy_learns)
     logprobs_N, entropy_N = _ChunkedLogprobs.apply(
-        hidden_NH, weight_VH, bias_V, request.labels_N, scorer, request.with_entropy
+        hidden_NH, weight_VH, bias_V, request.labels_N, scorer
     )
     return logprobs_N, entropy_N
 
 
 @dataclass(frozen=True)
-class _Scorer:
-    """Logits of one chunk and the derivative of what follows the output matrix."""
+class _Rule:
+    """What follows the output matrix."""
 
     transform: LogitTransform
     temperature: float
-    chunk_tokens: int
+    with_entropy: bool
 
-    def raw_logits(self, hidden_CH: Tensor, weight_VH: Tensor, bias_V: Tensor | None) -> Tensor:
-        logits_CV = nn.functional.linear(hidden_CH, weight_VH, bias_V)
-        return logits_CV.to(torch.promote_types(logits_CV.dtype, torch.float32))
+    @property
+    def slope(self) -> float:
+        """d logits / d product, where there is no cap."""
+        return self.transform.scale / self.temperature
 
-    def transformed(self, logits_CV: Tensor) -> Tensor:
-        """Apply scale, soft cap and temperature, in place."""
+    def logits(self, raw_CV: Tensor) -> Tensor:
+        """Scale, soft cap and temperature, in the memory of `raw_CV`."""
         cap = self.transform.softcap
         if cap is None:
-            return logits_CV.mul_(self.transform.scale / self.temperature)
-        logits_CV.mul_(self.transform.scale / cap).tanh_()
-        return logits_CV.mul_(cap / self.temperature)
+            return raw_CV.mul_(self.slope)
+        raw_CV.mul_(self.transform.scale / cap).tanh_()
+        return raw_CV.mul_(cap / self.temperature)
 
-    def raw_slope(self, transformed_CV: Tensor) -> Tensor | None:
+    def cap_slope(self, logits_CV: Tensor) -> Tensor | None:
         """d soft-capped / d scaled logits, [C, V]; None where there is no cap (it is 1)."""
         cap = self.transform.softcap
         if cap is None:
             return None
-        return (transformed_CV * (self.temperature / cap)).square_().neg_().add_(1.0)
+        return (logits_CV * (self.temperature / cap)).square_().neg_().add_(1.0)
+
+
+def _scores(
+    product_CV: Tensor, labels_C: Tensor, rule: _Rule
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]:
+    """Log-probability of the label, log-sum-exp and entropy of a chunk; exponentials, their sums.
+
+    It may write over `product_CV` where that is float32.
+    """
+    logits_CV = rule.logits(_wide(product_CV))
+    picked_C = logits_CV.gather(1, labels_C[:, None]).squeeze(1)
+    largest_C = logits_CV.amax(dim=-1)
+    shifted_CV = logits_CV.sub_(largest_C[:, None])
+    exps_CV = shifted_CV.exp() if rule.with_entropy else shifted_CV.exp_()
+    sums_C = exps_CV.sum(dim=-1)
+    logsumexp_C = largest_C + sums_C.log()
+    entropy_C = None
+    if rule.with_entropy:
+        entropy_C = sums_C.log() - shifted_CV.mul_(exps_CV).sum(dim=-1) / sums_C
+    return picked_C - logsumexp_C, logsumexp_C, entropy_C, exps_CV, sums_C
+
+
+def _row_scores(
+    product_CV: Tensor, labels_C: Tensor, rule: _Rule
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The first three of `_scores`: compiled, no logits are written."""
+    return _scores(product_CV, labels_C, rule)[:3]
+
+
+def _slopes(
+    product_CV: Tensor,
+    labels_C: Tensor,
+    logsumexp_C: Tensor,
+    upstream_C: Tensor,
+    entropy: tuple[Tensor, Tensor] | None,
+    sums_tokens: bool,
+    rule: _Rule,
+) -> tuple[Tensor, Tensor | None]:
+    """Gradient of the product, in its type; its sum over tokens before it is rounded, or None.
+
+    Args:
+        upstream_C: gradient of the log-probability, times `rule.slope`.
+        entropy: the entropy's gradient, times `rule.slope`, and the entropy; None where it carries
+            no gradient.
+    """
+    dtype = product_CV.dtype
+    logits_CV = rule.logits(_wide(product_CV))
+    cap_slope_CV = rule.cap_slope(logits_CV)
+    logprobs_CV = logits_CV.sub_(logsumexp_C[:, None])
+    if entropy is None:
+        delta_CV = logprobs_CV.exp_().mul_(-upstream_C[:, None])
+    else:
+        # d entropy / d logits = -p (log p + entropy)
+        upstream_E_C, entropy_C = entropy
+        weight_CV = (logprobs_CV + entropy_C[:, None]).mul_(upstream_E_C[:, None])
+        weight_CV.add_(upstream_C[:, None])
+        delta_CV = logprobs_CV.exp_().mul_(weight_CV).neg_()
+    delta_CV = _finish(delta_CV, labels_C, upstream_C, cap_slope_CV)
+    return delta_CV.to(dtype), delta_CV.sum(dim=0) if sums_tokens else None
+
+
+def _finish(
+    delta_CV: Tensor, labels_C: Tensor, upstream_C: Tensor, cap_slope_CV: Tensor | None
+) -> Tensor:
+    """Add the label's one to minus its probability, all times `upstream_C`."""
+    if torch.compiler.is_compiling():  # a write to scattered places would end the kernel
+        columns_V = torch.arange(delta_CV.shape[1], device=delta_CV.device)
+        hit_CV = columns_V == labels_C[:, None]
+        delta_CV = delta_CV + torch.where(hit_CV, upstream_C[:, None], 0.0)
+    else:
+        rows_C = torch.arange(len(delta_CV), device=delta_CV.device)
+        delta_CV[rows_C, labels_C] += upstream_C
+    return delta_CV if cap_slope_CV is None else delta_CV.mul_(cap_slope_CV)
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+@functools.cache
+def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compile(function)
+
+
+@dataclass(frozen=True)
+class _Scorer:
+    """How the tokens of a pass are scored."""
+
+    rule: _Rule
+    chunk_tokens: int
+    compiled: bool
+    entropy_learns: bool
 
     def chunks(self, tokens: int) -> Iterator[slice]:
         for start in range(0, tokens, self.chunk_tokens):
             yield slice(start, min(start + self.chunk_tokens, tokens))
+
+    @property
+    def keeps(self) -> bool:
+        """Whether the last chunk's exponentials are kept for the backward pass."""
+        plain = self.rule.transform.softcap is None and not self.entropy_learns
+        return plain and not self.compiled
+
+    def row_scores(
+        self, product_CV: Tensor, labels_C: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        score = _compile(_row_scores) if self.compiled else _row_scores
+        scores: tuple[Tensor, Tensor, Tensor | None] = score(product_CV, labels_C, self.rule)
+        return scores
+
+    def slopes(self, *args: Any) -> tuple[Tensor, Tensor | None]:
+        """`_slopes` of everything but the rule."""
+        slopes: Callable[..., Any] = _compile(_slopes) if self.compiled else _slopes
+        found: tuple[Tensor, Tensor | None] = slopes(*args, self.rule)
+        return found
 
 
 class _ChunkedLogprobs(torch.autograd.Function):
@@ -143,7 +280,6 @@ class _ChunkedLogprobs(torch.autograd.Function):
         bias_V: Tensor | None,
         labels_N: Tensor,
         scorer: _Scorer,
-        with_entropy: bool,
     ) -> tuple[Tensor, Tensor]:
         dtype = torch.promote_types(hidden_NH.dtype, torch.float32)
         logprobs_N = hidden_NH.new_zeros(len(labels_N), dtype=dtype)
@@ -151,27 +287,26 @@ class _ChunkedLogprobs(torch.autograd.Function):
         entropy_N = torch.zeros_like(logprobs_N)
         ctx.kept = None
         for chunk in scorer.chunks(len(labels_N)):
-            logits_CV = scorer.transformed(scorer.raw_logits(hidden_NH[chunk], weight_VH, bias_V))
-            picked_C = logits_CV.gather(1, labels_N[chunk, None]).squeeze(1)
-            largest_C = logits_CV.amax(dim=-1)
-            shifted_CV = logits_CV.sub_(largest_C[:, None])
-            exps_CV = shifted_CV.exp() if with_entropy else shifted_CV.exp_()
-            sums_C = exps_CV.sum(dim=-1)
-            logsumexp_N[chunk] = largest_C + sums_C.log()
-            logprobs_N[chunk] = picked_C - logsumexp_N[chunk]
-            if with_entropy:
-                entropy_N[chunk] = sums_C.log() - shifted_CV.mul_(exps_CV).sum(dim=-1) / sums_C
-            ctx.kept = (exps_CV, sums_C) if scorer.transform.softcap is None else None
-        ctx.save_for_backward(hidden_NH, weight_VH, bias_V, labels_N, logsumexp_N)
+            product_CV = nn.functional.linear(hidden_NH[chunk], weight_VH, bias_V)
+            if scorer.keeps:
+                found = _scores(product_CV, labels_N[chunk], scorer.rule)
+                logprobs_C, logsumexp_C, entropy_C = found[:3]
+                ctx.kept = found[3:]
+            else:
+                logprobs_C, logsumexp_C, entropy_C = scorer.row_scores(product_CV, labels_N[chunk])
+            logprobs_N[chunk], logsumexp_N[chunk] = logprobs_C, logsumexp_C
+            if entropy_C is not None:
+                entropy_N[chunk] = entropy_C
+        ctx.save_for_backward(hidden_NH, weight_VH, bias_V, labels_N, logsumexp_N, entropy_N)
         ctx.scorer = scorer
-        ctx.mark_non_differentiable(entropy_N)
+        if not scorer.entropy_learns:
+            ctx.mark_non_differentiable(entropy_N)
         return logprobs_N, entropy_N
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        hidden_NH, weight_VH, bias_V, labels_N, logsumexp_N = ctx.saved_tensors
+        hidden_NH, weight_VH, bias_V, labels_N, logsumexp_N, entropy_N = ctx.saved_tensors
         scorer: _Scorer = ctx.scorer
-        grad_N = grads[0]
         # The sum over chunks is kept in float32: bfloat16 would lose small chunks.
         wide = logsumexp_N.dtype
         grad_hidden_NH = torch.zeros_like(hidden_NH)
@@ -181,28 +316,36 @@ class _ChunkedLogprobs(torch.autograd.Function):
             grad_bias_V = torch.zeros_like(bias_V, dtype=wide)
         kept, ctx.kept = ctx.kept, None  # is written over: a second backward pass recomputes it
         for chunk in reversed(list(scorer.chunks(len(labels_N)))):
-            # d log p(label) / d logits = onehot(label) - softmax, here in the logits' own memory
-            upstream_C = grad_N[chunk] * (scorer.transform.scale / scorer.temperature)
-            slope_CV = None
+            # d log p(label) / d logits = onehot(label) - softmax
+            upstream_C = grads[0][chunk] * scorer.rule.slope
             if kept is not None:
                 delta_CV = kept[0].mul_((-upstream_C / kept[1])[:, None])
                 kept = None  # only one chunk's memory at a time
+                delta_CV = _finish(delta_CV, labels_N[chunk], upstream_C, None)
+                narrow_CV, sums_V = delta_CV.to(hidden_NH.dtype), None
+                if grad_bias_V is not None:
+                    sums_V = delta_CV.sum(dim=0)
+                del delta_CV
             else:
-                raw_CV = scorer.raw_logits(hidden_NH[chunk], weight_VH, bias_V)
-                logits_CV = scorer.transformed(raw_CV)
-                slope_CV = scorer.raw_slope(logits_CV)
-                probs_CV = logits_CV.sub_(logsumexp_N[chunk, None]).exp_()
-                delta_CV = probs_CV.mul_(-upstream_C[:, None])
-            rows_C = torch.arange(len(delta_CV), device=delta_CV.device)
-            delta_CV[rows_C, labels_N[chunk]] += upstream_C
-            if slope_CV is not None:
-                delta_CV.mul_(slope_CV)
-            if grad_bias_V is not None:
-                grad_bias_V.add_(delta_CV.sum(dim=0))
-            narrow_CV = delta_CV.to(hidden_NH.dtype)
+                product_CV = nn.functional.linear(hidden_NH[chunk], weight_VH, bias_V)
+                entropy = None
+                if scorer.entropy_learns:
+                    entropy = (grads[1][chunk] * scorer.rule.slope, entropy_N[chunk])
+                narrow_CV, sums_V = scorer.slopes(
+                    product_CV,
+                    labels_N[chunk],
+                    logsumexp_N[chunk],
+                    upstream_C,
+                    entropy,
+                    grad_bias_V is not None,
+                )
+                del product_CV
+            if grad_bias_V is not None and sums_V is not None:
+                grad_bias_V.add_(sums_V)
             grad_hidden_NH[chunk] = narrow_CV @ weight_VH
             if ctx.needs_input_grad[1]:
                 grad_weight_VH = _plus_product(grad_weight_VH, narrow_CV.T, hidden_NH[chunk], wide)
+            del narrow_CV  # the next chunk's would stand beside it
         if ctx.needs_input_grad[1] and grad_weight_VH is None:
             grad_weight_VH = torch.zeros_like(weight_VH)  # no tokens
         return (
@@ -211,14 +354,22 @@ class _ChunkedLogprobs(torch.autograd.Function):
             None if grad_bias_V is None else grad_bias_V.to(weight_VH.dtype),
             None,
             None,
-            None,
         )
 
 
 def _plus_product(total: Tensor | None, left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
     """`total` + left @ right, in place where there is a total, in `dtype`."""
+    if left.dtype == dtype:
+        return left @ right if total is None else total.addmm_(left, right)
+    if left.device.type in _WIDE_PRODUCTS:
+        # The matrix units add up in float32 anyway: no narrow product is written and read again.
+        if total is None:
+            return torch.mm(left, right, out_dtype=dtype)
+        return torch.addmm(total, left, right, out_dtype=dtype, out=total)
     if total is None:
         return (left @ right).to(dtype)
-    if left.dtype == dtype:
-        return total.addmm_(left, right)
     return total.add_(left @ right)
+
+
+_WIDE_PRODUCTS = frozenset({"cuda"})
+"""Devices that multiply bfloat16 into float32."""

@@ -3,8 +3,8 @@
 `load_policy` reads a Hugging Face folder and turns the model into one that returns
 log-probabilities: packed attention, and `LogprobHead` in place of the output embedding.
 Transformations that an architecture applies to logits after that embedding move into the head.
-`check_policy` compares the result with the untouched model, so that an architecture with a
-peculiarity nobody foresaw stops the run instead of training on wrong numbers.
+`learner.policy.self_check` compares the result with the untouched model, so that an architecture
+with a peculiarity nobody foresaw stops the run instead of training on wrong numbers.
 
 Shapes: T row tokens, N scored tokens.
 """
@@ -17,7 +17,6 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -26,25 +25,22 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from common.errors import UserError
+from learner.policy.as_served import follow_engine, reach
 from learner.policy.attention import ATTENTION_NAME
 from learner.policy.logprobs import HeadRequest, LogitTransform, LogprobHead
-from learner.policy.packing import PackedRow, pack_row
+from learner.policy.packing import PackedRow
+from learner.policy.self_check import HALF_TOLERANCE, SelfCheck, check_row
 from learner.policy.varlen import VARLEN_DEVICES, VARLEN_NAME
 
 if TYPE_CHECKING:
     from common.config.sections import ModelConfig
+    from learner.policy.adapters import Adapters
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 _PLAIN_ATTENTION = "eager"
 """What the self-check compares with. Not `sdpa`: there transformers drops the soft cap of
 attention scores (Gemma 2) without a word."""
-
-_CHECK_TOLERANCE = 2e-3
-"""Nats a token in float32. Rounding stays below 1e-4; a missed scale, cap or mask is above 1e-2."""
-
-_HALF_TOLERANCE = 0.5
-"""Nats a token in bfloat16."""
 
 _GRADIENT_TOLERANCE = 0.1
 """Share of a gradient's norm. bfloat16 rounds elements by 0.4 %, a wrong term is of order 1."""
@@ -58,9 +54,13 @@ class Policy:
         pristine_config, model_class: as loaded, for writing the model back.
         tokenizer_files: contents by name, for the same; the folder they came from may be a
             checkpoint that is pruned before the next is written.
+        reach: see `learner.policy.as_served.reach`.
+        adapters: None where all weights are trained.
     """
 
     tokenizer_files: Mapping[str, bytes] = MappingProxyType({})
+    reach = 0
+    adapters: Adapters | None = None
 
     def __init__(self, model: PreTrainedModel, chunk_tokens: int) -> None:
         self.pristine_config = copy.deepcopy(model.config)
@@ -88,23 +88,46 @@ class Policy:
             )
         return max(lists, key=lambda m: sum(p.numel() for p in m.parameters()))
 
+    def blank(self, dtype: torch.dtype) -> PreTrainedModel:
+        """The untouched model on the meta device, as a mould for checkpoints in `dtype`."""
+        config = copy.deepcopy(self.pristine_config)
+        config.dtype = dtype
+        with torch.device("meta"), no_init_weights():
+            blank: PreTrainedModel = self.model_class(config)
+        blank.tie_weights()
+        return blank
+
     @property
     def hidden_size(self) -> int:
         return int(self.head.weight.shape[1])
 
     def logprobs(
-        self, row: PackedRow, *, temperature: float, with_entropy: bool = False
+        self,
+        row: PackedRow,
+        *,
+        temperature: float,
+        with_entropy: bool = False,
+        entropy_learns: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """Log-probability and entropy of the row's N completion tokens, float32, in nats."""
-        request = HeadRequest(row.predictor_rows_N, row.labels_N, temperature, with_entropy)
+        request = HeadRequest(
+            row.predictor_rows_N, row.labels_N, temperature, with_entropy, entropy_learns
+        )
         with self.head.requested(request):
-            scores_1N2 = self.model(
-                input_ids=row.input_ids_1T,
-                position_ids=row.position_ids_1T,
-                use_cache=False,
-                packed_layout=row.layout,
-            ).logits
+            scores_1N2 = self.outputs(row)
         return scores_1N2[0, :, 0], scores_1N2[0, :, 1]
+
+    def outputs(self, row: PackedRow) -> Tensor:
+        """What the model's head gives for a row, once it has been asked for something."""
+        found: Tensor = self.model(
+            input_ids=row.input_ids_1T,
+            position_ids=row.position_ids_1T,
+            use_cache=False,
+            packed_layout=row.layout,
+        ).logits
+        if not torch.is_grad_enabled():  # a pass that only scores leaves no dense masks behind
+            row.layout.derived.clear()
+        return found
 
 
 def _take_over_logit_transform(model: PreTrainedModel) -> LogitTransform:
@@ -135,6 +158,10 @@ def load_model(config: ModelConfig, dtype: torch.dtype, *, weights: bool) -> Pre
         UserError: the path is not a model folder transformers can read.
     """
     try:
+        hf_config = AutoConfig.from_pretrained(
+            config.path, trust_remote_code=config.trust_remote_code
+        )
+        _refuse_quantised(hf_config, config.path)
         if weights:
             return AutoModelForCausalLM.from_pretrained(
                 config.path,
@@ -142,9 +169,6 @@ def load_model(config: ModelConfig, dtype: torch.dtype, *, weights: bool) -> Pre
                 trust_remote_code=config.trust_remote_code,
                 attn_implementation=_PLAIN_ATTENTION,
             )
-        hf_config = AutoConfig.from_pretrained(
-            config.path, trust_remote_code=config.trust_remote_code
-        )
         with no_init_weights():
             model = AutoModelForCausalLM.from_config(
                 hf_config, dtype=dtype, trust_remote_code=config.trust_remote_code
@@ -156,6 +180,20 @@ def load_model(config: ModelConfig, dtype: torch.dtype, *, weights: bool) -> Pre
             f"cannot load the model at {config.path!r}: {error}. "
             "model.path must be a folder with config.json and safetensors weights"
         ) from error
+
+
+def _refuse_quantised(config: Any, path: str) -> None:
+    """Raise `UserError` for weights of a few bits, which neither a gradient nor an update fits."""
+    method = getattr(config, "quantization_config", None)
+    if method is not None:
+        raise UserError(
+            f"the model at {path!r} is quantised ({_method_of(method)}), and its weights can "
+            "neither be trained nor published: give the folder it was quantised from"
+        )
+
+
+def _method_of(method: Any) -> Any:
+    return method.get("quant_method") if isinstance(method, dict) else method
 
 
 def load_policy(
@@ -171,69 +209,70 @@ def load_policy(
     Where `weights` is False, the caller fills the parameters (see `learner.training.fsdp`).
     """
     model = load_model(config, dtype, weights=weights)
-    expected = _untouched_logprobs(model, temperature) if weights else None
+    pristine = copy.deepcopy(model.config)
+    follow_engine(model, config.max_length)
+    length = reach(pristine, config.max_length)
+    check = SelfCheck(model, temperature, length, config.max_length) if weights else None
     row_bytes = 4 * model.get_output_embeddings().weight.shape[0]
     policy = Policy(model, max(1, int(logits_mib * 2**20 / row_bytes)))
+    policy.pristine_config, policy.reach = pristine, length
     policy.tokenizer_files = _tokenizer_files(Path(config.path))
-    if expected is None:
+    if check is None:
         return policy, 0.0
-    with torch.no_grad():
-        found_N, _ = policy.logprobs(_check_row(model), temperature=temperature)
-    return policy, float((found_N.float() - expected).abs().max())
-
-
-def check_policy(gap: float, dtype: torch.dtype, path: str) -> None:
-    """Raise `UserError` when the self-check of `load_policy` found different numbers."""
-    tolerance = _CHECK_TOLERANCE if dtype == torch.float32 else _HALF_TOLERANCE
-    if not gap <= tolerance:
+    try:
+        return policy, check.gap(policy, torch.device("cpu"))
+    except UserError:
+        raise
+    except Exception as error:  # of every kind: the architecture's own code meets a layout
         raise UserError(
-            f"the packed forward pass of {path!r} disagrees with transformers' own by {gap:.3g} "
-            f"nats (tolerance {tolerance}): this architecture does something to its logits or its "
-            "attention that the learner does not know. Choose another model, or add its logit "
-            "transformation to learner/policy/model.py"
-        )
+            f"{type(model).__name__} cannot score packed rows: {type(error).__name__}: {error}. "
+            "Choose another model"
+        ) from error
 
 
 def use_varlen(policy: Policy, device: torch.device, temperature: float) -> None:
     """Switch to the variable-length kernel if it gives the numbers of the padded grids here.
 
-    A forward pass of each on `device`, and where the policy learns a backward pass; collective
-    where it is sharded.
-
     Raises:
         UserError: it does not, or it cannot run there (on a CPU it would end the process).
     """
-    instead = "use learner.attention=grids"
+    fault = varlen_fault(policy, device, temperature)
+    if fault is not None:
+        raise UserError(f"{fault}: use learner.attention=grids")
+
+
+def varlen_fault(policy: Policy, device: torch.device, temperature: float) -> str | None:
+    """Switch to the variable-length kernel; what speaks against it on `device`, None if nothing.
+
+    A forward pass of each on `device`, and where the policy learns a backward pass; collective
+    where it is sharded.
+    """
     if device.type not in VARLEN_DEVICES:
-        raise UserError(
-            f"learner.attention=varlen is a CUDA kernel and {device} is none: {instead}"
-        )
+        return f"learner.attention=varlen is a CUDA kernel and {device} is none"
     expected_N, expected = _pass_of(policy, temperature)
     policy.model.config._attn_implementation = VARLEN_NAME
     try:
         found_N, found = _pass_of(policy, temperature)
-    except RuntimeError as error:
-        raise UserError(
-            f"the kernel of learner.attention=varlen does not run on {device}: {error}: {instead}"
-        ) from error
+    except (RuntimeError, TypeError, ValueError, UserError) as error:
+        return f"the kernel of learner.attention=varlen does not run on {device}: {error}"
     gap = float((found_N - expected_N).abs().max())
     apart = torch.stack([(a - b).norm() for a, b in zip(found, expected, strict=True)]).norm()
     share = float(apart / torch.stack([gradient.norm() for gradient in expected]).norm())
-    if not (gap <= _HALF_TOLERANCE and share <= _GRADIENT_TOLERANCE):
-        raise UserError(
+    if not (gap <= HALF_TOLERANCE and share <= _GRADIENT_TOLERANCE):
+        return (
             f"the kernel of learner.attention=varlen disagrees with learner.attention=grids on "
-            f"{device}: by {gap:.3g} nats (tolerance {_HALF_TOLERANCE}), and by {share:.2g} of the "
-            f"gradient (tolerance {_GRADIENT_TOLERANCE}): {instead}"
+            f"{device}: by {gap:.3g} nats (tolerance {HALF_TOLERANCE}), and by {share:.2g} of the "
+            f"gradient (tolerance {_GRADIENT_TOLERANCE})"
         )
+    return None
 
 
 def _pass_of(policy: Policy, temperature: float) -> tuple[Tensor, list[Tensor]]:
     """Log-probabilities of the check row, and the gradients of their sum: this rank's parts."""
-    parameters = list(policy.model.parameters())
-    learns = parameters[0].requires_grad
-    with torch.set_grad_enabled(learns):
-        logprobs_N, _ = policy.logprobs(_check_row(policy.model), temperature=temperature)
-    if not learns:
+    parameters = [p for p in policy.model.parameters() if p.requires_grad]
+    with torch.set_grad_enabled(bool(parameters)):
+        logprobs_N, _ = policy.logprobs(check_row(policy.model), temperature=temperature)
+    if not parameters:
         return logprobs_N, [logprobs_N]
     logprobs_N.sum().backward()
     gradients = [_part(torch.zeros_like(p) if p.grad is None else p.grad) for p in parameters]
@@ -244,32 +283,6 @@ def _pass_of(policy: Policy, temperature: float) -> tuple[Tensor, list[Tensor]]:
 def _part(tensor: Tensor) -> Tensor:
     """The part of a tensor that this rank holds."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def _check_tokens(vocabulary: int) -> tuple[np.ndarray, list[np.ndarray]]:
-    random = np.random.default_rng(0)
-    prompt, *completions = (random.integers(0, vocabulary, n) for n in (7, 5, 9, 1))
-    return prompt, completions
-
-
-def _check_row(model: PreTrainedModel) -> PackedRow:
-    prompt, completions = _check_tokens(model.get_input_embeddings().num_embeddings)
-    parts = [(prompt, completions), (prompt, completions[:1])]
-    return pack_row(parts, range(4), next(model.parameters()).device)
-
-
-@torch.no_grad()
-def _untouched_logprobs(model: PreTrainedModel, temperature: float) -> Tensor:
-    """[N] the check row's log-probabilities, one plain sequence at a time."""
-    model.eval()
-    prompt, completions = _check_tokens(model.get_input_embeddings().num_embeddings)
-    parts = []
-    for completion in (*completions, completions[0]):
-        ids = torch.from_numpy(np.concatenate([prompt, completion]))[None]
-        logits = model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1].float()
-        logprobs = (logits / temperature).log_softmax(dim=-1)
-        parts.append(logprobs.gather(1, torch.from_numpy(completion)[:, None])[:, 0])
-    return torch.cat(parts)
 
 
 def checkpoint_activations(layers: nn.ModuleList) -> None:
@@ -291,11 +304,7 @@ def save_hf_folder(
     policy: Policy, state: dict[str, Tensor], folder: Path, dtype: torch.dtype
 ) -> None:
     """Write a folder that transformers and vLLM load, from full tensors in compute dtype."""
-    config = copy.deepcopy(policy.pristine_config)
-    config.dtype = dtype
-    with torch.device("meta"), no_init_weights():
-        blank = policy.model_class(config)
-    blank.tie_weights()
+    blank = policy.blank(dtype)
     blank.generation_config = policy.model.generation_config
     blank.save_pretrained(folder, state_dict=state)
     for name, content in policy.tokenizer_files.items():

@@ -1,18 +1,22 @@
 """From a step's trajectories to balanced micro-batches of packed rows.
 
     components
-      StepBatch      the completions of one learner step, read from Arrow without copying tokens
-      Segment        a prompt and some completions of its group: what packing moves around
+      Segment        a prompt and some sequences behind it: what packing moves around
       PackingPlan    segments of every micro-batch of every rank
       plan_packing   lengths -> PackingPlan (a pure function: all ranks compute the same plan)
       PackedRow      one micro-batch as tensors
+
+A sequence is a completion, or a segment of an episode that has several
+(`learner.policy.step_batch.Sequences`). "Completion" below means such a sequence: packing does not
+tell them apart.
 
 A micro-batch is one row of at most `budget` tokens. A group larger than the budget is split and
 its prompt repeated; one completion that does not fit has a micro-batch of its own. Segments are
 dealt longest first to the least loaded micro-batch (Graham 1969, LPT), where load counts
 attention beside tokens.
 
-Shapes: B completions of the step, N completion tokens of a micro-batch, T tokens of its row.
+Shapes: B completions of the step, S sequences of them, N completion tokens of a micro-batch, T
+tokens of its row.
 """
 
 from __future__ import annotations
@@ -20,7 +24,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -28,87 +31,15 @@ import torch
 from torch import Tensor
 
 from learner.policy.attention import PackedLayout, SegmentLengths, build_layout
-
-if TYPE_CHECKING:
-    import pyarrow as pa
-
-Ints = npt.NDArray[np.int64]
-Floats = npt.NDArray[np.float64]
-
-
-@dataclass(frozen=True)
-class StepBatch:
-    """The B completions of a learner step, in the order of the record batches.
-
-    `offsets` [B + 1] cuts the flat token columns; `rewards_B` is NaN where a verifier gave none.
-    """
-
-    prompts: tuple[Ints, ...]
-    group_B: Ints
-    offsets: Ints
-    token_ids: Ints
-    behaviour_logprobs: npt.NDArray[np.float32]
-    weight_versions: npt.NDArray[np.int32]
-    loss_mask: npt.NDArray[np.bool_]
-    rewards_B: Floats
-    accuracy_B: Floats
-    truncated_B: npt.NDArray[np.bool_]
-    """Whether a completion was cut at the length limit."""
-
-    @property
-    def lengths_B(self) -> Ints:
-        return np.diff(self.offsets)
-
-    @property
-    def trained_lengths_B(self) -> Ints:
-        """Tokens of each completion that are in the loss."""
-        return np.diff(np.concatenate([[0], np.cumsum(self.loss_mask)])[self.offsets])
-
-    def tokens_of(self, completion: int) -> slice:
-        return slice(int(self.offsets[completion]), int(self.offsets[completion + 1]))
-
-    @classmethod
-    def from_record_batches(cls, batches: Sequence[pa.RecordBatch]) -> StepBatch:
-        """Read record batches, one a group, under `common.record.schema.trajectory_schema`."""
-        if not batches:
-            raise ValueError("a learner step needs at least one group")
-        lengths = [np.diff(b.column("token_ids").offsets.to_numpy()) for b in batches]
-        sizes = [b.num_rows for b in batches]
-        return cls(
-            prompts=tuple(
-                np.asarray(b.column("prompt_ids")[0].values, dtype=np.int64) for b in batches
-            ),
-            group_B=np.repeat(np.arange(len(batches)), sizes),
-            offsets=np.cumsum(np.concatenate([[0], *lengths])),
-            token_ids=_flat(batches, "token_ids").astype(np.int64),
-            behaviour_logprobs=_flat(batches, "behaviour_logprobs"),
-            weight_versions=_flat(batches, "weight_versions"),
-            loss_mask=_flat(batches, "loss_mask"),
-            rewards_B=_nullable(batches, "reward"),
-            accuracy_B=_nullable(batches, "accuracy"),
-            truncated_B=np.array(
-                [r == "length" for b in batches for r in b.column("finish_reason").to_pylist()],
-                dtype=np.bool_,
-            ),
-        )
-
-
-def _flat(batches: Sequence[pa.RecordBatch], name: str) -> npt.NDArray[Any]:
-    return np.concatenate(
-        [b.column(name).flatten().to_numpy(zero_copy_only=False) for b in batches]
-    )
-
-
-def _nullable(batches: Sequence[pa.RecordBatch], name: str) -> Floats:
-    columns = [b.column(name).cast("float64").to_numpy(zero_copy_only=False) for b in batches]
-    return np.concatenate(columns)
+from learner.policy.step_batch import Ints, StepBatch
 
 
 @dataclass(frozen=True)
 class Segment:
-    group: int
+    prompt: int
+    """Place in `StepBatch.prompts`."""
     completions: tuple[int, ...]
-    """Indices into the step's B completions."""
+    """Indices into the step's S sequences."""
     lengths: SegmentLengths
 
     @property
@@ -153,7 +84,7 @@ def plan_packing(
     segments = _segments(batch, trained_B, ranks, budget, share_prefix)
     if not segments:
         return PackingPlan(((),) * ranks, 0.0)
-    order = sorted(segments, key=lambda s: (-s.cost(pairs_per_token), s.group, s.completions))
+    order = sorted(segments, key=lambda s: (-s.cost(pairs_per_token), s.prompt, s.completions))
     rounds = max(1, -(-sum(min(s.tokens, budget) for s in segments) // (budget * ranks)))
     bins = None
     while bins is None:
@@ -177,39 +108,40 @@ def _segments(
     budget: int,
     share_prefix: bool,
 ) -> list[Segment]:
-    lengths_B = batch.lengths_B
-    prompts_B = np.array([len(batch.prompts[g]) for g in batch.group_B])
-    chosen = np.flatnonzero(trained_B & (lengths_B > 0))
+    sequences = batch.sequences
+    lengths_S, prompt_S = sequences.lengths_S, sequences.prompt_S
+    prompts_S = np.array([len(batch.prompts[prompt]) for prompt in prompt_S])
+    chosen = np.flatnonzero(trained_B[sequences.completion_S] & (lengths_S > 0))
     if not len(chosen):
         return []
     # A group is also split when it holds more than one rank's share of the work.
-    share = -(-int((lengths_B[chosen] + prompts_B[chosen]).sum()) // ranks)
+    share = -(-int((lengths_S[chosen] + prompts_S[chosen]).sum()) // ranks)
     capacity = min(budget, share) if share_prefix else 0
     segments = []
-    for group in np.unique(batch.group_B[chosen]).tolist():
-        members = chosen[batch.group_B[chosen] == group]
-        prompt = len(batch.prompts[group])
-        for part in _split(members, lengths_B, capacity - prompt):
-            lengths = SegmentLengths(prompt, tuple(int(lengths_B[c]) for c in part))
-            segments.append(Segment(group, part, lengths))
+    for prompt in np.unique(prompt_S[chosen]).tolist():
+        members = chosen[prompt_S[chosen] == prompt]
+        size = len(batch.prompts[prompt])
+        for part in _split(members, lengths_S, capacity - size):
+            lengths = SegmentLengths(size, tuple(int(lengths_S[c]) for c in part))
+            segments.append(Segment(prompt, part, lengths))
     return segments
 
 
-def _split(members: Ints, lengths_B: Ints, room: int) -> list[tuple[int, ...]]:
+def _split(members: Ints, lengths_S: Ints, room: int) -> list[tuple[int, ...]]:
     """Members cut into as few even parts as fit `room` tokens each; singles may exceed it."""
-    total = int(lengths_B[members].sum())
+    total = int(lengths_S[members].sum())
     if total <= room:
         return [tuple(members.tolist())]
     if room <= 0:
         return [(m,) for m in members.tolist()]
-    order = sorted(members.tolist(), key=lambda c: (-int(lengths_B[c]), c))
+    order = sorted(members.tolist(), key=lambda c: (-int(lengths_S[c]), c))
     for count in range(-(-total // room), len(order)):
         parts: list[list[int]] = [[] for _ in range(count)]
         loads = [0] * count
         for completion in order:
             i = loads.index(min(loads))
             parts[i].append(completion)
-            loads[i] += int(lengths_B[completion])
+            loads[i] += int(lengths_S[completion])
         if all(load <= room or len(p) == 1 for load, p in zip(loads, parts, strict=True)):
             return [tuple(sorted(part)) for part in parts]
     return [(m,) for m in order]
@@ -244,6 +176,7 @@ class PackedRow:
     """The row whose hidden state predicts completion token n."""
     labels_N: Tensor
     completions: tuple[int, ...]
+    """Indices into the step's S sequences, where it was packed from a step."""
     lengths: tuple[int, ...]
 
 
@@ -291,7 +224,10 @@ def pack_microbatch(
 ) -> PackedRow:
     """Pack one planned micro-batch into a row."""
     parts = [
-        (batch.prompts[s.group], [batch.token_ids[batch.tokens_of(c)] for c in s.completions])
+        (
+            batch.prompts[s.prompt],
+            [batch.token_ids[batch.sequences.tokens_of(c)] for c in s.completions],
+        )
         for s in segments
     ]
     return pack_row(parts, [c for s in segments for c in s.completions], device)

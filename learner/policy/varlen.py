@@ -13,8 +13,10 @@ size.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from inspect import Parameter, signature
 from typing import Any
 
 import numpy as np
@@ -78,6 +80,16 @@ def _edges(lengths: Sequence[int], device: torch.device) -> Tensor:
     return torch.tensor([0, *np.cumsum(lengths).tolist()], dtype=torch.int32, device=device)
 
 
+@functools.cache
+def _grouped(kernel: Callable[..., Any], groups: bool) -> dict[str, Any]:
+    """Say that heads are grouped, where the kernel asks: torch 2.11's takes them without a word."""
+    asks = any(
+        parameter.name == "enable_gqa" or parameter.kind is Parameter.VAR_KEYWORD
+        for parameter in signature(kernel).parameters.values()
+    )
+    return {"enable_gqa": groups} if asks else {}
+
+
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def varlen_attention(
     module: torch.nn.Module,
@@ -116,7 +128,7 @@ def varlen_attention(
         at.longest_key,
         scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
         window_size=(sliding_window - 1 if sliding_window else -1, 0),
-        enable_gqa=query.shape[1] != key.shape[1],
+        **_grouped(varlen_attn, query.shape[1] != key.shape[1]),
     )
     return out_TQD.unsqueeze(0), None
 

@@ -12,19 +12,22 @@ import numpy.typing as npt
 
 from common.errors import RunError
 from learner.algorithm.recipe import Prepared
-from learner.policy.packing import StepBatch
+from learner.policy.step_batch import StepBatch
 
 
 def describe(batch: StepBatch, prepared: Prepared) -> dict[str, float]:
     """Metrics of the data alone. Completions without a reward count in no mean of rewards."""
-    rewarded_B = ~np.isnan(batch.rewards_B)
+    compared_B = batch.compared_B
+    rewarded_B = ~np.isnan(batch.rewards_B) & ~compared_B
     # Those that the recipe left out, pruned or cut short, are not among them.
-    idle_B = prepared.kept_B.numpy() & (prepared.advantages_B.numpy() == 0)
+    idle_B = prepared.kept_B.numpy() & ~prepared.has_advantage_B.numpy()
     trained_B = prepared.trained_B.numpy()
+    greedy = batch.rewards_B[compared_B & ~np.isnan(batch.rewards_B)]
     return {
+        **({"reward/greedy": _mean(greedy)} if len(greedy) else {}),
         "reward/mean": _mean(batch.rewards_B[rewarded_B]),
-        "reward/accuracy": _mean(batch.accuracy_B[~np.isnan(batch.accuracy_B)]),
-        "completion_length/mean": _mean(batch.lengths_B),
+        "reward/accuracy": _mean(batch.accuracy_B[~np.isnan(batch.accuracy_B) & ~compared_B]),
+        "completion_length/mean": _mean(batch.sampled_lengths_B[~compared_B]),
         "completions/zero_advantage": float(idle_B.sum()),
         "tokens/trained": float(batch.trained_lengths_B[trained_B].sum()),
     }

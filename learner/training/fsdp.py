@@ -21,8 +21,13 @@ from torch._C._distributed_c10d import TCPStore
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers import PreTrainedModel
 
 from common.errors import RunError, UserError
+from learner.policy.adapters import adapter_parameters, base_parameters, merge, pair_of
+from learner.policy.model import Policy
+from learner.policy.names import CheckpointNames
+from learner.training.addresses import have_gloo_meet_at, host_address
 
 
 def pick_device(choice: str, rank: int) -> torch.device:
@@ -34,25 +39,6 @@ def pick_device(choice: str, rank: int) -> torch.device:
     device = torch.device("cuda", rank % torch.cuda.device_count())
     torch.cuda.set_device(device)
     return device
-
-
-def host_address(ranks: int) -> str:
-    """An address of this host that the other ranks can reach."""
-    if ranks == 1:
-        return "127.0.0.1"
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect(("192.0.2.1", 9))  # sends nothing: only asks for the route
-        except OSError:  # no route at all: a host without a network
-            return "127.0.0.1"
-        return str(probe.getsockname()[0])
-
-
-def free_address(ranks: int) -> tuple[str, int]:
-    """This host and a port nothing listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return host_address(ranks), probe.getsockname()[1]
 
 
 def serve_rendezvous(ranks: int, timeout_s: float) -> tuple[TCPStore, str, int]:
@@ -82,6 +68,7 @@ def join_process_group(
     store: TCPStore, device: torch.device, rank: int, ranks: int, timeout_s: float
 ) -> None:
     """Join the default process group; every collective has `timeout_s` as its deadline."""
+    have_gloo_meet_at(host_address(ranks))
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
         store=store,
@@ -110,49 +97,76 @@ def data_mesh(device: torch.device, shard_ranks: int | None) -> DeviceMesh:
 def shard(
     model: nn.Module, layers: Iterable[nn.Module], mesh: DeviceMesh, dtype: torch.dtype
 ) -> None:
-    """Shard each layer, then the root with what is left, in place."""
+    """Shard each layer, embedding and head where they are two, and the root with what is left.
+
+    Embedding and head apart are gathered and reduced each when its turn comes, beside the layers'
+    work. As a part of the root both would be there from the first operation to the last.
+    """
     policy = MixedPrecisionPolicy(
         param_dtype=None if dtype == torch.float32 else dtype,
         reduce_dtype=torch.float32,
     )
     for layer in layers:
         fully_shard(layer, mesh=mesh, mp_policy=policy)
+    for end, after_forward in _ends(model):
+        fully_shard(end, mesh=mesh, mp_policy=policy, reshard_after_forward=after_forward)
     fully_shard(model, mesh=mesh, mp_policy=policy)
     if mesh.size() == 1:  # a rank alone divides by one: with a factor given, in a copy
         return
-    for module in _sharded_modules(model):
+    for module in sharded_modules(model):
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)  # else a scaled sum, which gloo lacks
 
 
-def _sharded_modules(model: nn.Module) -> Iterator[FSDPModule]:
+def _ends(model: nn.Module) -> list[tuple[nn.Module, bool]]:
+    """Embedding and head, and whether each is freed after its forward pass; none if they are one.
+
+    The head's backward pass follows at once.
+    """
+    if not isinstance(model, PreTrainedModel):  # modules that are no language model
+        return []
+    embedding: Any = model.get_input_embeddings()
+    head: Any = model.get_output_embeddings()
+    if head is None or embedding.weight is head.weight:
+        return []
+    return [(embedding, True), (head, False)]
+
+
+def sharded_modules(model: nn.Module) -> Iterator[FSDPModule]:
+    """The modules that are gathered and freed as one each."""
     return (m for m in model.modules() if isinstance(m, FSDPModule))
 
 
 def gather_once(model: nn.Module, mesh: DeviceMesh) -> bool:
     """Whether parameters stay gathered through all micro-batches of a step.
 
-    Alone, or on CPUs, gathering costs time and saves little memory; across GPUs the sharded
-    memory is the reason to shard, and communication overlaps with compute.
+    On CPUs gathering costs time and saves little memory. On GPUs memory is the reason to shard, and
+    communication overlaps with compute; alone a rank only casts its weights once more.
     """
-    keep = mesh.size() == 1 or mesh.device_type == "cpu"
+    keep = mesh.device_type == "cpu"
     if keep:
         _root(model).set_reshard_after_forward(False)
     return keep
 
 
-def before_backward(model: nn.Module, *, last: bool, keep_gathered: bool) -> None:
-    """Tell FSDP whether this micro-batch is the step's last."""
+def before_backward(
+    model: nn.Module, *, last: bool, keep_gathered: bool, reduce_once: bool = False
+) -> None:
+    """Tell FSDP whether this micro-batch is the step's last.
+
+    With `reduce_once` gradients are added up on every rank, and reduced in the last one alone.
+    """
     root = _root(model)
     root.set_is_last_backward(last)
-    if keep_gathered:
+    if keep_gathered or reduce_once:
         root.set_requires_gradient_sync(last)
+    if keep_gathered:
         root.set_reshard_after_backward(last)
 
 
 def reshard(model: nn.Module) -> None:
     """Free gathered parameters, as is needed after a forward pass without backward."""
-    for module in _sharded_modules(model):
+    for module in sharded_modules(model):
         module.reshard()
 
 
@@ -207,43 +221,61 @@ def saved_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def full_tensors(
-    model: nn.Module,
-    dtype: torch.dtype,
-    device: torch.device | None = None,
-    *,
-    copy: bool = False,
+    policy: Policy, dtype: torch.dtype, *, copy: bool = False
 ) -> Iterator[tuple[str, Tensor]]:
-    """(name, full tensor on `device`, the CPU if None), one by one; tied ones once.
+    """(name, full tensor on the model's device), one by one; tied ones once.
 
-    All that a checkpoint of the model holds: parameters in `dtype`, then buffers as they are.
-    Collective: every rank must exhaust it. Without `copy` a tensor may be the model's own.
+    All that a checkpoint of the model holds: parameters in `dtype`, adapters merged into them, then
+    buffers as they are. Collective: every rank must exhaust it, and who has no use for a tensor
+    lets it go. Without `copy` a tensor may be the model's own; one that nothing trains always may.
     """
-    for name, parameter in model.named_parameters():
-        value = parameter.detach().to(dtype, copy=copy)
-        if isinstance(value, DTensor):
-            value = value.full_tensor()
-        yield name, value.to(device or "cpu")
-    for name, buffer in saved_buffers(model):
-        yield name, buffer.to(device or "cpu", copy=copy)
+    for name, parameter, layer in base_parameters(policy):
+        value = _whole(parameter.detach().to(dtype, copy=copy and parameter.requires_grad))
+        if layer is not None:
+            a, b = (_whole(part.detach()) for part in pair_of(layer))
+            value = merge(value, layer, (a, b), dtype)
+        yield name, value
+    for name, buffer in saved_buffers(policy.model):
+        yield name, buffer.to(buffer.dtype, copy=copy)
+
+
+def full_adapters(policy: Policy) -> Iterator[tuple[str, Tensor]]:
+    """(name in peft's files, a full tensor's copy in float32) of all adapters. Collective."""
+    for name, parameter in adapter_parameters(policy):
+        yield name, _whole(parameter.detach().clone())
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The part of a tensor that this rank holds."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 class PolicyWeights:
     """The policy's whole tensors, parameters in compute dtype, as weight transports see them."""
 
-    def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
-        self._model = model
+    def __init__(self, policy: Policy, dtype: torch.dtype) -> None:
+        self._policy = policy
         self._dtype = dtype
+        self._names = CheckpointNames(policy.blank(dtype))
 
     def shapes(self) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
         """Name, type and shape of every tensor, in the order of `tensors`."""
-        parameters = self._model.named_parameters()
-        return [(name, self._dtype, tuple(value.shape)) for name, value in parameters] + [
-            (name, value.dtype, tuple(value.shape)) for name, value in saved_buffers(self._model)
+        parameters = [(name, each, self._dtype) for name, each, _ in base_parameters(self._policy)]
+        saved = saved_buffers(self._policy.model)
+        buffers = [(name, value, value.dtype) for name, value in saved]
+        meta = [
+            (name, torch.empty(value.shape, dtype=dtype, device="meta"))
+            for name, value, dtype in parameters + buffers
         ]
+        return [(name, value.dtype, tuple(value.shape)) for name, value in self._names.of(meta)]
 
-    def tensors(self, device: torch.device | None = None) -> Iterator[tuple[str, Tensor]]:
-        """See `full_tensors`."""
-        return full_tensors(self._model, self._dtype, device)
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """See `full_tensors`; under the names that checkpoints of the architecture have."""
+        return self._names.of(full_tensors(self._policy, self._dtype))
 
 
 def clip_gradients(model: nn.Module, max_norm: float) -> float:

@@ -6,13 +6,16 @@ The next micro-batch asks for it again. Under another C library than glibc nothi
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
+from torch.nn import Parameter
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 """Parameter numbers of mallopt(3)."""
+_MUCH = 2**26
+"""Bytes that are given back at a time."""
 _GROWTH = 1.25
 _SETTLING_STEPS = 4
 
@@ -45,6 +48,22 @@ def anonymous_bytes() -> int:
     except OSError:
         return 0
     return next((1024 * int(x.split()[1]) for x in lines if x.startswith("RssAnon:")), 0)
+
+
+def narrow(parameters: Iterable[Parameter], dtype: torch.dtype) -> None:
+    """Bring parameters to a narrower type, so that both forms of all never stand side by side.
+
+    What a loader's threads have allocated is not used again by others: it has to be given back.
+    """
+    freed = 0
+    for parameter in parameters:
+        if parameter.dtype != dtype:
+            freed += parameter.nbytes
+            parameter.data = parameter.data.to(dtype)
+        if freed > _MUCH:
+            release_freed_memory()
+            freed = 0
+    release_freed_memory()
 
 
 class HeapWatch:

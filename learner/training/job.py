@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from common.config.algorithm import AlgorithmConfig
 from common.config.sections import LearnerConfig, ModelConfig
@@ -15,8 +16,8 @@ class LearnerJob:
 
     model: ModelConfig
     reference_path: str | None
-    """Folder of the reference policy, where there is one. It is the model that the run began from,
-    also after a resume."""
+    """Folder of the model that the run began from, also after a resume. It is the reference policy,
+    and the frozen part of one that is trained by adapters; None where there is neither."""
     learner: LearnerConfig
     algorithm: AlgorithmConfig
     correction_kind: str
@@ -32,7 +33,25 @@ class LearnerJob:
     """Largest bucket of `export_weights`, MiB."""
     tokens_per_microbatch: int
     """Token budget of a packed row (`batch.tokens_per_microbatch`)."""
+    teacher_path: str | None = None
+    """Folder of the teacher; None where there is none."""
+    teacher_parameters: int = 0
+    teacher_offload: bool = False
+    """Whether the teacher's weights wait on the host between its passes."""
+    scores_on_record: bool = False
+    """Whether steps are given what their scorer said, as in a replay: no scorer is loaded then."""
+    reward_weights: Mapping[str, float] = field(default_factory=dict)
+    """Weight of every verifier in the reward, by its name."""
     transport: str = ObjectStore.name
     """Name of the weight transport."""
     checkpoint_timeout_s: float = 900.0
     """For one rank to wait for the others while a checkpoint is written."""
+
+    @property
+    def trained_path(self) -> str:
+        """Folder that the learner reads. After a resume `model` holds merged weights, and adapters
+        stand beside those that the run began from."""
+        if not self.model.adapter.rank:
+            return self.model.path
+        assert self.reference_path is not None
+        return self.reference_path

@@ -2,6 +2,7 @@
 
 Most often there is one, for all parameters. Some optimisers are for matrices alone: they get the
 weight matrices inside the layers, and AdamW gets embeddings, output head, norms and biases.
+AdamW in less memory is `learner.training.lean_adamw`.
 """
 
 from __future__ import annotations
@@ -17,32 +18,44 @@ from torch.optim import Optimizer
 from common.config.names import import_named, names_in
 from common.config.sections import LearnerConfig, OptimizerConfig
 from common.errors import UserError
+from learner.training.lean_adamw import LeanAdamW
 
 _KEY = "learner.optimizer"
 _NAMES = names_in(get_type_hints(OptimizerConfig, include_extras=True)["kind"])
 _MATRICES_ONLY: dict[str, dict[str, Any]] = {"Muon": {"adjust_lr_fn": "match_rms_adamw"}}
 """Optimisers of torch that take matrices alone, with what makes AdamW's learning rate theirs."""
+MASTERS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+"""Types of the weights that are trained, as `learner.masters` names them."""
 
 
 def make_optimizers(
-    config: LearnerConfig, model: nn.Module, layers: Iterable[nn.Module]
+    config: LearnerConfig, model: nn.Module, layers: Iterable[nn.Module], *, seed: int = 0
 ) -> list[Optimizer]:
-    """Optimisers that have every parameter of `model` between them.
+    """Optimisers that have every parameter of `model` that is trained between them.
 
     Args:
         layers: the model's, whose matrices an optimiser of matrices gets.
+        seed: of stochastic rounding.
 
     Raises:
         UserError: there is no such optimiser, or it does not take its arguments.
     """
-    parameters = list(model.parameters())
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if _lean(config):
+        return [_lean_adamw(config, parameters, seed)]
     if not _shared(config.optimizer):
         return [_make(config, parameters)]
     inside = {id(p) for layer in layers for p in layer.parameters() if p.ndim == 2}
-    return [
-        _make(config, [p for p in parameters if id(p) in inside]),
-        _adamw(config, [p for p in parameters if id(p) not in inside], {}),
-    ]
+    matrices = _make(config, [p for p in parameters if id(p) in inside])
+    others = [p for p in parameters if id(p) not in inside]  # none, where adapters are trained
+    return [matrices, _adamw(config, others, {})] if others else [matrices]
+
+
+def set_rate(optimizers: Sequence[Optimizer], rate: float) -> None:
+    """Have every optimiser step at the learning rate `rate` from now on."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = rate
 
 
 def _shared(config: OptimizerConfig) -> bool:
@@ -73,6 +86,23 @@ def _adamw(
     return torch.optim.AdamW(parameters, **settings | args)
 
 
+def _lean(config: LearnerConfig) -> bool:
+    """Whether AdamW is the one that takes less memory; `common.config.checks` holds it to AdamW."""
+    return config.optimizer.state != "float32" or config.masters != "float32"
+
+
+def _lean_adamw(config: LearnerConfig, parameters: Sequence[Parameter], seed: int) -> Optimizer:
+    return LeanAdamW(
+        parameters,
+        config.learning_rate,
+        config.betas,
+        config.weight_decay,
+        state_8bit=config.optimizer.state == "8bit",
+        seed=seed,
+        **config.optimizer.args,
+    )
+
+
 def _class(kind: str) -> Callable[..., object]:
     if kind not in _NAMES:
         found: Callable[..., object] = import_named(f"{_KEY}.kind", kind, _NAMES)
@@ -92,7 +122,7 @@ def check_optimizer(config: LearnerConfig) -> None:
     """
     _check_settings(config)
     try:
-        model, optimizers = _tried(config, size=4)
+        model, optimizers = _tried(config, 4)
         for optimizer in optimizers:
             optimizer.load_state_dict(optimizer.state_dict())
     except UserError:
@@ -129,12 +159,15 @@ def _check_settings(config: LearnerConfig) -> None:
                 )
 
 
-def state_bytes(config: LearnerConfig) -> float:
-    """Bytes that the optimiser keeps for a parameter, measured on two square matrices.
+def state_bytes(config: LearnerConfig, adapter_rank: int = 0) -> float:
+    """Bytes that the optimiser keeps for a parameter, measured on two matrices.
 
     Where two optimisers share the parameters, it is those of the one that keeps more.
+
+    Args:
+        adapter_rank: that of adapters, whose matrices are long and narrow; 0 for a layer's.
     """
-    _, optimizers = _tried(config, size=256)
+    _, optimizers = _tried(config, 256, adapter_rank)
     return max(_kept(each) for each in optimizers)
 
 
@@ -150,15 +183,22 @@ def _kept(optimizer: Optimizer) -> float:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors) / parameters
 
 
-def _tried(config: LearnerConfig, size: int) -> tuple[nn.Module, list[Optimizer]]:
-    """A model of one layer and as much outside of it, after two steps."""
+def _tried(
+    config: LearnerConfig, size: int, adapter_rank: int = 0
+) -> tuple[nn.Module, list[Optimizer]]:
+    """A model of one layer and as much outside of it, after two steps; or the A and B of one."""
+    inner = adapter_rank or size
     with torch.random.fork_rng(devices=[]):
-        layer, outside = nn.Linear(size, size), nn.Linear(size, size)
-    model = nn.Sequential(outside, layer)
+        layer = nn.Linear(inner, size, bias=not adapter_rank)
+        outside = nn.Linear(size, inner, bias=not adapter_rank)
+    model = nn.Sequential(outside, layer).to(MASTERS[config.masters])
     optimizers = make_optimizers(config, model, [layer])
+    if all("lr" in group for each in optimizers for group in each.param_groups):
+        set_rate(optimizers, config.learning_rate)  # as a number, as a run does
     for _ in range(2):
         for parameter in model.parameters():
-            parameter.grad = torch.linspace(-1, 1, parameter.numel()).reshape(parameter.shape)
+            made_up = torch.linspace(-1, 1, parameter.numel(), dtype=parameter.dtype)
+            parameter.grad = made_up.reshape(parameter.shape)
         for optimizer in optimizers:
             optimizer.step()
     return model, optimizers

@@ -21,10 +21,10 @@ import pyarrow as pa
 import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import TCPStore
+from torch.distributed.checkpoint.staging import DefaultStager
 from torch.distributed.device_mesh import DeviceMesh
 
 from common.errors import RunError
-from common.record.credit_log import write_credit
 from common.record.schema import check_schema
 from common.supervision.calls import Ref, in_group, put
 from common.supervision.faults import reached
@@ -33,29 +33,29 @@ from common.supervision.stacks import arm
 from common.weights.registry import TRANSPORTS
 from common.weights.transport import Receivers, Sender, SendingRank, Shipment
 from learner.algorithm.recipe import Recipe
-from learner.policy.model import (
-    DTYPES,
-    Policy,
-    check_policy,
-    checkpoint_activations,
-    load_policy,
-    use_varlen,
-)
-from learner.policy.packing import StepBatch, pack_row, split_by_length
+from learner.policy.model import DTYPES
+from learner.policy.packing import pack_row, split_by_length
+from learner.policy.step_batch import StepBatch
 from learner.training import fsdp
+from learner.training.addresses import free_address, host_address
 from learner.training.batch_checks import check_staleness
 from learner.training.checkpoint import (
     Snapshot,
     TrainerState,
     load_checkpoint,
+    pinned_stager,
     take_snapshot,
     write_snapshot,
 )
+from learner.training.counters import Counters
 from learner.training.credit_sheet import CreditSheet
-from learner.training.fetch import fetch, fetch_ahead
+from learner.training.critic import CriticTrainer, make_critic
+from learner.training.fetch import fetch, fetch_ahead, fetch_scores
 from learner.training.heap import keep_freed_memory, release_freed_memory
 from learner.training.job import LearnerJob
+from learner.training.models import ModelLoader, Models
 from learner.training.optimizer import make_optimizers
+from learner.training.scoring import Scores
 from learner.training.trainer import Trainer
 
 _WRITING = "writing"
@@ -95,8 +95,10 @@ class LearnerRank:
         self._device = torch.device("cpu")
         self._store: TCPStore | None = None
         self._trainer: Trainer | None = None
+        self._counters: Counters | None = None
         self._sender: Sender | None = None
         self._snapshot: Snapshot | None = None
+        self._stager: DefaultStager | None = None
         self._writing_group: dist.ProcessGroup | None = None
 
     def rendezvous_address(self) -> tuple[str, int]:
@@ -112,7 +114,9 @@ class LearnerRank:
         """Join the other ranks, load and shard the model, prove it, make the optimiser.
 
         Returns:
-            Facts for the log: device, parameters (count), self_check_gap (nats), host, pid.
+            Facts: device, parameters (count), self_check_gap (nats), host, pid, reach, the range in
+            tokens behind which the model computes otherwise (0: none), and notes: how it computes,
+            in sentences.
 
         Raises:
             UserError: no such model, or one whose packed forward pass gives other numbers.
@@ -132,59 +136,50 @@ class LearnerRank:
         )
         self._writing_group = fsdp.writing_group(self._job.checkpoint_timeout_s)
         mesh = fsdp.data_mesh(self._device, self._config.shard_ranks)
-        path = self._job.model.path
-        policy, gap = self._sharded_policy(path, torch.float32, mesh, trainable=True)
-        reference = None
-        if self._recipe.needs_reference:
-            assert self._job.reference_path is not None
-            path = self._job.reference_path
-            reference, _ = self._sharded_policy(path, self._dtype, mesh, trainable=False)
-        self._trainer = self._make_trainer(policy, reference, mesh)
+        loader = ModelLoader(
+            self._job, mesh, self._device, reader=self._rank == 0, locate=self._locate
+        )
+        models = loader.load(
+            needs_reference=self._recipe.needs_reference, advantage=self._recipe.advantage
+        )
+        policy = models.policy
+        self._trainer = self._make_trainer(models, mesh)
+        parameters = sum(p.numel() for p in policy.model.parameters())
+        trained = sum(p.numel() for p in policy.model.parameters() if p.requires_grad)
+        self._counters = Counters(
+            self._device, policy.model, parameters, trained, self._config.ranks
+        )
+        self._stager = pinned_stager(self._device)
+        notes = models.ways.notes
+        if policy.adapters is not None:
+            notes = (f"adapters: {trained:,} of {parameters:,} parameters are trained", *notes)
         return {
             "device": str(self._device),
-            "parameters": sum(p.numel() for p in policy.model.parameters()),
-            "self_check_gap": gap,
-            "host": fsdp.host_address(self._config.ranks),
+            "parameters": parameters,
+            "self_check_gap": models.gap,
+            "reach": policy.reach,
+            "host": host_address(self._config.ranks),
             "pid": os.getpid(),
+            "notes": notes,
         }
 
-    def _sharded_policy(
-        self, path: str, dtype: torch.dtype, mesh: DeviceMesh, *, trainable: bool
-    ) -> tuple[Policy, float]:
-        """Rank 0 reads the weights and hands out the shards; `dtype` is that of the shards."""
-        reader = self._rank == 0
-        model = replace(self._job.model, path=self._locate(path))
-        policy, gap = load_policy(
-            model,
-            dtype,
-            logits_mib=self._config.logits_mib,
-            temperature=self._job.temperature,
-            weights=reader,
-        )
-        gap = fsdp.gather_objects(gap)[0]
-        check_policy(gap, dtype, path)
-        policy.model.requires_grad_(trainable)
-        if trainable and self._config.activation_checkpointing:
-            checkpoint_activations(policy.layers)
-        if self._config.compile:
-            for layer in policy.layers:
-                layer.compile(dynamic=True)
-        fsdp.shard_from_rank_zero(policy.model, policy.layers, mesh, self._dtype)
-        if self._config.attention == "varlen":
-            use_varlen(policy, self._device, self._job.temperature)
-            fsdp.reshard(policy.model)
-        return policy, gap
-
-    def _make_trainer(self, policy: Policy, reference: Policy | None, mesh: DeviceMesh) -> Trainer:
+    def _make_trainer(self, models: Models, mesh: DeviceMesh) -> Trainer:
+        """A trainer of the policy, with the critic that its recipe may need besides. Collective."""
+        policy = models.policy
+        critic: CriticTrainer | None = None
+        if self._recipe.critic is not None:
+            path, settings = self._locate(self._job.trained_path), self._recipe.critic
+            critic = make_critic(self._job, settings, path, policy, models.ways, mesh)
         return Trainer(
             self._job,
             self._recipe,
-            policy,
-            reference,
-            make_optimizers(self._config, policy.model, policy.layers),
+            models,
+            make_optimizers(self._config, policy.model, policy.layers, seed=self._job.seed),
             mesh,
             self._device,
             keep_gathered=fsdp.gather_once(policy.model, mesh),
+            reduce_once=models.ways.reduce_once,
+            critic=critic,
         )
 
     @property
@@ -199,6 +194,7 @@ class LearnerRank:
         version: int,
         max_staleness: int,
         credit_run: str | None = None,
+        scores: Sequence[Scores | Ref[Scores]] | None = None,
     ) -> dict[str, float]:
         """One learner step on whole groups; the metrics are the same on every rank.
 
@@ -206,6 +202,8 @@ class LearnerRank:
             batches: record batches under `trajectory_schema`, or Ray references to them.
             version: weight version of the policy before this step.
             credit_run: run directory that gets this step's credit log, written by rank 0.
+            scores: what the scorer said of every token, group by group, where that is on record or
+                was asked elsewhere; or Ray references to it.
 
         Raises:
             RunError: a token is staler than `max_staleness`, the gradient is not finite, or the
@@ -216,12 +214,18 @@ class LearnerRank:
         for group in groups:
             check_schema(group.schema)
         batch = StepBatch.from_record_batches(groups)
+        if scores is not None:
+            batch = replace(batch, scores=fetch_scores(scores, len(batch.token_ids)))
         staleness = check_staleness(batch, version, max_staleness)
         fetched_s = time.perf_counter() - started
         sheet = CreditSheet() if credit_run is not None else None
+        assert self._counters is not None
+        self._counters.begin()
         metrics = self.trainer.train(batch, sheet)
+        tokens = metrics["tokens/trained"] + batch.prompt_tokens
+        metrics |= self._counters.metrics(tokens, metrics["time/rank_train"])
         if sheet is not None and credit_run is not None:
-            metrics["time/credit"] = _log_credit(sheet, Path(credit_run), version + 1, groups)
+            metrics["time/credit"] = sheet.write(Path(credit_run), version + 1, groups)
         reached("gradient step done")
         return metrics | staleness | {"time/fetch": fetched_s}
 
@@ -229,13 +233,12 @@ class LearnerRank:
         """Make this rank's end of the weight transport. Collective."""
 
         def agree_on_address() -> tuple[str, int]:
-            address: tuple[str, int] = fsdp.gather_objects(fsdp.free_address(self._config.ranks))[0]
+            address: tuple[str, int] = fsdp.gather_objects(free_address())[0]
             return address
 
         rank = SendingRank(
             self._rank,
-            fsdp.PolicyWeights(self.trainer.policy.model, self._dtype),
-            self._device,
+            fsdp.PolicyWeights(self.trainer.policy, self._dtype),
             self._job.bucket_mib * 2**20,
             self._put,
             agree_on_address,
@@ -277,7 +280,16 @@ class LearnerRank:
             "learning_rate": self._config.learning_rate,
         }
         state = TrainerState(trainer.step, schedule, self._recipe.state_dict(), extra)
-        self._snapshot = take_snapshot(trainer.policy, trainer.optimizers, state, self._dtype)
+        critic = trainer.critic.trained if trainer.critic else None
+        self._snapshot = take_snapshot(
+            trainer.policy,
+            trainer.optimizers,
+            state,
+            self._dtype,
+            self._stager,
+            critic,
+            trainer.models.averaged,
+        )
 
     @in_group(_WRITING)
     def write_checkpoint(self, folder: str) -> None:
@@ -297,7 +309,14 @@ class LearnerRank:
     def load_checkpoint(self, folder: str) -> dict[str, Any]:
         """Go on from a checkpoint, whatever number of ranks wrote it; returns its `extra`."""
         trainer = self.trainer
-        state = load_checkpoint(Path(folder), trainer.policy, trainer.optimizers)
+        critic = trainer.critic.trained if trainer.critic else None
+        state = load_checkpoint(
+            Path(folder),
+            trainer.policy,
+            trainer.optimizers,
+            critic,
+            trainer.models.averaged,
+        )
         trainer.step = state.step
         self._recipe.load_state_dict(state.recipe)
         return state.extra
@@ -313,24 +332,7 @@ class LearnerRank:
 
     def shutdown(self) -> None:
         """Leave the process group and let go of the policy; `begin` may follow."""
-        self._trainer = self._sender = self._snapshot = self._writing_group = None
+        self._trainer = self._sender = self._snapshot = self._writing_group = self._stager = None
         if dist.is_initialized():
             dist.destroy_process_group()
         release_freed_memory()
-
-
-def _log_credit(
-    sheet: CreditSheet, run: Path, step: int, groups: Sequence[pa.RecordBatch]
-) -> float:
-    """Write the credit log of `step`; returns the seconds that took. Collective."""
-    started = time.perf_counter()
-    rows = sheet.record_batch(step, groups)
-    if rows is not None:
-        try:
-            write_credit(run, step, rows)
-        except OSError as error:
-            raise RunError(
-                f"the credit log of step {step} cannot be written: {error}. Make room or mend the "
-                "disk, then go on with resume= (learner.credit_log_every=0 does without)"
-            ) from error
-    return time.perf_counter() - started

@@ -6,12 +6,13 @@ import asyncio
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
-from common.supervision.calls import Call, Handle, ask, call
+from common.supervision.calls import Call, Handle, Ref, ask, call
 from common.supervision.waits import Waits
 from common.trajectory import GroupReceipt, batch_refs
 from common.weights.transport import Receivers, Shipment
 from learner.training.job import LearnerJob
 from learner.training.rank import LearnerRank
+from learner.training.scoring import Scores
 
 R = TypeVar("R")
 
@@ -45,13 +46,22 @@ class LearnerRanks:
         return (await self._all(call(LearnerRank.setup, *address), deadline_s))[0]
 
     async def step(
-        self, receipts: Sequence[GroupReceipt], version: int, max_staleness: int
+        self,
+        receipts: Sequence[GroupReceipt],
+        version: int,
+        max_staleness: int,
+        scores: Sequence[Ref[Scores]] | None = None,
     ) -> dict[str, float]:
-        """Take a learner step on these groups; returns the metrics of the whole step."""
+        """Take a learner step on these groups; returns the metrics of the whole step.
+
+        Args:
+            scores: what a scorer elsewhere said of each group.
+        """
         refs = batch_refs(receipts)
         logged = self._credit_every > 0 and (version + 1) % self._credit_every == 0
         run = self._credit_run if logged else None
-        return (await self._all(call(LearnerRank.step, refs, version, max_staleness, run)))[0]
+        step = call(LearnerRank.step, refs, version, max_staleness, run, scores)
+        return (await self._all(step))[0]
 
     def fetch_ahead(self, receipt: GroupReceipt) -> None:
         """Have a group that a later step will train on brought to the nodes of the ranks.

@@ -7,6 +7,9 @@ catches what the other two cannot: weights that arrived but are not used.
 What arrives damaged is sent again as a whole, for nothing of it was loaded. Weights that the canary
 refutes have been sampled from, under the number of the right ones. So the run starts again from its
 last checkpoint, which gives up every group with a token of them.
+
+The version with which a run begins is published too, before anything is sampled. An architecture
+that learner and engine compute differently, or whose updates the engine garbles, is found then.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ import time
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from common.errors import WeightsError
+from common.errors import RefutedError, UserError, WeightsError
 from common.supervision.faults import reached
 from common.weights.transport import (
     GeneratorSide,
@@ -29,6 +32,17 @@ from common.weights.transport import (
 from learner.weights.canary import CanaryProof
 
 log = logging.getLogger(__name__)
+
+_COMPUTED_DIFFERENTLY = (
+    "Nothing has been published yet: both have read the same folder, and vLLM computes this model "
+    "otherwise than transformers. No restart mends that. Lower model.max_length below the model's "
+    "window or original length if it is longer, or train another model."
+)
+_GARBLED = (
+    "vLLM computed right with the weights of the model's folder, and wrong after an update with "
+    "the very same: it cannot be updated with this architecture here. No restart mends that. "
+    "Train another model."
+)
 
 
 class Generators(GeneratorSide, Protocol):
@@ -78,6 +92,11 @@ class Publisher:
         self._resends = resends
 
     @property
+    def gap(self) -> float:
+        """The largest gap of the newest version proved, in nats a token."""
+        return self._proof.gap
+
+    @property
     def shares_devices(self) -> bool:
         """Generators must stand still while the learner steps."""
         return self._transport.shares_devices
@@ -91,6 +110,7 @@ class Publisher:
         started = time.monotonic()
         shipment = await self._transport.export(self._sides, version)
         await self._proof.expect(version)
+        await self._transport.serve_again(self._sides)
         return Exported(version, shipment, time.monotonic() - started)
 
     async def deliver(self, exported: Exported) -> dict[str, float]:
@@ -102,8 +122,8 @@ class Publisher:
             Metrics of the publication.
 
         Raises:
-            WeightsError: the weights arrived damaged, after `resends` more attempts, or a
-                generator does not reproduce the learner's log-probabilities.
+            WeightsError: the weights arrived damaged, after `resends` more attempts.
+            RefutedError: a generator does not reproduce the learner's log-probabilities.
             StallError: the deadline passed.
         """
         started, version, shipment = time.monotonic(), exported.version, exported.shipment
@@ -133,14 +153,29 @@ class Publisher:
         """Return when `version` is proved, as `CanaryProof.until_proved` does."""
         await self._proof.until_proved(version, delivery)
 
-    async def prove(self, version: int) -> float:
-        """Score the canary on both sides; returns the largest mean gap of a sequence, nats a token.
+    async def begin(self, version: int, *, loaded: bool) -> None:
+        """Prove the version with which a run begins, and that it can be published.
+
+        Nothing is being generated yet.
+
+        Args:
+            loaded: the generators have read it from its folder, as the learner has.
 
         Raises:
-            WeightsError: a generator does not reproduce the learner's log-probabilities.
+            UserError: a generator computes this model otherwise than the learner, or garbles what
+                it is sent. It would again, however often it is started.
         """
-        await self._proof.expect(version)
-        return await self._prove(version)
+        if loaded:
+            await self._proof.expect(version)
+            try:
+                await self._prove(version)
+            except RefutedError as error:
+                raise UserError(f"{error}\n{_COMPUTED_DIFFERENTLY}") from error
+        await self.make_room()
+        try:
+            await self.deliver(await self.export(version))
+        except RefutedError as error:
+            raise UserError(f"{error}\n{_GARBLED}") from error
 
     async def _prove(self, version: int) -> float:
         canary = self._proof.canary

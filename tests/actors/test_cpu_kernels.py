@@ -1,4 +1,4 @@
-"""vLLM's compiled norms on CPU: their numbers, and what they leave to torch."""
+"""vLLM's kernels on CPU: their numbers, and what they leave to torch."""
 
 from __future__ import annotations
 
@@ -6,13 +6,17 @@ import pytest
 import torch
 from torch import Tensor
 from vllm import ir
+from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.model_executor.layers.rotary_embedding import get_rope
 
-from actors.generation.cpu_kernels import IR_OP_PRIORITY
+from actors.generation.cpu_kernels import IR_OP_PRIORITY, ROUNDS
 
 EPSILON = 1e-5
 # Relative: one rounding, to half a bit in the last place; a few in float32, of sums.
 ROUNDING = {torch.float32: 2e-6, torch.bfloat16: 1.01 * 2**-8}
-dtypes = pytest.mark.parametrize("dtype", ROUNDING, ids=str)
+# What the kernels of this machine do not round is left to torch, which rounds every step.
+EXACT = [dtype for dtype in ROUNDING if ROUNDS or dtype == torch.float32]
+dtypes = pytest.mark.parametrize("dtype", EXACT, ids=str)
 
 
 def oracle(x: Tensor, weight: Tensor) -> Tensor:
@@ -84,6 +88,8 @@ def test_what_the_kernels_do_not_compute_is_left_to_torch() -> None:
     assert provider(one, x, None, EPSILON) == "native"
     assert provider(one, x, weight, EPSILON, 8) == "native"
     assert provider(one, x.bfloat16(), weight, EPSILON) == "native"
+    narrow = provider(one, x.bfloat16(), weight.bfloat16(), EPSILON)
+    assert narrow == ("cpu_c" if ROUNDS else "native")
     assert error(one(*odd, EPSILON), oracle(*odd)) <= ROUNDING[torch.float32]
     two, columns = ir.ops.fused_add_rms_norm, drawn(72, 4, dtype=torch.float32).T
     assert provider(two, x, columns, weight, EPSILON) == "native"
@@ -91,3 +97,28 @@ def test_what_the_kernels_do_not_compute_is_left_to_torch() -> None:
     found, kept = two.maybe_inplace(x, columns, weight, EPSILON)
     assert error(found, oracle(x + columns, weight)) <= ROUNDING[torch.float32]
     assert torch.equal(kept, x + columns)
+
+
+def turned(x_THD: Tensor, positions: Tensor) -> Tensor:
+    """Neighbours as the two parts of a complex number, turned by its position; in float64."""
+    wide = torch.view_as_complex(x_THD.double().unflatten(-1, (-1, 2)).contiguous())
+    size = x_THD.shape[-1]
+    speed = 10000.0 ** -(torch.arange(0, size, 2, dtype=torch.float64) / size)
+    angles = positions[:, None, None] * speed
+    return torch.view_as_real(wide * torch.polar(torch.ones_like(angles), angles)).flatten(-2)
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_each_head_is_turned_by_the_position_of_its_token(flat: bool) -> None:
+    """Latent attention hands over a part of each head; others a row a token, turned in place."""
+    with set_current_vllm_config(VllmConfig()):
+        rope = get_rope(64, 512, False, {"rope_type": "default", "rope_theta": 10000.0})
+    positions = torch.tensor([0, 1, 2, 7, 90])
+    query = drawn(5, 4, 96, dtype=torch.float32)[..., 32:]
+    key = drawn(5, 576, dtype=torch.float32)[:, 512:].unsqueeze(1)
+    expected = [turned(each, positions) for each in (query, key)]
+    if flat:
+        query, key = query.flatten(1).contiguous(), key.flatten(1).contiguous()
+    found = rope.forward_cpu(positions, query, key)
+    for each, wanted in zip(found, expected, strict=True):
+        torch.testing.assert_close(each.view(wanted.shape).double(), wanted, rtol=0, atol=1e-4)

@@ -138,7 +138,7 @@ def test_half_an_update_ends_the_engine() -> None:
         with pytest.raises(RuntimeError, match="checksum"):
             await thread.update([{"bucket": 0}, {"bucket": "torn"}], "7")
         steps = engine.events.count("step")
-        with pytest.raises(RuntimeError, match="checksum"):
+        with pytest.raises(RunError, match="engine failed: RuntimeError: .*checksum"):
             await going
         with pytest.raises(RunError, match="checksum"):
             await thread.update([{"bucket": 0}, {"bucket": 1}], "7")
@@ -193,7 +193,8 @@ def test_a_failed_step_fails_every_request_and_all_that_come_later() -> None:
         results = await asyncio.gather(
             answer(thread, "a", 50), answer(thread, "breaks", 50), return_exceptions=True
         )
-        assert [type(result) for result in results] == [FloatingPointError] * 2
+        assert [type(result) for result in results] == [RunError] * 2
+        assert "engine failed: FloatingPointError: a kernel failed" in str(results[0])
         with pytest.raises(RunError, match="a kernel failed"):
             await answer(thread, "late", 1)
 

@@ -7,30 +7,29 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import judged_groups
+import numpy as np
+import pytest
+from chat_templates import FAMILIES
+
 from actors.generation.engine import Completion
-from actors.generation.generator import Generator, rollout_batch, with_guidance
-from common.config.sections import GeneratorConfig, ModelConfig
+from actors.generation.generator import Generator
+from actors.generation.rows import rollout_batch, with_guidance
+from actors.generation.texts import Texts
+from actors.sandbox.verdict import Verdict
+from actors.verifiers.judge import Judgement
+from actors.verifiers.worker import with_verdicts
+from common.config.environment import EnvironmentConfig
+from common.config.sections import DataConfig, GeneratorConfig, ModelConfig
+from common.errors import UserError
+from common.record.ledger import outcomes_of
 from common.record.schema import rollout_schema
+from common.record.writer import receipt
 from common.trajectory import GroupRequest
 
 
 def request(**changes: Any) -> GroupRequest:
-    values: dict[str, Any] = {
-        "group_id": 5,
-        "ticket": 5,
-        "prompt_id": "p",
-        "epoch": 1,
-        "question": "2 + 2",
-        "prompt_text": "2 + 2 =",
-        "prompt_ids": [1, 2],
-        "reference": "{}",
-        "num_completions": 4,
-        "max_tokens": 10,
-        "temperature": 1.0,
-        "dispatch_version": 3,
-        "dispatched_s": 1.0,
-    }
-    return GroupRequest(**(values | changes))
+    return judged_groups.request(**({"epoch": 1, "num_completions": 4, "max_tokens": 10} | changes))
 
 
 class FakeEngine:
@@ -54,14 +53,14 @@ class FakeEngine:
 
 
 class FakeTokenizer:
-    def batch_decode(self, ids: list[list[int]], skip_special_tokens: bool) -> list[str]:
-        return [" ".join(map(str, tokens)) for tokens in ids]
+    def decode(self, token_ids: list[int], **_: bool) -> str:
+        return " ".join(map(str, token_ids))
 
 
 def batches_of(group: GroupRequest, engine: FakeEngine) -> list[Any]:
     generator = Generator("g", ModelConfig(path="x"), GeneratorConfig(), "object_store", 0, 0, None)
     generator._engine = engine  # type: ignore[assignment]
-    generator._tokenizer = FakeTokenizer()
+    generator._texts = Texts(FakeTokenizer(), [], [])
 
     async def collect() -> list[Any]:
         numbers = [number async for number in generator.generate_group(group)]
@@ -80,7 +79,7 @@ def sample(group: GroupRequest) -> tuple[Any, FakeEngine]:
 
 def test_a_plain_group_is_one_batch_of_n_completions() -> None:
     batch, engine = sample(request())
-    assert engine.asked == [([1, 2], {"temperature": 1.0, "max_tokens": 10})] * 4
+    assert engine.asked == [([1, 2], {"temperature": 1.0, "max_tokens": 10, "stop": []})] * 4
     assert batch.schema.equals(rollout_schema())
     assert batch.column("completion_index").to_pylist() == [0, 1, 2, 3]
     assert batch.column("guidance_length").to_pylist() == [0] * 4
@@ -102,7 +101,7 @@ def test_beyond_the_cap_what_is_unfinished_is_aborted_and_left_out() -> None:
 
 def test_guidance_leads_the_last_completions_and_counts_towards_their_length() -> None:
     batch, engine = sample(request(guidance_ids=(7, 8, 9), num_guided=1))
-    assert engine.asked[3] == ([1, 2, 7, 8, 9], {"temperature": 1.0, "max_tokens": 7})
+    assert engine.asked[3] == ([1, 2, 7, 8, 9], {"temperature": 1.0, "max_tokens": 7, "stop": []})
     rows = batch.to_pylist()
     assert [row["token_ids"] for row in rows] == [[2, 2]] * 3 + [[7, 8, 9, 5, 5]]
     guided = rows[3]
@@ -121,8 +120,46 @@ def test_unmasked_guidance_is_trained_on_but_has_no_behaviour_logprob() -> None:
         assert math.isnan(row["behaviour_logprobs"][0])
 
 
+def test_a_greedy_completion_is_the_first_and_in_no_loss() -> None:
+    batch, engine = sample(request(num_completions=3, greedy=True))
+    assert [sampling["temperature"] for _, sampling in engine.asked] == [0.0, 1.0, 1.0]
+    mask, scores = batch.column("loss_mask").to_pylist(), batch.column("behaviour_logprobs")
+    assert not any(mask[0]) and mask[0] and all(mask[1]) and all(mask[2])
+    assert not np.isnan(scores[0].as_py()).any()  # it was sampled
+    made = with_verdicts(batch, ["rule"], [Judgement(0.5, (Verdict("pass", 0.5),))] * 3)
+    summed = receipt(made, None)
+    assert summed.num_compared == 1 and summed.compared_tokens == len(mask[0])
+    counted = outcomes_of(summed, "trained")
+    assert counted["trained"][0] == 2 and counted["compared"] == (1, len(mask[0]))
+    assert sum(tokens for _, tokens in counted.values()) == summed.num_tokens
+    assert outcomes_of(summed, "filtered") == {"filtered": (3, summed.num_tokens)}
+
+
 def test_an_empty_completion_keeps_its_row() -> None:
     batch = rollout_batch(request(), {0: Completion([], [], [], "stop")}, [""], "g")
     assert batch.column("token_ids").to_pylist() == [[]]
     guided = with_guidance(Completion([], [], [], "stop"), [4], 3)
     assert len(guided.weight_versions) == len(guided.token_ids) == 1
+
+
+def test_thoughts_that_a_template_forgets_are_kept_where_the_configuration_says_so() -> None:
+    tokenizer = FAMILIES["forgets thoughts"].tokenizer()
+
+    async def play(thoughts: Any) -> bool:
+        environment = EnvironmentConfig(name="guess", thoughts=thoughts)
+        generator = Generator(
+            *("g", ModelConfig(path="x"), GeneratorConfig(), "object_store", 0, 0, None),
+            environment=environment,
+            data=DataConfig(),
+        )
+        generator._engine = FakeEngine()  # type: ignore[assignment]
+        try:
+            await generator._start_environment(tokenizer)
+            return generator._player is not None
+        finally:
+            assert generator._host is not None
+            await generator._host.shutdown()
+
+    assert asyncio.run(play("keep"))
+    with pytest.raises(UserError, match=r"environment\.thoughts=keep"):
+        asyncio.run(play("refuse"))

@@ -30,6 +30,14 @@ def test_cycle_updates_every_third_step_from_the_two_before() -> None:
     assert lengths("cycle", [0.2, 0.4, 0.6, 0.5, 0.5, 0.25]) == [100, 100, 50, 50, 50, 100]
 
 
+def test_a_cycle_keeps_whole_tokens_as_the_released_code_does() -> None:
+    # 100*0.3/0.7 = 42.9 -> 42, 42*0.5/0.4 = 52.5 -> 52; a float would be at 53.6
+    assert lengths("cycle", [0.2, 0.4, 0.7, 0.5, 0.5, 0.4])[2::3] == [42, 52]
+    # 100*0.002 -> 1, 1*1.9 -> 1, 1*2 -> 2
+    halves = [0.002, 0.002, 1.0, 0.95, 0.95, 0.5, 1.0, 1.0, 0.5]
+    assert lengths("cycle", halves)[2::3] == [1, 1, 2]
+
+
 def test_fixed_and_linear_decay() -> None:
     assert lengths("fixed", [0.1, 0.9, 0.5]) == [100, 100, 100]
     assert lengths("linear_decay", [0.5] * 4) == [75, 50, 25, 1]
@@ -86,11 +94,11 @@ def test_without_a_ratio_there_is_no_guidance() -> None:
 
 
 def test_the_length_begins_and_ends_where_a_completion_has_room() -> None:
-    guidance = Guidance(GuidanceConfig(ratio=0.5, max_tokens=3072, window=1), 10, 23)
-    assert guidance.length == 23
+    guidance = Guidance(GuidanceConfig(ratio=0.5, max_tokens=3072, window=1), 10, 24)
+    assert guidance.length == 24
     for step, reward in enumerate([0.5, 1.0, 1.0, 0.5], 1):  # halved, then twice as long
         guidance.observe(step, reward)
-    assert guidance.length == 23
+    assert guidance.length == 24
 
 
 def test_a_longer_limit_before_a_resume_does_not_leave_a_completion_without_room() -> None:

@@ -40,6 +40,55 @@ RIGHT = [
     ("f(x)=x^2", r"\boxed{x^2}"),
     ("3,-3", r"\boxed{\pm 3}"),
     ("x=3, y=4", r"\boxed{(3,4)}"),
+    ("29", r"\boxed{x^2+7y^2=29}"),  # where the value of the left side was asked
+    # the last box, leading zeros, a unit in another box
+    ("004", r"\boxed{004}"),
+    ("4", r"First \boxed{35 cm} ++++++ \boxed{4}"),
+    ("4", r"It is \boxed{3}, or rather, as we saw, \boxed{4}."),
+    ("x=3, y=4", r"\boxed{x=3} \boxed{y=4}"),
+    ("5", "\\boxed{5}\n\\boxed{5}"),
+    # equations, planes with the other sign, matrices, words around a number
+    (r"\text{13}", r"\boxed{13}"),
+    ("x-y+2z-3=0", r"\boxed{-x+y-2z+3=0}"),
+    ("2x+4y=6", r"\boxed{x+2y=3}"),
+    (r"y = \frac{3}{2}x - 4", r"\boxed{3x-2y=8}"),
+    (
+        r"\begin{pmatrix}1&2\\3&4\end{pmatrix}",
+        r"\boxed{\begin{bmatrix} 1 & 2 \\ 3 & 4 \end{bmatrix}}",
+    ),
+    ("x<2 or x>3", r"\boxed{(-\infty,2)\cup(3,\infty)}"),
+    (r"(-\infty,2)\cup(3,\infty)", r"\boxed{x<2 \text{ or } x>3}"),
+    ("x<2 or x>3", r"\boxed{x>3 \text{ or } x<2}"),
+    (r"x \neq 2", r"\boxed{x\ne2}"),
+    (r"x \neq 2", r"\boxed{2 \ne x}"),
+    # macros of other typists
+    (r"\ln 2", r"\boxed{\log_e 2}"),
+    (r"\dbinom{5}{2}", r"\boxed{10}"),
+    (r"2 \pmod{5}", r"\boxed{2 \bmod 5}"),
+    ("2 (mod 5)", r"\boxed{2 \pmod 5}"),
+    # what is taken back is no answer, and what replaces it is
+    ("8", "The answer is 7. Wait, that is wrong. It is 8."),
+    ("8", "The answer is 7, no wait, 8"),
+    ("9", "The answer is 7. Actually, I made a mistake above, it is 9."),
+    ("42", "Answer: 42\n\nI hope that's what you wait for"),
+    # other languages
+    ("42", "Ответ: 42"),
+    ("42", "ответ 42"),
+    ("42", "Die Antwort ist 42."),
+    ("42", "정답은 42입니다."),
+    ("42", "答えは42です"),
+    ("42", "因此答案是：42"),
+    # forms of a document around the last line
+    ("42", "It is\n\n1. 42"),
+    ("42", "## 42"),
+    ("42", "42\n---"),
+    ("42", "```\n42\n```"),
+    ("42", "<b>42</b>"),
+    ("42", "| Answer | 42 |"),
+    ("42", "Answer\n======\n42"),
+    ("42", '{"answer": 42}'),
+    ("42", '{"answer": "42"}'),
+    ("42", r"\text{Answer: } 42"),
     # signs of Unicode and of other languages
     ("90", r"\boxed{90°}"),
     (r"\sqrt{2}", "√2"),
@@ -116,6 +165,17 @@ WRONG = [
     ("[-2,7]", r"\boxed{-2 < x \le 7}"),
     (r"\pm 3", r"\boxed{3}"),
     ("y=3", r"\boxed{x=3}"),
+    ("7", "The answer is 7. Wait, that is wrong. It is 8."),
+    ("7", "The answer is 7, which is wrong."),
+    ("7", "The answer is 7, no wait, 8"),
+    ("42", "42?"),
+    ("x<2 or x>3", r"\boxed{x<2 \text{ or } x>4}"),
+    ("x<2 or x>3", r"\boxed{(-\infty,2]\cup(3,\infty)}"),
+    (r"x \neq 2", r"\boxed{x \ne 3}"),
+    (r"x \neq 2", r"\boxed{x = 2}"),
+    (r"\ln 2", r"\boxed{\log_{10} 2}"),
+    (r"2 \pmod{5}", r"\boxed{2 \bmod 7}"),
+    ("5, 5", "\\boxed{5}\n\\boxed{5}"),
 ]
 AT_ONCE = [
     r"9^{9^{9^{9}}}",
@@ -247,12 +307,42 @@ def test_the_last_number(text: str, number: str) -> None:
         ("<answer>B</answer>", "B"),
         ("<answer>The answer is (B).</answer>", "B"),
         ("Answer: `C`", "C"),
+        ("I think so.\nB) because it is", "B"),
+        ("A) 1\nB) 2", None),
+        ("I choose B.", "B"),
+        ("I would not choose B.", None),
+        ("Option B is correct.", "B"),
+        ("Option A is wrong. So B is the best answer.", "B"),
+        ("It is not clear whether A is correct", None),
+        ("Option B is not correct.", None),
+        ("故选B", "B"),
+        (r"The answer is \(B\).", "B"),
+        ('{"answer": "B"}', "B"),
+        ("Answer: <B>", "B"),
+        ("The answer is “B”.", "B"),
+        (r"\boxed{b}", "B"),
+        ("<answer>(b)</answer>", "B"),
+        ("The answer is a matter of taste", None),
+        ("The answer is A's", None),
         ("The answer is A or B", None),
         ("Answer: A/B", None),
     ],
 )
 def test_letters(text: str, letter: str | None) -> None:
     assert choice.vote(text, {}) == letter
+
+
+@pytest.mark.parametrize("stored", ["B", "(B)", "B.", "b", "(b)", r"\text{B}", "B) Paris", " B "])
+def test_letters_as_data_sets_store_them(stored: str) -> None:
+    choice.check_reference({"answer": stored})
+    assert choice.score("Answer: B", {"answer": stored}).kind == "pass"
+    assert choice.score("Answer: C", {"answer": stored}).kind == "fail"
+
+
+@pytest.mark.parametrize("stored", ["", "K", "AB", "A or B", "1", None, "Paris", "b is right"])
+def test_what_is_no_letter_is_refused(stored: str | None) -> None:
+    with pytest.raises(ValueError, match="none of the letters"):
+        choice.check_reference({"answer": stored})
 
 
 def test_a_letter_at_a_cut_may_be_the_first_of_a_word() -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import pytest
 
 from actors.verifiers.outputs import same_output, same_value
 from actors.verifiers.program import fenced_blocks, find_program
+from actors.verifiers.script import run_script
 
 CODE = "print(int(input()) * 2)\n"
 FENCED = f"```python\n{CODE}```\n"
@@ -129,7 +131,12 @@ def test_outputs(found: str, expected: str, same: bool) -> None:
         (1e-12, 0.0, True),
         (1.0, 1, True),
         (2**63 + 1, 2**63, False),
-        (True, 1, False),
+        (True, 1, True),
+        (0, False, True),
+        (2, True, False),
+        ("true", True, False),
+        (1.0, True, True),
+        (None, False, False),
         ([1, [2.0000000001]], [1, [2]], True),
         ([1, 2], [1, 2, 3], False),
         ({"a": 0.1 + 0.2}, {"a": 0.3}, True),
@@ -141,3 +148,18 @@ def test_outputs(found: str, expected: str, same: bool) -> None:
 )
 def test_results(found: Any, wanted: Any, same: bool) -> None:
     assert same_value(found, wanted) is same
+
+
+@pytest.mark.parametrize("hears", [False, True], ids=["before the question", "after the question"])
+def test_a_program_that_ends_before_its_tests_is_told_so_whenever_it_ends(hears: bool) -> None:
+    """Whether the question still finds an open pipe is a matter of who is first."""
+    (asked, ask), (answered, answer), report = os.pipe(), os.pipe(), os.memfd_create("report")
+    if not hears:
+        os.close(asked)
+    os.close(answer)
+    judge = run_script("", "assert square(3) == 9", ask, answered, report, [])
+    os.waitpid(judge, 0)
+    said = os.pread(report, 1000, 0).decode()
+    for descriptor in (ask, answered, report, *([asked] if hears else [])):
+        os.close(descriptor)
+    assert said == "it ended before its tests had"

@@ -98,7 +98,8 @@ def test_training_rows_equal_to_held_out_ones_are_removed(tokenizer: Any, tmp_pa
     held_out = {question_key(json.loads(p.reference)["prompt"]) for p in source.eval_prompts(2)}
     # `question 7` was seen first as the second row, so it is not among the last distinct two.
     assert train.isdisjoint(held_out)
-    assert source.size + source.removed == 9
+    assert source.size + source.removed + 2 == 9
+    assert (source.removed > 0) == ("question 7" in held_out)
 
 
 def test_held_out_rows_from_another_file(tokenizer: Any, tmp_path: Path) -> None:
@@ -261,6 +262,26 @@ def test_a_byte_order_mark_is_no_error(tokenizer: Any, tmp_path: Path) -> None:
     lines = [json.dumps(row) for row in numbered(5)]
     path.write_bytes(b"\xef\xbb\xbf" + "\n".join(lines).encode())
     assert build(DataConfig(source="file", path=str(path)), tokenizer).size == 3
+
+
+def test_files_as_windows_and_editors_write_them(tokenizer: Any, tmp_path: Path) -> None:
+    lines = [json.dumps(row).encode() for row in numbered(5)]
+    lines[2] = json.dumps({"prompt": "a\u2028b", "answer": 2}, ensure_ascii=False).encode()
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + b"\r\n\r\n".join(lines))  # no end of the last line
+    source = build(DataConfig(source="file", path=str(path)), tokenizer)
+    assert {row.question for row in source.rows.train} == {"question 0", "question 1", "a\u2028b"}
+
+
+def test_many_prompts_that_are_too_long_are_named_and_left_out_on_demand(
+    tokenizer: Any, tmp_path: Path
+) -> None:
+    rows = [{"prompt": "x" * 600 + str(n) if n % 3 else f"q {n}", "answer": n} for n in range(60)]
+    config = DataConfig(source="file", path=write_jsonl(tmp_path / "a.jsonl", rows))
+    with pytest.raises(UserError, match=r"(?s)40 rows: .*line 2: the prompt has 618 tokens.*40 of"):
+        build(config, tokenizer)
+    config.max_bad_rows = 0.7
+    assert build(config, tokenizer).size == 18  # two are held out, though the last rows are long
 
 
 def test_a_prompt_that_is_too_long_names_row_length_limit_and_key(

@@ -96,6 +96,20 @@ def test_a_bad_rule_costs_one_verdict(sandbox: Sandbox, text: str, kind: str, re
         assert verdict.reason.startswith("hostile")
 
 
+@pytest.mark.parametrize("less", ["", "user", "bubblewrap", "bubblewrap,user"])
+def test_the_memory_of_all_its_processes_is_counted_once(less: str) -> None:
+    walls = find_walls(frozenset(less.split(",")) - {""})
+    sandbox = Sandbox(JUDGE, [HOSTILE], 10.0, 2**30, walls=walls)
+    try:
+        texts = (f"fork_and_share {2**28}", f"fork_and_allocate {2**29}", "number 1")
+        shared, together, after = sandbox.score([Task(0, text, "{}") for text in texts])
+    finally:
+        sandbox.close()
+    assert shared.kind == "pass", shared
+    assert (together.kind, after.kind) == ("error", "pass")
+    assert "more than 1 GiB of memory" in together.reason
+
+
 def test_the_network_is_open_to_those_who_ask_for_it() -> None:
     sandbox = Sandbox(JUDGE, [HOSTILE], TIMEOUT_S, network=True)
     try:

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from byte_tokenizers import CHAT, byte_tokenizer
 
+from actors.data.account import counted
 from actors.data.chat import Template
 from actors.data.prompts import PromptSource, build_prompt_source
 from actors.data.schemas import Columns, to_row
@@ -103,6 +104,35 @@ def loaded(path: Path | str, rules: list[str], **keys: Any) -> PromptSource:
     return build_prompt_source(config, 1, 0, byte_tokenizer(), 500, specs)
 
 
+def test_tasks_that_an_environment_alone_values_need_no_answer(tmp_path: Path) -> None:
+    path = tmp_path / "games.jsonl"
+    rows: list[dict[str, Any]] = [{"prompt": "Play.", "level": level} for level in range(5)]
+    rows += [{"prompt": "Play.", "level": 4}, {"prompt": "Play.", "level": 5, "answer": ""}]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    source = loaded(path, ["environment"])
+    # Tasks with one question and other columns are other tasks; only the same twice is a repeat.
+    assert (source.size, source.rows.repeated, len(source.rows.held_out)) == (6, 1, 1)
+    assert any("question in prompt, no answer" in line for line in counted(source))
+    tasks = [json.loads(source.next().reference) for _ in range(6)]
+    assert {task["answer"] for task in tasks} == {None}
+    assert sorted(task["level"] for task in tasks) == [0, 1, 2, 3, 4, 4]
+
+
+@pytest.mark.parametrize("rules", [["environment", "math_answer"], ["math_answer"], []])
+def test_an_answer_that_a_rule_judges_by_is_missed(tmp_path: Path, rules: list[str]) -> None:
+    path = tmp_path / "games.jsonl"
+    path.write_text("\n".join(json.dumps({"prompt": f"Play {n}."}) for n in range(5)))
+    with pytest.raises(UserError, match="no column with the answer"):
+        loaded(path, rules)
+
+
+def test_an_answer_column_that_is_named_is_missed(tmp_path: Path) -> None:
+    path = tmp_path / "games.jsonl"
+    path.write_text(json.dumps({"prompt": "Play.", "sum": ""}))
+    with pytest.raises(UserError, match="has no answer"):
+        loaded(path, ["environment"], answer_column="sum")
+
+
 def records(count: int) -> list[dict[str, Any]]:
     return [
         VERL | {"prompt": [{"role": "user", "content": f"What is 1 + {n}?"}], "number": n}
@@ -178,8 +208,11 @@ def test_all_turns_of_a_row_are_rendered(tmp_path: Path) -> None:
         "<system>Be brief.<user>What is 1 + 2?<assistant>",
         "<system>Mine.<user>What is 1 + 1?<assistant>2<user>What is 1 + 2?<assistant>",
     }
-    with pytest.raises(UserError, match=r"data\.template=chat"):
-        loaded(path, ["math_answer"], template="plain")
+    plain = loaded(path, ["math_answer"], template="plain", plain_template="Q: {prompt}\nA:")
+    assert {prompt.text for prompt in plain.some_prompts(2)} == {
+        "Be brief.\n\nQ: What is 1 + 2?\nA:",
+        "What is 1 + 1?\n\n2\n\nQ: What is 1 + 2?\nA:",
+    }
 
 
 IGNORES_SYSTEM = (
@@ -213,6 +246,13 @@ def test_templates_are_tried_for_what_they_do(
         Template(DataConfig(**keys), tokenizer)
 
 
+def test_a_question_may_end_where_the_answer_begins() -> None:
+    """As in `[INST] question [/INST] answer`, which needs no call to speak."""
+    brackets = "{% for m in messages %}{% if m.role == 'user' %}[{{ m.content }}]"
+    tokenizer = byte_tokenizer(brackets + "{% else %} {{ m.content }}.{% endif %}{% endfor %}")
+    assert Template(DataConfig(), tokenizer).render("q") == "[q]"
+
+
 def test_a_template_is_told_what_the_configuration_says(tmp_path: Path) -> None:
     tokenizer = byte_tokenizer(THINKS)
     config = DataConfig(chat_template_kwargs={"enable_thinking": False})
@@ -220,6 +260,29 @@ def test_a_template_is_told_what_the_configuration_says(tmp_path: Path) -> None:
     (tmp_path / "own.jinja").write_text(CHAT.replace("<assistant>", "ASSISTANT"))
     own = Template(DataConfig(chat_template=str(tmp_path / "own.jinja")), tokenizer)
     assert own.render("q") == "<user>qASSISTANT"
+
+
+def test_special_tokens_without_a_name_are_control_tokens_too() -> None:
+    from tokenizers import AddedToken
+
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens(
+        [AddedToken("<|turn|>", special=True), AddedToken("a word", special=False)]
+    )
+    assert "<|turn|>" not in tokenizer.all_special_tokens
+    template = Template(DataConfig(), tokenizer)
+    (ids,) = template.encode_asked(["a<|turn|>b a word"])
+    turn, word = tokenizer.convert_tokens_to_ids(["<|turn|>", "a word"])
+    assert turn not in ids and word in ids
+    assert tokenizer.decode(ids).endswith("<user>a<|turn|>b a word<assistant>")
+
+
+def test_one_bos_where_template_and_tokenizer_both_write_one() -> None:
+    tokenizer = byte_tokenizer("<s>" + CHAT)
+    (ids,) = Template(DataConfig(), tokenizer).encode_asked(["q"])
+    assert ids.count(tokenizer.bos_token_id) == 1 and ids[0] == tokenizer.bos_token_id
+    with pytest.raises(UserError, match="two BOS tokens"):
+        Template(DataConfig(), byte_tokenizer("<s><s>" + CHAT))
 
 
 @pytest.mark.parametrize("how", ["chat", "plain"])

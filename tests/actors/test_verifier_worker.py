@@ -5,15 +5,15 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pyarrow as pa
 import pytest
+from turn_columns import answer_columns
 
-from actors.environments.base import Step
-from actors.environments.worker import VerifierWorker
 from actors.verifiers.registry import verifier_names
+from actors.verifiers.worker import VerifierWorker
 from common.config.sections import VerifierConfig, VerifierSpec
 from common.errors import RunError, UserError
 from common.record.schema import rollout_schema, trajectory_schema
@@ -28,6 +28,7 @@ def rollout_batch(texts: list[str], answer: str = "3") -> pa.RecordBatch:
             "completion_index": index,
             "prompt_id": "p",
             "epoch": 0,
+            "source": "",
             "question": "?",
             "prompt_text": "?",
             "reference": reference,
@@ -39,6 +40,7 @@ def rollout_batch(texts: list[str], answer: str = "3") -> pa.RecordBatch:
             "loss_mask": [True, True],
             "guidance_length": 0,
             "finish_reason": "stop",
+            **answer_columns(0, 2),
             "generator": "g0",
             "dispatch_version": 3,
             "dispatched_s": 1.0,
@@ -103,6 +105,35 @@ def test_a_total_beyond_float32_is_null_and_not_infinite() -> None:
     assert verified.column("reward").to_pylist() == [None, 0.0]
 
 
+def test_rules_judge_the_data_sets_that_they_name() -> None:
+    first = VerifierSpec(name="hostile_verifiers:obedient", sources=["math"])
+    second = VerifierSpec(name="choice", weight=3.0, sources=["letters", "more"])
+    batch = rollout_batch(["3", "Answer: B", "Answer: C"])
+    references = [{"answer": "3", "data_set": "math"}]
+    references += [{"answer": "B", "data_set": name} for name in ("letters", "more")]
+    place = batch.schema.get_field_index("reference")
+    batch = batch.set_column(
+        place, batch.schema.field(place), pa.array([json.dumps(one) for one in references])
+    )
+    with worker_for(first, second, SHORT, timeout_s=10.0) as worker:
+        verified, _ = asyncio.run(worker.score_group(batch))
+    found = {
+        name: verified.column(name).to_pylist()
+        for name in verified.schema.names[len(batch.schema) :]
+    }
+    assert found == {
+        "reward/obedient": [1.0, None, None],
+        "verdict/obedient": ["pass", "skipped", "skipped"],
+        "reward/choice": [None, 1.0, 0.0],
+        "verdict/choice": ["skipped", "pass", "fail"],
+        "reward/format_rules": [1.0, 1.0, 1.0],
+        "verdict/format_rules": ["pass", "pass", "pass"],
+        "reward": [1.5, 3.5, 0.5],
+        "accuracy": [1.0, 1.0, 0.0],
+        "suspicious": [""] * 3,
+    }
+
+
 def test_two_rules_of_one_name() -> None:
     loose = VerifierSpec(name="format_rules", args={"max_characters": 100})
     with worker_for(SHORT, loose) as worker:
@@ -164,25 +195,50 @@ def test_closing_ends_the_group_being_judged() -> None:
         asyncio.run(judge_and_close(worker))
 
 
-class Endless:
-    """An environment that always wants another reply."""
-
-    def wait_ready(self) -> None:
-        """At once."""
-
-    def reset(self, tasks: Sequence[str], prompts: Sequence[str] = ()) -> list[str]:
-        return [""] * len(tasks)
-
-    def step(self, replies: Sequence[str], finish_reasons: Sequence[str] = ()) -> list[Step]:
-        return [Step(done=False, observation="go on") for _ in replies]
-
-    def close(self) -> None:
-        """Nothing was started."""
+def played(texts: list[str], said: list[tuple[str, str, float | None]]) -> pa.RecordBatch:
+    """A batch whose environments said (verdict, reason, reward), one a completion."""
+    rows = rollout_batch(texts).to_pylist()
+    for row, (verdict, reason, reward) in zip(rows, said, strict=True):
+        row["environment_verdict"], row["environment_reason"] = verdict, reason
+        row["environment_reward"] = reward
+    return pa.RecordBatch.from_pylist(rows, schema=rollout_schema())
 
 
-def test_an_episode_that_goes_on_is_refused_and_not_judged_half() -> None:
+SAID = [("pass", "", 0.75), ("fail", "", 0.0), ("error", "it died", None), ("timeout", "", None)]
+
+
+def test_the_environments_reward_is_a_rule_beside_others() -> None:
+    environment = VerifierSpec(name="environment", weight=2.0)
+    batch = played(["short", "x" * 11, "short", "short"], SAID)
+    with worker_for(environment, SHORT) as worker:
+        verified, _ = asyncio.run(worker.score_group(batch))
+        failures = worker.failures()
+    found = {name: verified.column(name).to_pylist() for name in verified.schema.names[-7:]}
+    assert found == {
+        "reward/environment": [0.75, 0.0, None, None],
+        "verdict/environment": ["pass", "fail", "error", "timeout"],
+        "reward/format_rules": [1.0, 0.0, None, None],
+        "verdict/format_rules": ["pass", "fail", "error", "timeout"],
+        "reward": [2.0, 0.0, None, None],
+        "accuracy": [0.75, 0.0, None, None],
+        "suspicious": [""] * 4,
+    }
+    assert failures["it died"] == 2
+
+
+def test_the_environment_alone_judges_without_a_child() -> None:
+    with worker_for(VerifierSpec(name="environment")) as worker:
+        asyncio.run(worker.warm_up())
+        batch = played(["a", "b", "c"], [("", "", None), ("pass", "", 1.0), ("fail", "", 1e39)])
+        verified, _ = asyncio.run(worker.score_group(batch))
+        reasons = worker.failures()
+    assert verified.column("reward").to_pylist() == [None, 1.0, None]
+    assert set(reasons) == {"the environment gave no reward", "the environment gave inf as reward"}
+
+
+def test_rules_judge_what_an_environment_left_to_them() -> None:
     with worker_for(SHORT) as worker:
-        worker._environment.close()
-        worker._environment = Endless()
-        with pytest.raises(NotImplementedError, match="second turn"):
-            asyncio.run(worker.score_group(rollout_batch(["first"])))
+        verified, _ = asyncio.run(
+            worker.score_group(played(["short", "short"], [("", "", None), SAID[2]]))
+        )
+    assert verified.column("reward").to_pylist() == [0.5, None]

@@ -3,35 +3,29 @@
     python tests/bench/compare.py recipes staleness guidance --seeds 5
 
 Every run is a real one (Ray, vLLM, FSDP); the runs of a table share their generators. A finished
-run is not run again. Each table becomes `NAME.md`, `NAME.json` and `NAME.png` in `--out`:
-held-out accuracy after training and the area under the training curve (mean accuracy of the
-completions that were trained on, over all steps), means over seeds with 95 % bootstrap intervals.
+run is not run again; SIGTERM saves the run under way and ends. Each table becomes `NAME.md`,
+`NAME.json` and `NAME.png` in `--out`: held-out accuracy after training and the area under the
+training curve (mean accuracy of the completions that were trained on, over all steps), means over
+seeds with 95 % bootstrap intervals.
 Every step trains on as many groups; a recipe that filters samples more, which `sampled` shows, and
 sees itself in its curve only what it kept. G2RPO-A's curve counts guided completions too: compare
 those rows by their held-out accuracy, which no guidance touches.
-
-With one optimiser step a batch, as in `recipes`, the policy is the old one at every step: no clip
-binds, and ε-trace and ε-weight differ only in where the off-policy correction stands (S = 1).
-`epochs` trains twice on every batch. `staleness` compares plain and cut traces on the advantage,
-where the correction belongs to the token it weighs (`learner/algorithm/traces.py`).
-
-The task: an answer of the tiny preset is either worked out in steps or blurted, which its first
-tokens decide, and only the number at its end is paid for. A rule that moves credit towards early
-tokens has something to gain here. `guidance` asks for sums of five digits, where the warm start
-has seen only three: without help almost no completion is right.
+The tables are those of `compare_tables.py`, which says what each of them asks.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import random
 import shutil
 import sys
+from asyncio import CancelledError
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
+from compare_tables import TABLES, Row, rows_of
 from curves import plot
 from harness import CONFIGS, RESULTS, ROOT
 
@@ -40,123 +34,11 @@ from common.config.sections import Config
 from common.record.metrics import read_metrics
 from common.record.trajectory_log import read_log
 from deploy.launch import train_each
-from deploy.models.warm_start import solution
+from deploy.run.lifetime import found
+from deploy.run.settled import settled
 
-
-@dataclass(frozen=True)
-class Row:
-    """One line of a table: a recipe and what differs from it."""
-
-    label: str
-    recipe: str
-    overrides: tuple[str, ...] = ()
-
-
-def rows_of(table: str, runs: Path) -> list[Row]:
-    """The rows of `table`. Raises `SystemExit` for an unknown one."""
-    if table == "recipes":
-        return [*_baselines(), *_traces(), *_beyond()]
-    if table == "staleness":
-        return [
-            Row(f"{label}, S = {staleness}", recipe, (f"generator.max_staleness={staleness}",))
-            for staleness in (0, 2, 8)
-            for label, recipe in (
-                ("plain traces", "grpo_lambda_recent_weight"),
-                ("cut traces", "grpo_lambda_cut"),
-            )
-        ]
-    if table == "epochs":
-        return _two_epochs()
-    if table == "guidance":
-        task = _hard_task(runs / "five-digits.jsonl")
-        guided = "algorithm.rollout.guidance"
-        return [
-            Row("GRPO", "grpo", task),
-            Row(
-                "G2RPO-A, 1/4 guided",
-                "g2rpo_a",
-                (*task, f"{guided}.max_tokens=24"),
-            ),
-            Row(
-                "G2RPO-A, 3/4 guided",
-                "g2rpo_a",
-                (*task, f"{guided}.max_tokens=24", f"{guided}.ratio=0.75"),
-            ),
-        ]
-    raise SystemExit(f"no table {table!r}: use recipes, epochs, staleness or guidance")
-
-
-def _baselines() -> list[Row]:
-    # Nearly all right answers take 13 to 17 of 24 tokens: far from the punishment.
-    window = (f"algorithm.rollout.overlong_penalty_share={2 / 24}",)
-    return [
-        Row("GRPO", "grpo"),
-        Row("Dr. GRPO", "dr_grpo"),
-        Row("DAPO", "dapo", window),
-    ]
-
-
-def _lambda_recipes() -> dict[str, str]:
-    """GRPO-lambda: the trace's two shapes, inside the ratio or as a weight; recipes by label."""
-    return {
-        f"GRPO-λ {shape} {application}": f"grpo_lambda_{shape}{name}"
-        for shape in ("recent", "both")
-        for application, name in (("ε-trace", ""), ("ε-weight", "_weight"))
-    }
-
-
-def _traces() -> list[Row]:
-    """GRPO-lambda, clamp on or off."""
-    unclamped = ("algorithm.baseline.min_advantage=null",)
-    return [
-        Row(f"{label}{suffix}", recipe, overrides)
-        for label, recipe in _lambda_recipes().items()
-        for suffix, overrides in (("", ()), (", no clamp", unclamped))
-    ]
-
-
-def _two_epochs() -> list[Row]:
-    """Where inside and outside the ratio are two things: see the module."""
-    twice = ("algorithm.objective.epochs=2",)
-    recipes = {"GRPO": "grpo"} | _lambda_recipes()
-    return [Row(f"{label}, two epochs", recipe, twice) for label, recipe in recipes.items()]
-
-
-def _beyond() -> list[Row]:
-    return [
-        Row("λ-GRPO (2510.06870)", "lambda_grpo"),
-        Row("λ-GRPO, prefix sets (2509.21154)", "lambda_grpo_prefix"),
-        Row("selective traces", "grpo_lambda_selective"),
-        Row("terminal trace (ablation)", "grpo_lambda_terminal"),
-        # What else the recipe of GRPO-lambda brings, and whether one rate suits both.
-        Row("GRPO, advantages clamped", "grpo", ("algorithm.baseline.min_advantage=-0.1",)),
-        Row("GRPO, twice the learning rate", "grpo", ("learner.learning_rate=3.0e-4",)),
-    ]
-
-
-def _hard_task(path: Path) -> tuple[str, ...]:
-    """Sums of five digits with worked solutions, as a file; the keys that train on it."""
-    draw = random.Random(0)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
-        for _ in range(2500):
-            terms = [str(draw.randint(0, 9)) for _ in range(5)]
-            expression = terms[0] + "".join(f" {draw.choice('+-')} {t}" for t in terms[1:])
-            worked = solution(expression)
-            row = {
-                "prompt": f"State the final answer to the following arithmetic problem: "
-                f"{expression} =",
-                "answer": worked.rpartition("=")[2],
-                "solution": f" {worked}",
-            }
-            file.write(json.dumps(row) + "\n")
-    return (
-        "data.source=file",
-        f"data.path={path}",
-        "data.solution_column=solution",
-        "verifier.rules=[{name: math_answer, args: {extract: last_number}}]",
-        "generator.max_completion_tokens=40",
-    )
+_STOPPED = 143
+"""The exit status of a program that SIGTERM has ended."""
 
 
 @dataclass(frozen=True)
@@ -183,7 +65,7 @@ def config_of(table: str, row: Row, seed: int, runs: Path, more: list[str]) -> C
     """The configuration of one run."""
     slug = "".join(letter if letter.isalnum() else "-" for letter in row.label)
     return load_config(
-        [CONFIGS / "tiny.yaml"],
+        [CONFIGS / f"{row.preset}.yaml"],
         [
             f"recipe={row.recipe}",
             f"seed={seed}",
@@ -191,6 +73,8 @@ def config_of(table: str, row: Row, seed: int, runs: Path, more: list[str]) -> C
             f"name={table}-{slug}-{seed}",
             "eval.every=0",
             "eval.prompts=400",
+            "algorithm.credit.normalize=none",  # the papers' traces; a row may say otherwise
+            "learner.logprob_gap_stop=.inf",  # a policy that runs away is a result
             *row.overrides,
             *more,
         ],
@@ -204,7 +88,7 @@ def folder_of(config: Config) -> Path:
 
 def is_finished(config: Config) -> bool:
     """With this very configuration: a recipe that has changed since is run again."""
-    folder = folder_of(config)
+    folder, config = folder_of(config), settled(found(config), lambda _: None)
     if not (folder / "checkpoints" / f"step-{config.steps}").is_dir():
         return False
     return (folder / "config.yaml").read_text() == dump_config(config)
@@ -285,9 +169,31 @@ def write(table: str, rows: list[Row], outcomes: list[Outcome], out: Path) -> No
     )
 
 
+def _by_environment(configs: list[Config]) -> Iterator[list[Config]]:
+    """Runs that may share generators: those of one environment, in their order."""
+    while configs:
+        alike = [config for config in configs if config.environment == configs[0].environment]
+        yield alike
+        configs = [config for config in configs if config not in alike]
+
+
+def train(configs: list[Config]) -> None:
+    """Train them all.
+
+    Raises: `SystemExit` when SIGTERM has ended one, so that no other is begun.
+    """
+    for runs in _by_environment(configs):
+        try:
+            train_each(runs)  # returns early, and without a word, behind a checkpoint
+        except CancelledError as error:
+            raise SystemExit(_STOPPED) from error
+        if not all(is_finished(config) for config in runs):
+            raise SystemExit(_STOPPED)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("tables", nargs="+", help="recipes, epochs, staleness, guidance; key=value")
+    parser.add_argument("tables", nargs="+", help=f"{', '.join(TABLES)}; key=value")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--rows", nargs="+", default=[], help="labels; default: all of a table")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "compare")
@@ -310,8 +216,7 @@ def main() -> None:
         for config in missing:
             shutil.rmtree(folder_of(config), ignore_errors=True)  # begun and not finished
         try:
-            if missing:
-                train_each(missing)
+            train(missing)
         finally:
             done = [outcome(row, config) for row, config in jobs if is_finished(config)]
             done = [*kept.values(), *done]

@@ -63,9 +63,17 @@ class PeerResult:
     accuracy: list[tuple[float, float]]
     tokens: float
     """Mean of a completion, all steps together."""
+    calls: float = 0.0
+    """Calls of tools of an episode."""
 
 
-def trl(model: str, config: Config, prompts: list[tuple[str, str]], **more: Any) -> PeerResult:
+def trl(
+    model: str,
+    config: Config,
+    prompts: list[tuple[Any, str]],
+    script: str = "peer_trl",
+    **more: Any,
+) -> PeerResult:
     """TRL with the settings that were its fastest on CPU: 8 at a time, 8 accumulated."""
     job = {
         "model": model,
@@ -88,7 +96,7 @@ def trl(model: str, config: Config, prompts: list[tuple[str, str]], **more: Any)
         (Path(name) / "job.json").write_text(json.dumps(job))
         result = Path(name) / "result.json"
         subprocess.run(
-            [python, str(HERE / "peer_trl.py"), str(Path(name) / "job.json"), str(result)],
+            [python, str(HERE / f"{script}.py"), str(Path(name) / "job.json"), str(result)],
             check=True,
             stdout=subprocess.DEVNULL,
         )

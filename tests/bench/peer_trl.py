@@ -84,21 +84,18 @@ class Clock(TrainerCallback):
         return right / len(self.job["held_out"])
 
 
-def main() -> None:
-    with open(sys.argv[1]) as file:
-        job = json.load(file)
-    tokenizer = AutoTokenizer.from_pretrained(job["model"])
-    model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32)
-    data = Dataset.from_list([{"prompt": text, "answer": want} for text, want in job["prompts"]])
+def settings(job: dict[str, Any], folder: str) -> GRPOConfig:
+    """TRL's settings for a job; `folder` is for what it writes."""
     completions = job["prompts_per_step"] * job["group_size"]
-    config = GRPOConfig(
-        output_dir=sys.argv[2] + ".trainer",
+    return GRPOConfig(
+        output_dir=folder,
         use_cpu=True,
         bf16=job["bf16"],
         per_device_train_batch_size=job["microbatch"],
         gradient_accumulation_steps=completions // job["microbatch"],
         num_generations=job["group_size"],
         max_completion_length=job["max_tokens"],
+        max_tool_calling_iterations=job.get("tool_calls"),
         temperature=1.0,
         learning_rate=job["learning_rate"],
         lr_scheduler_type="constant_with_warmup",
@@ -114,11 +111,19 @@ def main() -> None:
         seed=job["seed"],
         disable_tqdm=True,
     )
+
+
+def main() -> None:
+    with open(sys.argv[1]) as file:
+        job = json.load(file)
+    tokenizer = AutoTokenizer.from_pretrained(job["model"])
+    model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32)
+    data = Dataset.from_list([{"prompt": text, "answer": want} for text, want in job["prompts"]])
     clock = Clock(job, tokenizer)
     trainer = GRPOTrainer(
         model=model,
         reward_funcs=reward,
-        args=config,
+        args=settings(job, sys.argv[2] + ".trainer"),
         train_dataset=data,
         processing_class=tokenizer,
         callbacks=[clock],

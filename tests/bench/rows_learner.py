@@ -16,10 +16,11 @@ from harness import Row, emit, ratio_of_times
 from learner_models import trajectories
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from common.config.algorithm import AlgorithmConfig, CreditConfig
+from common.config.algorithm import AdvantageConfig, AlgorithmConfig, CreditConfig
 from common.config.sections import LearnerConfig, ModelConfig
 from learner.algorithm.traces import LambdaTrace, PackedAxis
-from learner.policy.packing import StepBatch, pack_microbatch
+from learner.policy.packing import pack_microbatch
+from learner.policy.step_batch import StepBatch
 from learner.training.job import LearnerJob
 from learner.training.rank import LearnerRank
 
@@ -44,10 +45,10 @@ def model_folder(folder: Path) -> Path:
     return folder
 
 
-def worker(folder: Path) -> LearnerRank:
+def worker(folder: Path, algorithm: AlgorithmConfig | None = None) -> LearnerRank:
     job = LearnerJob(
         model=ModelConfig(path=str(folder), dtype="float32"),
-        reference_path=None,
+        reference_path=str(folder),
         learner=LearnerConfig(
             device="cpu",
             learning_rate=1e-5,
@@ -55,7 +56,7 @@ def worker(folder: Path) -> LearnerRank:
             threads=len(os.sched_getaffinity(0)),
             credit_probe_every=0,
         ),
-        algorithm=AlgorithmConfig(credit=CreditConfig(kind="lambda_trace")),
+        algorithm=algorithm or AlgorithmConfig(credit=CreditConfig(kind="lambda_trace")),
         correction_kind="tis",
         max_completion_tokens=512,
         temperature=1.0,
@@ -81,6 +82,30 @@ def sequences(groups: list[pa.RecordBatch]) -> list[tuple[torch.Tensor, int]]:
     return [
         (torch.tensor(row["prompt_ids"] + row["token_ids"]), len(row["prompt_ids"])) for row in rows
     ]
+
+
+def scorer_row(folder: Path, groups: list[pa.RecordBatch]) -> Row:
+    """A step without a scorer takes `time/rank_train` less `time/score` of one that has it."""
+    scored = AlgorithmConfig(
+        advantage=AdvantageConfig(kind="distill", scorer="reference", args={"reward_weight": 1.0})
+    )
+    made = worker(folder, scored)
+    shares, passes = [], []
+    for count in range(6):
+        metrics = made.step(groups, 0, 0)
+        rest_s = metrics["time/rank_train"] - metrics["time/score"]
+        if count:  # the first makes the optimiser
+            shares.append(metrics["time/score"] / rest_s)
+            passes.append(metrics["time/score"])
+    made.shutdown()
+    return Row(
+        "scorer, share of a learner step",
+        "the step without it, of the same model's size",
+        shares,
+        0.4,
+        False,
+        f"{statistics.median(passes):.2f} s for one forward pass over all completions",
+    )
 
 
 def main() -> None:
@@ -127,8 +152,10 @@ def main() -> None:
             LambdaTrace(axis, "recent", 0.99).apply(x_N).sum().backward()
             shares.append((time.perf_counter() - started) / ours)
         made.shutdown()
+        of_scorer = scorer_row(folder, groups)
     emit(
         [
+            of_scorer,
             Row(
                 "learner, packed tokens per second",
                 "bare forward and backward, the better of rows and single sequences",

@@ -10,7 +10,8 @@ from harness import Row, emit, ratio_of_times
 from learner_models import trajectories
 
 from learner.algorithm.traces import LambdaTrace, PackedAxis
-from learner.policy.packing import StepBatch, pack_microbatch, plan_packing
+from learner.policy.packing import pack_microbatch, plan_packing
+from learner.policy.step_batch import StepBatch
 from learner.training.heap import keep_freed_memory
 
 TRACE_TOKENS, SEQUENCES = 32_768, 256  # 32 MiB: a copy within the cache touches no memory

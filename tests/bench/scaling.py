@@ -34,16 +34,16 @@ mpl.use("Agg")
 import matplotlib.pyplot as plt
 
 from actors.data.prompts import Prompt
-from actors.environments.single_turn import last_step
-from actors.environments.worker import with_verdicts
 from actors.generation.engine import Completion
-from actors.generation.generator import rollout_batch
+from actors.generation.rows import rollout_batch
 from actors.rollout.episodes import Episodes, GroupSampling
 from actors.rollout.group_book import GroupBook
 from actors.rollout.guidance import Guidance
 from actors.rollout.loop import RolloutLoop
 from actors.rollout.pools import GeneratorPool, VerifierPool
 from actors.verifiers.base import Verdict
+from actors.verifiers.judge import judgement
+from actors.verifiers.worker import with_verdicts
 from common.config.algorithm import GuidanceConfig
 from common.record.ledger import Ledger
 from common.record.writer import TrajectoryLogClient, TrajectoryLogWriter
@@ -91,8 +91,8 @@ class ScriptedVerifier:
 
     async def score_group(self, batch: pa.RecordBatch) -> tuple[pa.RecordBatch, int]:
         verdicts = [Verdict.scored(float(i % 2), "scripted") for i in range(batch.num_rows)]
-        steps = [last_step([verdict], [1.0]) for verdict in verdicts]
-        return with_verdicts(batch, ["rule"], steps), batch.num_rows
+        judged = [judgement([verdict], [1.0]) for verdict in verdicts]
+        return with_verdicts(batch, ["rule"], judged), batch.num_rows
 
 
 class Prompts:

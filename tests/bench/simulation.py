@@ -26,8 +26,8 @@ from harness import CONFIGS, RESULTS, machine
 from common.config.load import load_config
 from common.config.sections import Config
 from common.record.metrics import read_metrics
-from common.record.schema import sampled_lengths
 from common.record.trajectory_log import read_log
+from common.record.turns import sampled_lengths
 from deploy.launch import train_each
 from deploy.predict.simulate import Costs, Prediction, Simulation, Workload, measured_lengths
 

@@ -51,9 +51,11 @@ NUMBERS = {key: hint for key, hint in hints(Config) if holds_numbers(hint)}
 SHAPES = {
     "learner.betas": "learner.betas=[0.9, %s]",
     "verifier.rules.weight": RULE,
+    "data.sources.weight": "data.sources=[{name: a, path: b, weight: %s}]",
+    "data.sources.reasoning_gym.size": "data.sources=[{name: a, reasoning_gym: {size: %s}}]",
 } | {
     f"{part}.resources": f"{part}.resources={{H100: %s}}"
-    for part in ("generator", "learner", "verifier")
+    for part in ("environment", "generator", "learner", "verifier")
 }
 """How a number is given where it is not the whole value."""
 
@@ -100,7 +102,9 @@ def test_what_lies_outside_is_refused_by_its_key(key: str, value: str) -> None:
     """The number alone, before any rule of several keys can see it."""
     with pytest.raises(UserError) as refused:
         load(SHAPES.get(key, f"{key}=%s") % value)
-    name = key.rpartition(".")[2] if key == "verifier.rules.weight" else key
+    # The element of a list has its place in its key.
+    in_list = key.startswith(("verifier.rules.", "data.sources."))
+    name = key.rpartition(".")[2] if in_list else key
     lines = str(refused.value).splitlines()
     assert any(name in line.partition("=")[0] and " must be " in line for line in lines)
 

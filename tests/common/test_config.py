@@ -57,7 +57,6 @@ def test_every_recipe_loads_is_short_and_names_its_paper(path: Path) -> None:
         ("generator.max_staleness=-1", "generator.max_staleness=-1"),
         ("algorithm.credit.kind=magic", "algorithm.credit.kind.*lambda_trace"),
         ("verifier.rules=[{nme: x}]", "nme.*name"),
-        ("verifier.rules=[]", "verifier.rules is empty"),
         ("verifier.rules=[{name: x, weight: 0}]", "every rule a weight of 0"),
         ("eval.max_completion_tokens=600", "eval.max_completion_tokens=600 leaves no room"),
         ("generator.min_count=2", "min_count=2 must be at most generator.count=1"),
@@ -65,6 +64,13 @@ def test_every_recipe_loads_is_short_and_names_its_paper(path: Path) -> None:
         ("batch.group_size=1", "batch.group_size=1.*at least 2"),
         ("generator.max_completion_tokens=512", "leaves no room"),
         ("generator.temperature=0", "generator.temperature=0"),
+        ("generator.temperature=0.001", "generator.temperature=0.001 must be in"),
+        ("generator.temperature=2.5", "generator.temperature=2.5 must be in"),
+        ('generator.stop=[""]', "generator.stop holds '': give texts that are not empty"),
+        ("generator.stop=[-1]", "generator.stop holds -1"),
+        ("generator.stop=[true]", "generator.stop holds True"),
+        ("generator.top_p=0.9", "top_p is no key.*another distribution.*generator.temperature"),
+        ("generator.repetition_penalty=1.1", "repetition_penalty is no key"),
         ("generator.group_cap_s=0", "generator.group_cap_s=0.0 must be greater than 0, or null"),
         ("learner.max_grad_norm=0", "learner.max_grad_norm=0.*greater than 0"),
         ("learner.max_grad_norm=.nan", "learner.max_grad_norm=nan.*greater than 0"),
@@ -72,6 +78,12 @@ def test_every_recipe_loads_is_short_and_names_its_paper(path: Path) -> None:
         ("weights.canary_tokens=0", "weights.canary_tokens=0 must be at least 1"),
         ("eval.prompts=5000", "eval.prompts=5000 leaves no training prompts"),
         ("data.source=file", "data.source=file needs data.path"),
+        ("data.sources=[{path: a.jsonl}]", "data.sources.*name.*set it"),
+        ("data.sources=[{name: a/b}]", "the name 'a/b': use letters"),
+        ("data.sources=[{name: a}, {name: a}]", "two data sets of the name 'a'"),
+        ("data.sources=[{name: a, weight: 0}]", r"data.sources\[0\].weight=0.0 must be greater"),
+        ("data.sources=[{name: a, source: hub}]", "data.source=hub needs data.path"),
+        ("verifier.rules=[{name: choice, sources: [maths]}]", "'maths', which is none of"),
         ("algorithm.rollout.refill=true", "set algorithm.rollout.prune_rate above 0"),
         ("recipe=grpo_lamda", "recipe=grpo_lamda.*did you mean grpo_lambda"),
         ("steps", "'steps' is not an override"),
@@ -82,6 +94,21 @@ def test_every_recipe_loads_is_short_and_names_its_paper(path: Path) -> None:
         ("algorithm.rollout.max_variance_share=0.1", "leaves nothing to compare of a group"),
         ("verifier.timeout_s=.inf", "verifier.timeout_s=inf must be greater than 0 and finite"),
         ("generator.memory_fraction=90", r"generator.memory_fraction=90.*must be in \(0, 1\]"),
+        ("verifier.rules=[{name: llm_judge}]", "llm_judge.*set verifier.network=true"),
+        ("environment.name=calculater", "did you mean calculator"),
+        ("environment.args={a: 1}", "environment.args are those of environment.name"),
+        ("environment={name: guess, step_timeout_s: 200}", "step_timeout_s=200 is longer than"),
+        ("environment.placement=actors", "is that of environment.name, which is null"),
+        ("environment={name: guess, labels: {kind: cpu}}", "set environment.placement=actors"),
+        ("environment={name: guess, episode_timeout_s: 600}", "must be shorter than generator.gr"),
+        ("environment={name: guess, command: [python, a.py]}", "one of the two"),
+        ("environment.command=[]", "environment.command is a list of words"),
+        ("environment.command=['']", "environment.command is a list of words"),
+        ("environment={command: [python], args: {a: 1}}", "environment.args are those of"),
+        ("environment={command: [python], episode_timeout_s: 600}", "must be shorter than gener"),
+        ("environment.forks=many", "environment.forks"),
+        ("environment.max_turns=0", "environment.max_turns=0 must be at least 1"),
+        ("environment.cut_turns=stop", "environment.cut_turns"),
         ("placement.gpus_per_node=0", "placement.gpus_per_node=0 must be at least 1"),
     ],
 )
@@ -111,6 +138,50 @@ def test_text_is_taken_as_it_stands(value: str, found: str | None, tmp_path: Pat
     (tmp_path / "config.yaml").write_text(dump_config(loaded))
     again = load_config([tmp_path / "config.yaml"], [], resolved=True)
     assert again.data.system_prompt == found
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        (["data.path=a.jsonl"], "takes the place of data.source and data.path"),
+        (["verifier.rules=[{name: choice, sources: [maths]}]"], "did you mean math"),
+        (["verifier.rules=[{name: choice, sources: [math]}]"], "no rule of .* judges .* 'code'"),
+        (["verifier.rules=[{name: reasoning_gym}]"], "a/b comes from a hub: use math_answer"),
+        (["data.source=reasoning_gym"], "takes the place of"),
+    ],
+)
+def test_mistakes_about_several_data_sets(keys: list[str], message: str) -> None:
+    sets = "data.sources=[{name: math, path: a/b}, {name: code, path: b.jsonl, weight: 2}]"
+    with pytest.raises(UserError, match=message):
+        load(sets, *keys)
+    loaded = load(sets)
+    assert [one.kind for one in loaded.data.each] == ["hub", "file"]
+    assert loaded.data.held_out(5) == [3, 2]
+
+
+@pytest.mark.parametrize(
+    ("keys", "kind"),
+    [
+        ([], "reasoning_gym"),
+        (["data.path=train.jsonl"], "file"),
+        (["data.path=data/train.parquet"], "file"),
+        (["data.path=data/train-*.parquet"], "file"),
+        (["data.path=data/a.jsonl.gz"], "file"),
+        (["data.path=/data/train"], "file"),
+        (["data.path=./data"], "file"),
+        (["data.path=openai/gsm8k"], "hub"),
+        (["data.path=openai/gsm8k", "data.source=file"], "file"),
+        (["data.path=a/b/c"], "file"),
+        (["data.path=tests/common"], "file"),  # a folder that is here
+    ],
+)
+def test_a_path_says_where_data_come_from(keys: list[str], kind: str) -> None:
+    assert load(*keys).data.kind == kind
+
+
+def test_stops_are_texts_and_tokens() -> None:
+    stop = load(r'generator.stop=["\n\n", "Question:", 7]').generator.stop
+    assert stop == ["\n\n", "Question:", 7]
 
 
 def test_the_last_word_on_the_recipe_may_be_none(tmp_path: Path) -> None:
@@ -208,6 +279,9 @@ def test_derived_values() -> None:
     assert config.max_groups_in_flight == 9
     assert config.correction_kind == "tis"
     assert load("generator.max_staleness=0").correction_kind == "none"
+    # A kind that is named also mends where sampler and learner round apart.
+    named = "algorithm.correction.kind=sequence_mask"
+    assert load("generator.max_staleness=0", named).correction_kind == "sequence_mask"
     assert load("model.dtype=float32").canary_tolerance < load().canary_tolerance
 
 
@@ -248,4 +322,25 @@ def test_cppo_refills_the_places_that_pruning_frees() -> None:
 
 def test_a_reasoning_gym_scorer_needs_reasoning_gym_prompts() -> None:
     with pytest.raises(UserError, match="verifier.rules names reasoning_gym"):
-        load("data.source=file", "data.path=some.jsonl")
+        load("data.path=some.jsonl", "verifier.rules=[{name: reasoning_gym}]")
+
+
+def test_a_command_needs_messages_and_judges_its_episodes() -> None:
+    command = "environment.command=[python,agent.py]"
+    assert [rule.name for rule in load(command).verifier.rules] == ["environment"]
+    load(command, "environment.step_timeout_s=300")  # a command has no steps
+    for key, message in (
+        ("data.template=plain", "only data.template=chat renders"),
+        ("algorithm.advantage.kind=prefix_values", "have prompts of their own"),
+    ):
+        with pytest.raises(UserError, match=message):
+            load(command, key)
+
+
+def test_an_environment_judges_its_episodes_where_no_rule_is_given() -> None:
+    names = [rule.name for rule in load("environment.name=guess").verifier.rules]
+    assert names == ["environment"]
+    own = load("environment.name=guess", "verifier.rules=[{name: choice}]")
+    assert [rule.name for rule in own.verifier.rules] == ["choice"]
+    with pytest.raises(UserError, match=r"environment.name is null"):
+        load("verifier.rules=[{name: environment}]")

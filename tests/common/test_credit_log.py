@@ -147,6 +147,22 @@ def test_what_cannot_be_true_is_refused(tmp_path: Path) -> None:
     assert credit_steps(tmp_path) == []
 
 
+def test_a_log_of_before_there_were_values_is_read_with_none(tmp_path: Path) -> None:
+    rows = [_ROW | {"completion_index": i, "scores": [-float(i)], "values": [0.5]} for i in (0, 1)]
+    write_credit(tmp_path, 3, batch_of(rows))
+    newer = read_credit(tmp_path, 3)
+    assert newer["values"].to_pylist() == [[0.5], [0.5]]
+    older = newer.drop_columns(["values"])
+    older = older.replace_schema_metadata({VERSION_KEY: b"3"})
+    with pa.ipc.new_file(credit_path(tmp_path, 3), older.schema) as file:
+        file.write_table(older)
+    for found in (read_credit(tmp_path, 3), read_group_credit(tmp_path, 3, 1)):
+        assert found.schema.equals(credit_schema(), check_metadata=True)
+        assert found["values"].null_count == 2
+        assert found.drop_columns(["values"]).to_pylist() == older.to_pylist()
+    assert read_group_credit(tmp_path, 3, 2).num_rows == 0
+
+
 def test_other_files_are_named_in_the_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="000005.arrow does not exist: this step"):
         read_credit(tmp_path, 5)
@@ -158,5 +174,5 @@ def test_other_files_are_named_in_the_error(tmp_path: Path) -> None:
     newer = credit_schema().with_metadata({VERSION_KEY: b"99"})
     with pa.ipc.new_file(path, newer):
         pass
-    with pytest.raises(UserError, match="version b'99', this release reads 2"):
+    with pytest.raises(UserError, match="version b'99', this release reads 3 and 4"):
         read_group_credit(tmp_path, 5, 1)

@@ -90,5 +90,6 @@ def test_a_clock_that_is_set_back_makes_no_negative_time() -> None:
     later = [value.as_py() + 1e10 for value in batch.column(at)]
     batch = batch.set_column(at, batch.schema.field(at), pa.array(later))
     with_rewards = batch.append_column("reward", pa.array([1.0, 0.0]))
+    with_rewards = with_rewards.append_column("accuracy", pa.array([1.0, 0.0]))
     with_rewards = with_rewards.append_column("suspicious", pa.array(["", ""]))
     assert receipt(with_rewards, None).generate_s == 0.0

@@ -30,11 +30,15 @@ from scripted_rollout import Verifiers, rollout_of
 from common.budget import in_time
 from common.errors import RunError, UserError
 from common.record.ledger import Ledger, Outcomes, outcomes_of
+from common.record.parts import NOTHING, Aside
 from common.trajectory import GroupReceipt, GroupRequest
 from deploy.inspector.account import account_of, inspect_ledger, log_problems
 from deploy.run.directory import LEDGER
 
 TOKENS = 10
+MORE = 3
+"""Completions of a follow-up: two that replace the first two, and a probe."""
+DRAFTS, PROBES = Aside(2, 7), Aside(1, 4)
 
 
 def ledger_at(folder: Path, prompts: str = "prompts") -> Ledger:
@@ -122,7 +126,7 @@ def test_a_ledger_of_other_prompts_or_another_run_is_refused(tmp_path: Path) -> 
     with pytest.raises(UserError, match="knows of no checkpoint of step 4"):
         ledger_at(tmp_path).roll_back(4)
     (tmp_path / "text").write_text("not a database, but long enough to be looked at" * 40)
-    with pytest.raises(RunError, match="cannot be written: file is not a database"):
+    with pytest.raises(UserError, match="is damaged: file is not a database"):
         Ledger(tmp_path / "text", "prompts")
     with pytest.raises(UserError, match="has no ledger"):
         account_of(tmp_path / "nowhere")
@@ -164,11 +168,11 @@ class Writer:
         self.append, self.recover = Method(self._append), Method(self._recover)
 
     def _append(self, sizes: list[int], *refs: str) -> list[GroupReceipt]:
-        assert sizes == [1] * len(refs)
-        return [self._append_one(ref) for ref in refs]
+        groups = iter(refs)
+        return [self._append_one([next(groups) for _ in range(size)]) for size in sizes]
 
-    def _append_one(self, ref: str) -> GroupReceipt:
-        _, group_id = ref.split()
+    def _append_one(self, refs: list[str]) -> GroupReceipt:
+        _, group_id = refs[0].split()
         asked, kind, version = self.generators.ended[int(group_id)]
         unscored = {"unjudged": 2, "partly": 1}.get(kind, 0)
         made = replace(
@@ -179,6 +183,8 @@ class Writer:
             rewards_equal=kind == "equal",
             num_unscored=unscored,
             unscored_tokens=unscored * TOKENS // 2,
+            drafts=DRAFTS if len(refs) > 1 else NOTHING,
+            probes=PROBES if len(refs) > 1 else NOTHING,
         )
         self.storage.logged[asked.group_id] = made
         return made
@@ -204,6 +210,7 @@ class Generators:
         self.version = version
         self.waiting: dict[int, tuple[GroupRequest, asyncio.Future[str]]] = {}
         self.ended: dict[int, tuple[GroupRequest, str, int]] = {}
+        self.later: dict[int, asyncio.Future[None]] = {}
 
     async def generate(self, asked: GroupRequest, deadline_s: float) -> AsyncIterator[str]:
         end: asyncio.Future[str] = asyncio.get_running_loop().create_future()
@@ -212,6 +219,18 @@ class Generators:
         self.ended[asked.group_id] = asked, kind, self.version
         if kind != "nothing":
             yield f"batch {asked.group_id}"
+
+    async def follow_up(
+        self, asked: GroupRequest, judged: list[str], told: Any, deadline_s: float
+    ) -> AsyncIterator[str]:
+        """Some groups ask for as much as makes their first completions drafts, and for probes."""
+        follows = self.ended[asked.group_id][1] == "followed"
+        told(MORE if follows else 0)
+        if follows:
+            self.later[asked.group_id] = asyncio.get_running_loop().create_future()
+            await self.later[asked.group_id]
+            self.ended[asked.group_id] = asked, "followed", self.version
+            yield f"later {asked.group_id}"
 
 
 class RunThroughDeaths(RuleBasedStateMachine):
@@ -241,6 +260,7 @@ class RunThroughDeaths(RuleBasedStateMachine):
             self.generators,
             f"batch.prompts_per_step={self.prompts}",
             f"generator.max_staleness={self.staleness}",
+            "algorithm.rollout.follow_up.kind=hint",
             ledger=self.ledger,
         )
         self.book, self.rollout = rollout.book, rollout.state
@@ -265,7 +285,9 @@ class RunThroughDeaths(RuleBasedStateMachine):
 
     @rule(
         choice=st.integers(0, 99),
-        kind=st.sampled_from(["kept", "kept", "kept", "partly", "equal", "cut", "nothing"]),
+        kind=st.sampled_from(
+            ["kept", "kept", "followed", "followed", "partly", "equal", "cut", "nothing"]
+        ),
     )
     def a_group_ends(self, choice: int, kind: str) -> None:
         waiting = [group for group, (_, end) in self.generators.waiting.items() if not end.done()]
@@ -276,6 +298,13 @@ class RunThroughDeaths(RuleBasedStateMachine):
         self.spin()
         if kind in ("equal", "cut", "nothing"):
             self.dropped.add(asked.ticket)
+
+    @rule(choice=st.integers(0, 99))
+    def a_follow_up_ends(self, choice: int) -> None:
+        waiting = [end for end in self.generators.later.values() if not end.done()]
+        if waiting:
+            waiting[choice % len(waiting)].set_result(None)
+            self.spin()
 
     @rule()
     def the_learner_steps(self) -> None:
@@ -336,6 +365,7 @@ class RunThroughDeaths(RuleBasedStateMachine):
             self.a_version_is_published()
         before = self.learner
         for _ in range((self.staleness + 1) * self.prompts):
+            self.a_follow_up_ends(0)
             self.a_group_ends(0, "kept")
         self.the_learner_steps()
         assert self.learner == before + 1
@@ -385,6 +415,29 @@ def test_a_version_that_a_kill_took_back_is_not_trained_on() -> None:
     assert [group.ticket for group in machine.ledger.open_groups()] == [0, 1]
     machine.the_learner_steps()
     assert machine.lineage == [[0]]
+    machine.the_account_holds()
+    machine.teardown()
+
+
+def test_a_run_that_dies_between_the_parts_of_a_group_samples_it_again_whole() -> None:
+    machine = RunThroughDeaths()
+    machine.begin(staleness=0, prompts=1, size=5)
+    machine.a_group_ends(0, "followed")
+    (group,) = machine.ledger.open_groups()
+    assert group.completions == 2 + MORE
+    machine.killed()
+    account = account_of(machine.folder / LEDGER)
+    assert account.completions["abandoned"] == 2 + MORE
+    machine.a_group_ends(0, "followed")
+    machine.a_follow_up_ends(0)
+    machine.the_learner_steps()
+    account = account_of(machine.folder / LEDGER)
+    assert {name: account.completions[name] for name in ("trained", "draft", "probe")} == {
+        "trained": 2,
+        "draft": 2,
+        "probe": 1,
+    }
+    assert account.tokens["draft"] == DRAFTS.tokens
     machine.the_account_holds()
     machine.teardown()
 

@@ -9,9 +9,10 @@ import pyarrow.parquet as pq
 import pytest
 from made_up_groups import group
 
-from common.record.schema import check_schema, rollout_schema
+from common.record import writer
+from common.record.schema import check_schema, rollout_schema, trajectory_schema
 from common.record.trajectory_log import TrajectoryLog, read_log, read_segment, segments
-from common.record.writer import receipt
+from common.record.writer import TrajectoryLogWriter, receipt
 
 
 def test_what_is_appended_is_read_back_in_order(tmp_path: Path) -> None:
@@ -76,12 +77,43 @@ def test_data_of_another_schema_version_are_refused(tmp_path: Path) -> None:
         check_schema(pa.schema([pa.field("x", pa.int32())]))
 
 
+def test_an_evaluation_is_counted_by_data_set(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writer, "get_all", lambda batches, _: batches)
+    batch = group(3)
+    batch = batch.set_column(
+        batch.schema.get_field_index("source"), batch.schema.field("source"), pa.array(["a", "b"])
+    )
+    judged = pa.RecordBatch.from_arrays(
+        [*batch.columns, *_columns([1.0, None]), pa.array(["", ""])],
+        schema=trajectory_schema(["rule"]),
+    )
+    found = TrajectoryLogWriter(str(tmp_path), ["rule"]).write_evaluation(2, [judged, judged])
+    assert found == {
+        "eval/accuracy": 0.5,
+        "eval/unscored": 2.0,
+        "eval/length": 2.0,
+        "source/a/eval_accuracy": 1.0,
+        "source/a/eval_unscored": 0.0,
+        "source/b/eval_accuracy": 0.0,
+        "source/b/eval_unscored": 2.0,
+    }
+
+
+def _columns(rewards: list[float | None]) -> list[pa.Array]:
+    """A rule's reward and verdict, then reward and accuracy in all."""
+    of_rule = pa.array(rewards, pa.float32())
+    kinds = pa.array(["error" if reward is None else "pass" for reward in rewards])
+    return [of_rule, kinds, of_rule, of_rule]
+
+
 def test_a_receipt_sums_the_group_up() -> None:
     batch = group(9)
     rewards = pa.array([None, 1.0], pa.float32())
     verified = pa.RecordBatch.from_arrays(
-        [*batch.columns, rewards, pa.array(["", "files"])],
-        names=[*batch.schema.names, "reward", "suspicious"],
+        [*batch.columns, rewards, rewards, pa.array(["", "files"])],
+        names=[*batch.schema.names, "reward", "accuracy", "suspicious"],
     )
     summed = receipt(verified, "ref")
     assert (summed.group_id, summed.num_completions, summed.num_tokens) == (9, 2, 4)

@@ -40,8 +40,9 @@ def test_results_and_errors_pass_through() -> None:
     async def run() -> None:
         waits = Waits()
         assert await waits.on(asyncio.sleep(0, 7), owner="a", cause="b", deadline_s=1) == 7
-        with pytest.raises(ValueError, match="its own error"):
+        with pytest.raises(ValueError, match="its own error") as caught:
             await waits.on(fail(), owner="a", cause="b", deadline_s=1)
+        assert caught.value.__notes__ == ["a waited for b"]
 
     asyncio.run(run())
 

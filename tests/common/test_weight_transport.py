@@ -33,7 +33,7 @@ class Weights:
     def __init__(self) -> None:
         self.gathered = 0
 
-    def tensors(self, device: torch.device | None = None) -> Iterator[tuple[str, torch.Tensor]]:
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         for pair in TENSORS.items():
             self.gathered += 1
             yield pair
@@ -62,7 +62,7 @@ async def stored(buffer: Any) -> Any:
 
 def sent_by(rank: int, weights: Weights) -> Shipment:
     """What a rank sends, in buckets of one KiB; the store keeps the very buffer."""
-    sending = SendingRank(rank, weights, torch.device("cpu"), 1024, stored, lambda: ("", 0))  # type: ignore[arg-type]
+    sending = SendingRank(rank, weights, 1024, stored, lambda: ("", 0))  # type: ignore[arg-type]
     return ObjectStore().open(sending, Receivers([], 1, 1.0)).send(7)
 
 

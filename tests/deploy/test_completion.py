@@ -72,7 +72,7 @@ CASES = {
 }
 VALUES = {
     "recipe=grpo_lambda_re": ["grpo_lambda_recent", "grpo_lambda_recent_weight"],
-    "algorithm.credit.kind=": ["broadcast", "lambda_trace", "prefix_sets"],
+    "algorithm.advantage.kind=tu": ["turn_return", "turn_anchor", "turn_outcome"],
     "learner.compile=t": ["true"],
     "steps=1": [],
     "generator.group_cap_s=": ["null"],
@@ -114,7 +114,7 @@ def test_a_person_at_a_bash_gets_an_answer_at_once(scripts: Path) -> None:
         for typed, shown in (
             ("grpo-lambda tr\t", "grpo-lambda train "),
             ("batch.gr\t", "batch.group_size="),
-            ("8 recipe=dr\t", "8 recipe=dr_grpo "),
+            ("8 recipe=kr\t", "8 recipe=krpo "),
         ):
             started = time.monotonic()
             os.write(terminal, typed.encode())

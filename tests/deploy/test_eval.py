@@ -17,14 +17,15 @@ import pytest
 from omegaconf import OmegaConf
 
 from actors.data.prompts import Prompt
-from actors.environments.single_turn import last_step
-from actors.environments.worker import with_verdicts
 from actors.generation.engine import Completion
-from actors.generation.generator import rollout_batch
+from actors.generation.rows import rollout_batch
 from actors.rollout.episodes import Episodes
+from actors.rollout.guidance import GuidedStart
 from actors.rollout.pools import GroupLostError
 from actors.verifiers import math_answer
 from actors.verifiers.base import Verdict
+from actors.verifiers.judge import judgement
+from actors.verifiers.worker import with_verdicts
 from common.config.load import load_config
 from common.config.sections import VerifierSpec
 from common.errors import RunError, StallError, UserError
@@ -69,6 +70,8 @@ def test_one_sample_is_greedy_unless_a_temperature_is_given() -> None:
         {"samples": 0},
         {"samples": 2, "temperature": 0.0},
         {"temperature": -1.0},
+        {"temperature": 0.001},
+        {"temperature": 2.5},
         {"temperature": math.nan},
     ):
         with pytest.raises(UserError):
@@ -113,6 +116,55 @@ def test_the_parts_are_those_of_a_synchronous_run_without_a_learner() -> None:
     assert serving.learner == serving.checkpoint == serving.transfer == 0
     assert serving.generators == training.generators > 0
     assert training.learner > 16 * 10**9
+
+
+def test_a_suite_is_played_in_its_environment_and_the_command_line_comes_last() -> None:
+    suite = load_suite("calculator")
+    options = replace(OPTIONS, overrides=["environment.max_turns=5", "environment.workers=3"])
+    config = for_suite(evaluation_config(options, suite), suite, SAMPLING)
+    assert config.environment == replace(suite.environment, max_turns=5, workers=3)
+    assert [rule.name for rule in config.verifier.rules] == ["environment"]
+    answered = load_suite("algebra")
+    assert evaluation_config(OPTIONS, answered).environment.name is None
+    with_tool = replace(OPTIONS, overrides=["environment.name=python"])
+    assert evaluation_config(with_tool, answered).environment.name == "python"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("environment.name=calculater", "did you mean calculator"),
+        ("environment.step_timeout_s=500", "longer than all turns together"),
+        ("environment.name=null", "graded by the environment|are those of environment.name"),
+    ],
+)
+def test_an_environment_that_cannot_be_is_refused(override: str, message: str) -> None:
+    suite = load_suite("calculator")
+    with pytest.raises(UserError, match=message):
+        options = replace(OPTIONS, overrides=[override])
+        for_suite(evaluation_config(options, suite), suite, SAMPLING)
+
+
+def test_what_changes_no_episode_is_no_setting(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    suite = load_suite("calculator")
+
+    def settings(*overrides: str) -> dict[str, Any]:
+        options = Options(model=str(tmp_path), suites=[], overrides=overrides)
+        config = evaluation_config(options, suite)
+        return settings_of(options, suite, SAMPLING, [], config)
+
+    plain = settings()
+    assert differences(plain, settings("environment.workers=4")) == []
+    (line,) = differences(plain, settings("environment.max_turns=2"))
+    assert line == "environment.max_turns: 3 there, 2 now"
+    moved = replace(suite, path="/elsewhere/calculator.jsonl")
+    config = evaluation_config(Options(model=str(tmp_path), suites=[]), moved)
+    again = settings_of(Options(model=str(tmp_path), suites=[]), moved, SAMPLING, [], config)
+    assert differences(plain, again) == []
+    config = evaluation_config(Options(model=str(tmp_path), suites=[]))
+    answered = settings_of(OPTIONS, load_suite("math500"), SAMPLING, [], config)
+    assert "environment" not in answered | answered["suite"]  # a folder of before goes on
 
 
 def test_without_a_learner_a_split_gives_every_core_to_a_generator() -> None:
@@ -322,7 +374,7 @@ class Verifiers:
         verdict = Verdict("error", None, "gave up")
         if text:
             verdict = math_answer.score(text, reference)
-        return with_verdicts(batch, ["math_answer"], [last_step([verdict], [1.0])])
+        return with_verdicts(batch, ["math_answer"], [judgement([verdict], [1.0])])
 
 
 class Log:
@@ -340,7 +392,12 @@ class Log:
 
 
 def sample(
-    folder: Path, numbers: list[int], *, dies: int | None = None, fails_at: int | None = None
+    folder: Path,
+    numbers: list[int],
+    *,
+    dies: int | None = None,
+    fails_at: int | None = None,
+    **more: Any,
 ) -> Generators:
     generators, log = Generators(dies), Log(folder, fails_at)
     runner = SuiteRunner(
@@ -355,6 +412,7 @@ def sample(
         log=log,  # type: ignore[arg-type]
         in_flight=2,
         progress=lambda done: None,
+        **more,
     )
     try:
         asyncio.run(runner.run(numbers))
@@ -384,6 +442,17 @@ def test_what_dies_with_its_generator_is_sampled_again_alike(tmp_path: Path) -> 
     assert len(again) == 2
     assert again[0].seed == again[1].seed
     assert sum(1 for _ in read_log(tmp_path)) == len(ALL)
+
+
+def test_samples_go_on_from_their_start_and_none_begins_when_the_time_is_over(
+    tmp_path: Path,
+) -> None:
+    starts = [GuidedStart(tuple(range(n)), int(n > 0)) for n in range(PROBLEMS)]
+    for request in sample(tmp_path / "starts", ALL, starts=starts).asked:
+        assert request.guidance_ids == tuple(range(request.group_id // 3))
+        assert request.num_guided == int(request.group_id >= 3) and request.mask_guidance
+    asked = sample(tmp_path / "cut", ALL, seconds=0.0).asked
+    assert asked == [] and not logged(tmp_path / "cut")
 
 
 def test_an_interrupted_evaluation_goes_on_to_the_same_numbers(tmp_path: Path) -> None:
@@ -475,11 +544,11 @@ def test_a_done_folder_starts_nothing(
     settings |= {"problems": PROBLEMS, "sampling": {"samples": 3, "seed": 5}}
     (tmp_path / "out" / "config.yaml").write_text("")
     (tmp_path / "out" / launch.SETTINGS).write_text(json.dumps(settings))
-    suite = replace(load_suite("math500"), name="mine", grader=GRADER)
+    config = replace(config, verifier=replace(config.verifier, rules=[GRADER]))
     run = launch.open_folder(tmp_path / "out", config, settings)
-    job = launch.Job(suite, SAMPLING, prompts(), config, settings, run, [])
+    job = launch.Job("mine", SAMPLING, prompts(), config, settings, run, [])
     monkeypatch.setattr(launch, "_prepare", lambda options, say: [job])
-    monkeypatch.setattr(launch, "_sample_all", lambda jobs, say: pytest.fail("it sampled"))
+    monkeypatch.setattr(launch, "sample_all", lambda jobs, say: pytest.fail("it sampled"))
     (first,) = launch.evaluate(OPTIONS)
     assert first["metrics"]["avg@3"]["value"] == pytest.approx(0.5)
     made = (tmp_path / "out" / report.RESULTS).stat().st_mtime_ns

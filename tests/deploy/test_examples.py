@@ -28,7 +28,9 @@ from deploy.examples.verifier import right_and_short
 from learner.algorithm.credit import CreditInputs
 from learner.algorithm.grouped import GroupedRewards
 from learner.algorithm.loss import policy_loss
-from learner.algorithm.recipe import Recipe, check_recipe
+from learner.algorithm.recipe import Recipe
+from learner.algorithm.recipe_checks import check_recipe
+from learner.algorithm.rewarded import Rewarded
 from learner.algorithm.traces import PackedAxis
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -103,7 +105,7 @@ def test_an_estimator_of_ones_own_reaches_the_weights_and_the_record() -> None:
     config = algorithm(baseline={"kind": "deploy.examples.advantage:by_rank"})
     rewards_B = torch.tensor([3.0, float("nan"), 0.0, 1.0], dtype=torch.float64)
     group_B, lengths_B = torch.zeros(4).long(), torch.tensor([2, 3, 4, 5])
-    prepared = Recipe(config, "none", 16).prepare(rewards_B, group_B, lengths_B, "v")
+    prepared = Recipe(config, "none", 16).prepare(Rewarded(rewards_B, group_B, lengths_B, "v"))
     assert prepared.advantages_B.tolist() == [1.0, 0.0, -1.0, 0.0]
     assert prepared.trained_B.tolist() == [True, False, True, False]
     assert prepared.metrics == {"advantage/tied": 1 / 3}
@@ -114,7 +116,10 @@ def test_the_credit_rule_shares_by_entropy() -> None:
     axis = PackedAxis(torch.tensor([3, 0, 2]))
     x_N = normal(5, random(0)).requires_grad_()
     entropy_N = torch.tensor([1.0, 3.0, 0.0, 0.0, 0.0])
-    found = by_entropy(CreditInputs(x_N, x_N * 0, axis, entropy_N, None), CreditConfig(kind=RULE))
+    found = by_entropy(
+        CreditInputs(x_N, x_N * 0, axis, entropy_N, None, x_N.detach(), x_N * 0),
+        CreditConfig(kind=RULE),
+    )
     torch.testing.assert_close(
         found.weight_N, torch.tensor([0.75, 2.25, 0.0, 1.0, 1.0], dtype=x_N.dtype)
     )

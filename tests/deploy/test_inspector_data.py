@@ -17,10 +17,13 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from inspector_runs import Sample, SyntheticRun, sums_run
+from measured_runs import write_measured
 
 from common.errors import RunError, UserError
 from common.record.credit_log import credit_path, read_credit
+from common.record.episodes import ENDS
 from common.record.trajectory_log import read_log, segments
+from common.record.turns import TURN
 from deploy.inspector.query import COLUMNS, RANGES, GroupQuery
 from deploy.inspector.run_data import RunData
 from deploy.inspector.single_file import as_inert_json, bundle, sample
@@ -44,6 +47,13 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
             ]
             if group_id % 7 == 3:
                 samples[1] = Sample("late", None, verdict="timeout")
+            if group_id % 6 == 4:
+                samples[2] = Sample(
+                    "ask tell say", 1.0, finish="turns",
+                    turns=[(0, 3, None), (4, 8, None), (9, 12, 1.0)], calls=(3, group_id % 4),
+                )  # fmt: skip
+            if group_id % 9 == 5:
+                samples[3] = Sample("ask", None, failure="error", verdict="error")
             run.group(group_id, f"Prompt {group_id * 37 % 11}", samples, max(0, step - 2))
             ids.append(group_id)
             group_id += 1
@@ -63,7 +73,12 @@ def brute_force(path: Path) -> dict[int, dict[str, Any]]:
         rows = batch.to_pylist()
         group_id = rows[0]["group_id"]
         rewards = [row["reward"] for row in rows if row["reward"] is not None]
-        sampled = [len(row["token_ids"]) - row["guidance_length"] for row in rows]
+        sampled = [sum(t["end"] - t["begin"] for t in row["turns"]) for row in rows]
+        failed = [row["environment_verdict"] in ("error", "timeout") for row in rows]
+        ends = {
+            row["environment_verdict"] if has_failed else row["finish_reason"]
+            for row, has_failed in zip(rows, failed, strict=True)
+        }
         step = group_id // 5 + 1 if group_id < 30 else None
         found[group_id] = {
             "group": group_id,
@@ -72,6 +87,9 @@ def brute_force(path: Path) -> dict[int, dict[str, Any]]:
             "reward": statistics.fmean(rewards),
             "spread": statistics.pstdev(rewards),
             "length": statistics.fmean(sampled),
+            "turns": statistics.fmean(len(row["turns"]) for row in rows),
+            "tool_errors": sum(turn["failed"] for row in rows for turn in row["turns"]),
+            "ends": [end for end in ENDS if end in ends],
             "staleness": None if step is None else step - 1 - rows[0]["dispatch_version"],
             "state": "verified" if step is None else "trained",
             "completions": len(rows),
@@ -111,10 +129,40 @@ def test_the_index_reads_no_tokens_and_a_search_only_texts(tmp_path: Path, finis
     for twin in (path / "trajectories").glob("*.parquet"):
         table = pq.read_table(twin)
         lists = [field.name for field in table.schema if pa.types.is_list(field.type)]
+        lists.remove("turns")  # a few numbers a completion
         assert "token_ids" in lists
         pq.write_table(table.drop_columns([*lists, "reference"]), twin)
     for query in (GroupQuery(size=500), GroupQuery(text="word word", sort="length")):
         assert RunData(path).page(query) == opened(finished).page(query)
+
+
+def test_a_log_from_before_tool_calls_were_counted_has_none(tmp_path: Path) -> None:
+    run = SyntheticRun(tmp_path / "run")
+    played = Sample("ask tell say", 1.0, turns=[(0, 3, None), (9, 12, 1.0)], calls=(3, 2))
+    run.group(0, "Q", [played, Sample("ask", 0.0)])
+    run.log.close()
+    assert RunData(run.path).facts()["episodes"]
+    (row,) = RunData(run.path).page(GroupQuery())["rows"]
+    assert (row["turns"], row["tool_errors"]) == (1.5, 2)
+    (twin,) = (run.path / "trajectories").glob("*.parquet")
+    table = pq.read_table(twin)
+    turns = [
+        [{k: v for k, v in turn.items() if k not in ("calls", "failed")} for turn in turns]
+        for turns in table["turns"].to_pylist()
+    ]
+    place = table.schema.get_field_index("turns")
+    older = pa.list_(pa.struct([field for field in TURN if field.name not in ("calls", "failed")]))
+    pq.write_table(table.set_column(place, "turns", pa.array(turns, older)), twin)
+    (row,) = RunData(run.path).page(GroupQuery())["rows"]
+    assert (row["turns"], row["tool_errors"]) == (1.5, 0)
+
+
+def test_a_run_of_answers_has_no_episodes(tmp_path: Path) -> None:
+    run = SyntheticRun(tmp_path / "run")
+    run.group(0, "Q", [Sample("ask", 0.0), Sample("cut", 1.0, finish="length")])
+    run.log.close()
+    assert not RunData(run.path).facts()["episodes"]
+    assert not RunData(SyntheticRun(tmp_path / "empty").path).facts()["episodes"]
 
 
 BOUNDS = st.none() | st.sampled_from([0.0, 0.25, 0.5, 1.0, 3.0, 5.0, 12.5, 30.0])
@@ -127,17 +175,25 @@ BOUNDS = st.none() | st.sampled_from([0.0, 0.25, 0.5, 1.0, 3.0, 5.0, 12.5, 30.0]
         {f"{name}_{end}": BOUNDS for name in RANGES for end in ("min", "max")}
     ),
     text=st.sampled_from(["", "PROMPT 3", "n1", "late", "word word", "nowhere", "100%", "x2"]),
+    end=st.sampled_from(["", "", *ENDS]),
     size=st.integers(1, 9),
 )
 @settings(max_examples=120, deadline=None)
 def test_sorting_filtering_and_paging_agree_with_brute_force(
-    finished: Path, sort: Any, descending: bool, bounds: dict[str, Any], text: str, size: int
+    finished: Path,
+    sort: Any,
+    descending: bool,
+    bounds: dict[str, Any],
+    text: str,
+    end: Any,
+    size: int,
 ) -> None:
     data = opened(finished)
     expected = [
         row
         for row in brute_forced(finished).values()
         if all(within(row[name], bounds[f"{name}_min"], bounds[f"{name}_max"]) for name in RANGES)
+        and (not end or end in row["ends"])
         and any(text.lower() in shown.lower() for shown in row["texts"])
     ]
     # Python's sort is stable: first by group, then by the column, what is missing at the end.
@@ -150,7 +206,7 @@ def test_sorting_filtering_and_paging_agree_with_brute_force(
     got: list[int] = []
     for page in range(1, len(order) // size + 2):
         query = GroupQuery(
-            sort=sort, descending=descending, page=page, size=size, text=text, **bounds
+            sort=sort, descending=descending, page=page, size=size, text=text, end=end, **bounds
         )
         answer = data.page(query)
         assert answer["total"] == len(order)
@@ -208,6 +264,8 @@ def test_a_group_has_every_number_of_both_logs(finished: Path) -> None:
                 ("advantage", "advantages"),
                 ("trace_weight", "trace_weights"),
                 ("logprob", "logprobs"),
+                ("score", "scores"),
+                ("value", "values"),
             ):
                 assert same_float32(tokens[name], credit and credit[column]), (group_id, name)
     without = data.group(15)
@@ -215,6 +273,33 @@ def test_a_group_has_every_number_of_both_logs(finished: Path) -> None:
     never = data.group(30)
     assert never is not None and "no learner step" in never["note"]
     assert data.group(31) is None
+
+
+def test_measured_values_are_those_of_the_file(tmp_path: Path) -> None:
+    run = sums_run(tmp_path / "run", steps=1)
+    data, group_id = RunData(run.path), min(run.groups)
+    before = data.group(group_id)
+    assert before is not None
+    assert all(each["measured"] is None for each in before["completions"])
+    branches = {1: {0: [1.0, 0.0, 0.0, 0.0], 2: [], 4: [1.0]}}
+    (found,) = write_measured(run.path, 1, run.groups[group_id], branches)
+    seen = data.state.version
+    assert data.refresh().version != seen  # a page that is open is told
+    group = data.group(group_id)
+    assert group is not None
+    first, second, *others = (each["measured"] for each in group["completions"])
+    assert first is None and not any(others)
+    assert [(each["begin"], each["end"]) for each in second] == found.segments
+    assert [each["value"] for each in second] == [0.25, None, 1.0]
+    assert [each["continuations"] for each in second] == [4, 0, 1]
+    assert second[0]["value_error"] == found.errors_J[0]
+    assert [each["advantage"] for each in second][:2] == [None, None]
+    assert second[2]["advantage"] == found.advantages_J[2]
+    json.dumps(group, allow_nan=False)
+    (run.path / "measured/step-000001/segments.parquet").write_bytes(b"torn")
+    torn = data.group(group_id)
+    assert torn is not None and "cannot be read, so no value is shown" in torn["note"]
+    assert all(each["measured"] is None for each in torn["completions"])
 
 
 def same_float32(shown: list[float | None] | None, logged: list[float] | None) -> bool:

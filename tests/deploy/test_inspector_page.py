@@ -16,10 +16,12 @@ import pyarrow as pa
 import pytest
 import uvicorn
 from inspector_runs import TEMPLATE, Sample, SyntheticRun, sums_run
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from measured_runs import write_measured
+from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
 
 from common.record.credit_log import credit_schema, read_credit, read_group_credit, write_credit
 from common.record.trajectory_log import read_log
+from deploy.credit.measured import standard_error
 from deploy.inspector.run_data import RunData
 from deploy.inspector.server import build_app
 from deploy.inspector.single_file import write_html
@@ -35,6 +37,11 @@ HOSTILE = [
     "</script><img src=x onerror=\"document.title='taken'\">",
     "</span></article><h1>taken</h1><!--",
 ]
+MEASURED = {
+    0: {0: [1.0, 0.0, 0.0, 0.0], 3: [1.0, 1.0, 0.0, 0.0], 7: [1.0] * 4},
+    3: {0: [0.0] * 4, 2: [], 5: [1.0, 0.0, 0.0]},
+}
+"""Of completions of group 9: rewards of continuations by the tokens before them."""
 AA = 4.5
 """The contrast that WCAG 2 asks of text (level AA)."""
 
@@ -62,6 +69,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> SyntheticRun:
     made.group(group_id, '<b>Prompt</b> & "more"', samples, 13)
     made.step(15, [group_id])
     judge_evenly(made.path, 3)
+    write_measured(made.path, 3, made.groups[9], MEASURED)
     return made
 
 
@@ -147,6 +155,8 @@ def url(request: pytest.FixtureRequest) -> str:
 
 
 def column(page: Page, name: str) -> list[str]:
+    """The cells of a column, once the rows that its heading asks for are there."""
+    expect(page.locator("#table")).to_have_attribute("aria-busy", "false")
     names = page.locator("#columns th").all_inner_texts()
     place = next(i for i, shown in enumerate(names) if shown.startswith(name))
     return page.locator(f"#rows tr td:nth-child({place + 1})").all_inner_texts()
@@ -268,6 +278,8 @@ def test_hovering_tells_the_credit_logs_own_numbers(
                 ("λ-advantage", "advantages"),
                 ("trace weight", "trace_weights"),
                 ("log π learner", "logprobs"),
+                ("log π scorer", "scores"),
+                ("critic's value", "values"),
             ):
                 assert np.float32(shown[name]) == np.float32(row[column_name][place]), name
             sampler = logged["behaviour_logprobs"][index].as_py()[place]
@@ -275,6 +287,69 @@ def test_hovering_tells_the_credit_logs_own_numbers(
             ratio = row["logprobs"][place] - sampler
             assert float(shown["log ratio"]) == pytest.approx(ratio, abs=1e-6)
             assert float(shown["ratio"]) == pytest.approx(np.exp(ratio), abs=1e-6)
+
+
+def test_a_group_offers_what_it_has_numbers_of(url: str, open_page: Callable[..., Page]) -> None:
+    page = open_page(f"{url}#group=9")
+    for label in ("scorer's log-ratio", "critic's value"):
+        page.get_by_label(label).check()
+        field = page.locator("article[aria-label='Completion 0'] .tokens")
+        assert background(field, 0) != background(field, field.locator(".token").count() - 1)
+    page.goto(f"{url}#group=40")  # of another step
+    expect(page.locator("#group-title")).to_have_text("Group 40")
+    expect(page.get_by_label("critic's value")).to_have_count(0)
+
+
+def test_the_value_curve_stands_above_the_tokens(
+    url: str, run: SyntheticRun, open_page: Callable[..., Page]
+) -> None:
+    page = open_page(f"{url}#group=9")
+    rows = run.groups[9].to_pylist()
+    expect(page.locator("figure.values")).to_have_count(len(MEASURED))
+    for index, branches in MEASURED.items():
+        card = page.locator(f"article[aria-label='Completion {index}']")
+        curve, length = card.locator("figure.values"), len(rows[index]["token_ids"])
+        known = {at: np.mean(rewards) for at, rewards in branches.items() if rewards}
+        known[length] = rows[index]["reward"]
+        y_of = levels(curve)
+        circles = curve.locator("circle").all()
+        places = [(number(c, "cx"), y_of(number(c, "cy"))) for c in circles]
+        assert [value for _, value in places] == pytest.approx(list(known.values()), abs=0.01)
+        first, last = places[0][0], places[-1][0]
+        at = [(x - first) / (last - first) * length for x, _ in places]
+        assert at == pytest.approx(list(known), abs=0.05)
+        # The first value's band reaches two of its standard errors to both sides.
+        error = standard_error(branches[0], (0.0, 1.0))
+        band = re.findall(r"[ML]([\d.-]+),([\d.-]+)", path_of(curve.locator(".band").first))
+        ends = [y_of(float(y)) for x, y in band if float(x) == pytest.approx(first, abs=0.06)]
+        expected = [known[0] + 2 * error, known[0] - 2 * error]
+        assert ends == pytest.approx(expected, abs=0.01)
+        box, tokens = curve.bounding_box(), card.locator(".tokens").bounding_box()
+        assert box and tokens and box["y"] + box["height"] <= tokens["y"]
+    gap = page.locator("article[aria-label='Completion 3'] figure.values")
+    expect(gap.locator(".band")).to_have_count(2)  # no line over what was not measured
+    label = gap.locator("svg").get_attribute("aria-label") or ""
+    assert "before token 3 not known" in label and "the reward" in label
+    page.locator("article[aria-label='Completion 0'] .token").nth(4).hover()
+    assert details(page)["measured"].startswith("0.5 ± ")
+    page.locator("article[aria-label='Completion 1'] .token").nth(4).hover()
+    assert "measured" not in details(page)
+
+
+def levels(curve: Locator) -> Callable[[float], float]:
+    """The value that a height in the picture stands for, by its grid."""
+    heights = [number(line, "y1") for line in curve.locator("line.grid").all()]
+    values = [float(text) for text in curve.locator("text[text-anchor=end]").all_text_contents()]
+    (low, high), (bottom, top) = (values[0], values[len(heights) - 1]), (heights[0], heights[-1])
+    return lambda y: low + (bottom - y) / (bottom - top) * (high - low)
+
+
+def number(element: Locator, name: str) -> float:
+    return float(element.get_attribute(name) or "nan")
+
+
+def path_of(element: Locator) -> str:
+    return element.get_attribute("d") or ""
 
 
 def test_another_rule_stands_beside_the_runs(
@@ -507,6 +582,149 @@ TEXTS = """() => {
   }
   return found;
 }"""
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_an_episode_is_shown_turn_by_turn(
+    tmp_path: Path, open_page: Callable[..., Page], scheme: str
+) -> None:
+    made = SyntheticRun(tmp_path / "episodes")
+    said = "2*3?" + "[is 6]" + "It is 6."
+    turns: list[tuple[int, int, float | None]] = [(0, 4, None), (10, 19, 0.5)]
+    played = Sample(said, 1.0, turns=turns, calls=(2, 1))  # the end is a token too
+    failed = Sample("2*3?", None, failure="timeout", turns=[(0, 5, None)], verdict="timeout")
+    made.group(0, "What is 2 * 3?", [played, failed])
+    made.step(1, [0])
+    made.close()
+    with serving(made.path) as url:
+        page = open_page(f"{url}#group=0", scheme=scheme)
+        first, second = (page.locator(f"article[aria-label='Completion {i}']") for i in range(2))
+        expect(first.locator(".given")).to_have_count(6)
+        assert "".join(first.locator(".given").all_text_contents()) == "[is 6]"
+        marks = first.locator(".mark").all_text_contents()
+        advantages = read_group_credit(made.path, 1, 0)["advantages"][0].as_py()
+        credit = [sum(advantages[begin:end]) for begin, end, _ in turns]
+        facts = [re.sub(r" · credit (\S+)$", "", mark) for mark in marks]
+        assert facts == ["turn 1 · 2 tool calls · 1 failed", "given", "turn 2 · reward 0.5"]
+        shown = [float(mark.split(" · credit ")[1]) for mark in (marks[0], marks[2])]
+        assert shown == pytest.approx(credit, rel=1e-3)
+        assert [part.inner_text() for part in first.locator(".said > div:not(.mark)").all()] == [
+            "2*3?",
+            said[10:] + "<|end|>",
+        ]
+        assert first.locator(".told").inner_text().endswith("[is 6]")
+        assert "2 turns · 0.5 s in the environment" in first.locator("header").inner_text()
+        assert "environment: timeout" in second.locator("header").inner_text()
+        assert second.locator(".mark").count() == 0
+        seen = set(map(tuple, page.evaluate(TEXTS)))
+    assert not {found for found in seen if contrast(found[1], found[2]) < AA}
+
+
+def test_the_value_curve_of_an_episode_knows_its_turns(
+    tmp_path: Path, open_page: Callable[..., Page]
+) -> None:
+    made = SyntheticRun(tmp_path / "episodes")
+    turns: list[tuple[int, int, float | None]] = [(2, 4, None), (10, 14, None), (16, 19, None)]
+    made.group(0, "What is 2 * 3?", [Sample("..2*[is 6]It is 6..6", 1.0, turns=turns)])
+    made.step(1, [0])
+    branches = {2: [0.0, 0.0, 1.0, 0.0], 3: [1.0, 0.0, 0.0, 0.0], 10: [1.0, 1.0, 0.0, 1.0], 16: []}
+    write_measured(made.path, 1, made.groups[0], {0: branches})
+    made.close()
+    with serving(made.path) as url:
+        card = open_page(f"{url}#group=0").locator("article[aria-label='Completion 0']")
+        curve = card.locator("figure.values")
+        expect(curve).to_be_visible()  # `all` does not wait
+        points = curve.locator("circle").all()
+        first, last = number(points[0], "cx"), number(points[-1], "cx")
+        length = len(made.groups[0]["token_ids"][0])
+        scale = (last - first) / (length - 2)
+        given = [
+            (number(box, "x"), number(box, "x") + number(box, "width"))
+            for box in curve.locator("rect.observed").all()
+        ]
+        at = [tuple(2 + (x - first) / scale for x in pair) for pair in given]
+        expected = [(0, 2), (4, 10), (14, 16), (19, length)]
+        assert at == [pytest.approx(each, abs=0.05) for each in expected]
+        marks = [mark for mark in card.locator(".mark").all_text_contents() if "turn" in mark]
+        errors = [standard_error(branches[t], (0.0, 1.0)) for t in (2, 10)]
+        worth = [re.search(r" · measured (\S+) ± (\S+)$", mark) for mark in marks]
+        assert worth[0] and worth[1:] == [None, None]  # the third turn's branch has no value
+        assert float(worth[0][1]) == 0.5
+        assert float(worth[0][2]) == pytest.approx(np.hypot(*errors), rel=1e-3)
+
+
+def test_the_conversations_of_an_episode_are_marked_with_their_prompts(
+    tmp_path: Path, open_page: Callable[..., Page]
+) -> None:
+    made = SyntheticRun(tmp_path / "episodes")
+    parts = [(0, 6, "user: main<s>"), (6, 13, "user: a sub-task<s>")]
+    turns = [(0, 6, None), (6, 13, None)]
+    made.group(0, "Q?", [Sample("I ask.It is 6", 1.0, segments=parts, turns=turns, finish="turns")])
+    made.close()
+    with serving(made.path) as url:
+        card = open_page(f"{url}#group=0").locator("article[aria-label='Completion 0']")
+        marks = card.locator(".conversation summary")
+        expect(marks).to_have_text(["conversation 1 of 2", "conversation 2 of 2"])
+        marks.nth(1).click()
+        expect(card.locator(".conversation .prompt").nth(1)).to_have_text(parts[1][2])
+        expect(card.locator(".conversation .prompt").nth(1)).to_be_visible()
+        assert "2 conversations" in card.locator("header").inner_text()
+        texts = card.locator(".tokens").inner_text()
+        assert texts.index("I") < texts.index("conversation 2") < texts.index("t i")
+
+
+@pytest.mark.parametrize("single", [False, True])
+def test_groups_are_found_by_turns_tool_errors_and_end(
+    tmp_path: Path, open_page: Callable[..., Page], single: bool
+) -> None:
+    made = SyntheticRun(tmp_path / "episodes")
+    two: list[tuple[int, int, float | None]] = [(0, 2, None), (4, 7, 0.5)]
+    for group_id in range(6):
+        cut = Sample("one two", 0.0, turns=two, finish="turns", calls=(2, group_id % 3))
+        failed = Sample("one", None, failure="timeout", verdict="timeout")
+        samples = [Sample("once", 1.0), cut if group_id % 2 else Sample("again", 0.0)]
+        made.group(group_id, f"Q{group_id}", [*samples, failed] if group_id == 4 else samples)
+    made.step(1, list(range(6)))
+    made.close()
+    file = tmp_path / "sample.html"
+    write_html(made.path, file)
+
+    def groups(page: Page) -> list[str]:
+        expect(page.locator("#table")).to_have_attribute("aria-busy", "false")
+        return page.locator("#rows a").all_inner_texts()
+
+    with serving(made.path) as url:
+        page = open_page(f"{file.as_uri() if single else url}#sort=group")
+        expect(page.locator("#columns")).to_contain_text("Tool errors")
+        page.get_by_label("turns, at least").fill("1.5")
+        page.get_by_label("turns, at least").blur()
+        expect(page.locator("#count")).to_contain_text("3 groups")
+        assert groups(page) == ["1", "3", "5"]
+        page.get_by_label("tool errors, at least").fill("1")
+        page.get_by_label("tool errors, at least").blur()
+        expect(page.locator("#count")).to_contain_text("2 groups")
+        assert groups(page) == ["1", "5"]
+        page.locator("#clear").click()
+        page.get_by_label("An episode").select_option("timeout")
+        expect(page.locator("#count")).to_contain_text("1 group")
+        assert groups(page) == ["4"]
+        page.reload()  # the address has it
+        expect(page.get_by_label("An episode")).to_have_value("timeout")
+
+
+def test_what_episodes_have_is_not_shown_of_answers(
+    tmp_path: Path, open_page: Callable[..., Page]
+) -> None:
+    made = SyntheticRun(tmp_path / "answers")
+    made.group(0, "Q", [Sample("once", 1.0), Sample("again", 0.0)])
+    made.step(1, [0])
+    made.close()
+    with serving(made.path) as url:
+        page = open_page(url)
+        expect(page.locator("#rows tr")).to_have_count(1)
+        assert "Tool errors" not in page.locator("#columns").inner_text()
+        expect(page.get_by_label("An episode")).to_be_hidden()
+        expect(page.get_by_label("turns, at least")).to_be_hidden()
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -21,7 +21,7 @@ from deploy.models.resolve import ModelLocation
 from deploy.run.actors import learner_job
 from learner.algorithm.recipe import Recipe
 from learner.policy.model import load_policy
-from learner.policy.packing import StepBatch
+from learner.policy.step_batch import StepBatch
 from learner.training.rank import LearnerRank
 
 Gradients = dict[str, torch.Tensor]
@@ -119,7 +119,11 @@ def test_its_batch_is_the_real_one() -> None:
     groups = trajectories(SHAPES, rewards=rewards)
     found = as_batch(*as_vllm_answers(groups))
     expected = StepBatch.from_record_batches(groups)
+    assert found.turns is expected.turns is None  # an answer is one turn
     for name, value in vars(expected).items():
+        # What the loop has no need of: rewards by verifier, and where teachers look for the answer.
+        if value is None or name in ("parts", "answers_B2"):
+            continue
         np.testing.assert_array_equal(np.hstack(getattr(found, name)), np.hstack(value), name)
 
 

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import cast
+
 import pytest
 
 from common.config.load import load_config
 from common.errors import UserError
-from deploy.placement.options import CorePlan, actor_options, cpus_needed, plan_cores
+from deploy.placement.options import (
+    CorePlan,
+    actor_options,
+    cpus_needed,
+    environment_actors,
+    plan_cores,
+)
 
 
 def plan(cores: int, *overrides: str) -> CorePlan:
@@ -64,6 +73,14 @@ def test_a_cluster_of_our_own_has_room_for_every_actor() -> None:
     )
     assert cpus_needed(config, cores) >= asked + 1
     assert options.generator["num_gpus"] == 0
+    pool = ("environment.name=guess", "environment.workers=3", "environment.num_cpus=1.5")
+    beside = load_config([], ["model.path=x", *pool])
+    apart = load_config([], ["model.path=x", *pool, "environment.placement=actors"])
+    assert environment_actors(beside) == 0
+    assert environment_actors(apart) == 3
+    few = CorePlan([[0]], 1, [[0]], 1, "")
+    many = replace(few, generator_threads=500)  # more than this machine has
+    assert cpus_needed(apart, many) - cpus_needed(beside, many) == 5
 
 
 def test_threads_of_a_cluster_do_not_follow_from_the_cores_of_the_driver() -> None:
@@ -71,3 +88,50 @@ def test_threads_of_a_cluster_do_not_follow_from_the_cores_of_the_driver() -> No
     plan = plan_cores(load_config([], keys), list(range(64)), [])
     assert plan.generator_cores == [None, None]
     assert (plan.generator_threads, plan.learner_threads) == (4, 7)
+
+
+def environments(*overrides: str, cuda: bool) -> tuple[dict[str, str], dict[str, str]]:
+    """Environment variables of a generator and of a learner rank."""
+    config = load_config([], ["model.path=x", *overrides])
+    options = actor_options(config, plan_cores(config, [0, 1], []), cuda)
+    of_generator, of_learner = (
+        cast("dict[str, dict[str, str]]", each["runtime_env"])["env_vars"]
+        for each in (options.generator, options.learner)
+    )
+    return of_generator, of_learner
+
+
+def test_a_run_on_the_cpu_sees_no_device_that_ray_does_not_count() -> None:
+    for found in environments("learner.device=cpu", cuda=False):
+        assert found["CUDA_VISIBLE_DEVICES"] == ""
+    for found in environments(cuda=True):
+        assert "CUDA_VISIBLE_DEVICES" not in found  # Ray sets it
+
+
+SHARED = ("weights.transport=ipc", "generator.max_staleness=0")
+
+
+def test_pickle_is_let_into_vllms_engine_for_ipc_alone() -> None:
+    name = "VLLM_ALLOW_INSECURE_SERIALIZATION"
+    assert environments(*SHARED, cuda=True)[0][name] == "1"
+    for transport in ("nccl", "object_store"):
+        assert name not in environments(f"weights.transport={transport}", cuda=True)[0]
+
+
+def test_the_learners_memory_grows_in_segments_unless_it_is_shared_by_handles() -> None:
+    assert environments(cuda=True)[1]["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
+    assert "PYTORCH_ALLOC_CONF" not in environments(*SHARED, cuda=True)[1]
+
+
+def test_a_named_interface_is_that_of_gloo_and_nccl_on_both_sides() -> None:
+    for found in environments("ray.interface=ib0", cuda=True):
+        assert (found["GLOO_SOCKET_IFNAME"], found["NCCL_SOCKET_IFNAME"]) == ("ib0", "ib0")
+    for found in environments(cuda=True):
+        assert "NCCL_SOCKET_IFNAME" not in found  # else NCCL would not look for InfiniBand
+
+
+def test_what_tunes_a_cpu_is_set_on_a_cpu_alone() -> None:
+    names = {"OMP_WAIT_POLICY", "VLLM_CPU_OMP_THREADS_BIND", "MALLOC_ARENA_MAX", "GLIBC_TUNABLES"}
+    of_cpu, of_cuda = environments(cuda=False), environments(cuda=True)
+    assert names <= of_cpu[0].keys() | of_cpu[1].keys()
+    assert not names & (of_cuda[0].keys() | of_cuda[1].keys())

@@ -10,6 +10,7 @@ from common.config.load import load_config
 from deploy.cli import main
 from deploy.command.presets import CONFIGS, RECIPES, load
 from deploy.predict import cluster_plan
+from deploy.run.settled import settled
 
 PRESETS = sorted(CONFIGS.glob("*.yaml"))
 NAMES = sorted(path.stem for path in RECIPES.glob("*.yaml"))
@@ -25,7 +26,7 @@ def plan(capsys: pytest.CaptureFixture[str], *words: str) -> str:
 
 def configuration(text: str) -> str:
     """The part of a plan that is YAML."""
-    return text.partition("\n# Placement")[0].partition("\n# Pools")[0]
+    return text.partition("\n# Data")[0]
 
 
 @pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
@@ -38,18 +39,31 @@ def test_every_preset_is_planned(
     monkeypatch.setattr(cluster_plan, "_STEPS", 10)  # of the simulation; 64 devices take long
     text = plan(capsys, "--config", str(path))
     assert "# Batch arithmetic" in text
-    assert ("# Predicted step" in text) == ("x8" in path.stem)
+    assert ("# Predicted step" in text) == (
+        path.stem not in ("tiny", "tiny-guess", "smollm2", "smollm2-calculator")
+    )
     written = tmp_path / "planned.yaml"
     written.write_text(configuration(text))  # with its comments
-    planned, config = load_config([written], [], resolved=True), load(path, [])
+    planned, config = load_config([written], [], resolved=True), settled(load(path, []), print)
     assert planned.model.dtype in ("bfloat16", "float32")
     config.model.dtype = planned.model.dtype
     assert planned == config
 
 
+def test_a_plan_says_where_episodes_are_played(capsys: pytest.CaptureFixture[str]) -> None:
+    guess = ("--config", str(TINY.with_name("tiny-guess.yaml")))
+    assert "guess: 1 process(es) beside each generator" in plan(capsys, *guess)
+    pool = ("placement=actors", "workers=3", "resources={cpu_node: 1}", "labels={kind: cpu}")
+    text = plan(capsys, *guess, *(f"environment.{key}" for key in pool))
+    assert "guess: 3 actor(s), each CPU 1, cpu_node 1, on nodes with kind=cpu" in text
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_every_recipe_is_planned(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    text = plan(capsys, "--config", str(TINY), f"recipe={name}")
+    teacher = "teacher.path=builtin:tiny-chain-sum"
+    hint = "algorithm.rollout.follow_up.hint=answer"
+    needs = {"guide": [hint], "opd": [teacher], "grpo_opd": [teacher]}
+    text = plan(capsys, "--config", str(TINY), f"recipe={name}", *needs.get(name, []))
     assert f"recipe: {name}  # " in text
     assert name in ("grpo", "lambda_grpo") or f"  # recipe {name}" in text
 
@@ -58,8 +72,10 @@ def test_a_plan_says_where_each_value_came_from(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     mine = tmp_path / "mine.yaml"
-    mine.write_text(TINY.read_text() + "algorithm: {objective: {epochs: 2}}\n")
-    keys = ("recipe=dapo", "algorithm.objective.clip_low=0.1", "data.system_prompt=one\ntwo")
+    mine.write_text(
+        TINY.read_text().replace("algorithm:\n", "algorithm:\n  objective: {epochs: 2}\n")
+    )
+    keys = ("recipe=dapo", "algorithm.objective.clip_low=0.1", "data.plain_template=one\n{prompt}")
     lines = plan(capsys, "--config", str(mine), *keys).splitlines()
     for line in (
         "    clip_high: 0.28  # recipe dapo",
@@ -69,8 +85,8 @@ def test_a_plan_says_where_each_value_came_from(
         "    kl: 0.0",
     ):
         assert line in lines
-    (text,) = (line for line in lines if line.endswith("two'  # command line"))
-    assert text.strip() != "two'"  # behind the last line of text that goes over several
+    (text,) = (line for line in lines if line.endswith("{prompt}'  # command line"))
+    assert text.strip() != "{prompt}'"  # behind the last line of text that goes over several
 
 
 def test_a_data_type_that_the_machine_decides_is_said_so(
@@ -78,3 +94,16 @@ def test_a_data_type_that_the_machine_decides_is_said_so(
 ) -> None:
     text = plan(capsys, "--config", str(CONFIGS / "smollm2.yaml"))
     assert "  # auto, for the devices" in text
+
+
+def test_a_plan_for_cpus_says_what_adapters_train_and_save(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    keys = ("--config", str(TINY))
+    assert "adapters" not in plan(capsys, *keys).partition("# Placement")[2]
+    output = plan(capsys, *keys, "model.adapter.rank=8")
+    assert "trained                0.08 of 0.9 million parameters" in output
+    assert "learner's memory" in output
+    assert "learner.learning_rate=0.00015 looks like that" in output
+    named = plan(capsys, *keys, "model.adapter.rank=8", "model.adapter.targets=qkv_proj")
+    assert "adapters of rank 8, not counted: model.adapter.targets: a plan knows q_proj" in named

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
-from recipe_pages import OVERRIDES, PAGE, RESULTS, ROWS, with_parts
+from oracle_table import AGREES, RECORD
+from recipe_pages import OVERRIDES, PAGE, RESULTS, rows_of, with_parts
 
 from common.config.load import load_config
 from deploy.command.presets import CONFIGS, RECIPES
@@ -42,6 +44,20 @@ def test_every_recipe_has_a_section_and_every_section_a_recipe() -> None:
     assert PAGE.read_text().count("\n## `") == len(NAMES)
 
 
+def test_every_recipe_says_with_whom_it_agrees() -> None:
+    """TRL's rows carry a measured number; a difference beyond rounding has its reason."""
+    assert sorted(AGREES) == NAMES
+    rows = {row[0].strip("`"): row for row in table(PAGE.read_text(), "recipe \\| agrees")}
+    measured = json.loads(RECORD.read_text())
+    assert set(measured) <= set(NAMES)
+    for name, (_, agrees, differs) in rows.items():
+        assert agrees, name
+        if name in measured:
+            worst = max(measured[name].values())
+            assert f"TRL 1.16 {worst:.0e}" in agrees
+            assert worst < 1e-14 or differs != "-", name
+
+
 def test_the_page_is_up_to_date() -> None:
     assert PAGE.read_text() == with_parts(PAGE.read_text()), (
         "run python tests/support/recipe_pages.py"
@@ -58,7 +74,7 @@ def test_the_constants_are_those_of_the_yaml(name: str) -> None:
     for key, text in shown.items():
         value = OmegaConf.select(resolved, key)
         if isinstance(value, bool | str):
-            assert text == str(value).lower()
+            assert text in (str(value).lower(), json.dumps(value))
         else:
             assert float(text) == value
 
@@ -69,8 +85,8 @@ def test_the_measured_numbers_are_those_of_the_results(name: str) -> None:
         (path.stem, line) for path in RESULTS.glob("*.md") for line in path.read_text().splitlines()
     ]
     rows = table(sections()[name], "row")
-    assert len(rows) == len(ROWS.get(name, []))
-    for cells, (stem, label) in zip(rows, ROWS.get(name, []), strict=True):
+    assert len(rows) == len(rows_of(name))
+    for cells, (stem, label) in zip(rows, rows_of(name), strict=True):
         assert cells[0] == label
         assert (
             sum(line.startswith(f"| {' | '.join(cells)} |") for at, line in lines if at == stem)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -13,11 +14,27 @@ from learner_models import save_tiny_model, trajectories
 from learner_ranks import worker
 from made_up_groups import request_for
 
-from common.config.algorithm import AlgorithmConfig, CreditConfig
+from common.config.algorithm import (
+    AdvantageConfig,
+    AlgorithmConfig,
+    BaselineConfig,
+    CreditConfig,
+    ObjectiveConfig,
+)
 from common.config.load import dump_config
-from common.config.sections import Config, GeneratorConfig, LearnerConfig, ModelConfig
+from common.config.sections import (
+    AdapterConfig,
+    Config,
+    GeneratorConfig,
+    LearnerConfig,
+    ModelConfig,
+    OptimizerConfig,
+    TeacherConfig,
+    VerifierConfig,
+    VerifierSpec,
+)
 from common.errors import UserError
-from common.record.credit_log import read_credit
+from common.record.credit_log import VERSION_KEY, credit_path, read_credit, read_scores
 from common.record.ledger import Ledger
 from common.record.metrics import JsonlSink
 from common.record.trajectory_log import TrajectoryLog
@@ -53,6 +70,7 @@ def _config(folder: Path) -> Config:
         steps=STEPS,
         model=ModelConfig(path=str(folder), dtype="float32"),
         generator=GeneratorConfig(max_completion_tokens=48, temperature=0.9),
+        verifier=VerifierConfig(rules=[VerifierSpec(name="reasoning_gym")]),
         algorithm=AlgorithmConfig(credit=TRACE),
         learner=LearnerConfig(device="cpu", learning_rate=1e-3, warmup_steps=0),
     )
@@ -61,7 +79,29 @@ def _config(folder: Path) -> Config:
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = save_tiny_model(tmp_path_factory.mktemp("tiny"))
-    path, config = tmp_path_factory.mktemp("run"), _config(folder)
+    return _made(tmp_path_factory.mktemp("run"), folder, _config(folder), unlogged=1)
+
+
+@pytest.fixture(scope="module")
+def taught(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run under a teacher of another size, which is gone afterwards."""
+    folder = save_tiny_model(tmp_path_factory.mktemp("tiny"))
+    teacher = save_tiny_model(tmp_path_factory.mktemp("teacher"), "llama_untied")
+    args = {"reward_weight": 1.0}
+    advantage = AdvantageConfig(kind="distill", scorer="teacher", args=args)
+    config = replace(
+        _config(folder),
+        algorithm=AlgorithmConfig(advantage=advantage),
+        teacher=TeacherConfig(path=str(teacher)),
+    )
+    made = _made(tmp_path_factory.mktemp("run"), folder, config)
+    shutil.rmtree(teacher)
+    return made
+
+
+def _made(path: Path, folder: Path, config: Config, unlogged: int = 0) -> Path:
+    """A run at `path` of which the first `unlogged` steps have no credit log."""
+    path.mkdir(exist_ok=True)
     (path / "config.yaml").write_text(dump_config(config))
     threads = plan_here(config, []).learner_threads
     job = learner_job(config, ModelLocation(str(folder), str(folder)))
@@ -75,7 +115,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
             ledger.dispatched(request_for(batch))
             log.append(batch)
             ledger.verified(batch.column("ticket")[0].as_py(), 1)
-        credit_run = None if step == 1 else str(path)
+        credit_run = None if step <= unlogged else str(path)
         metrics = made.step(groups, step - 1, 1, credit_run)
         ledger.trained(step, [receipt(batch, None) for batch in groups])
         sink.write(step, metrics)
@@ -96,6 +136,112 @@ def test_every_step_comes_out_bitwise(run: Path, step: int, start: int) -> None:
     assert found.from_step == start
     assert found.compared >= 14 + 6 * (step > 1)
     assert "all the same, bitwise" in describe(found, "x")
+
+
+def test_steps_under_a_teacher_come_out_bitwise_without_it(taught: Path) -> None:
+    scores = read_scores(taught, SAVED + 1)
+    assert all(np.isfinite(each).all() for each in scores.values())
+    for step in (SAVED, SAVED + 2):  # the second goes over a step between, whose scores count too
+        found = replay(taught, step)
+        assert found.differences == []
+        assert found.metrics["scorer/gap"] != 0
+    other = other_rule(taught, ["recipe=grpo"], RECIPES)
+    judged = replay(taught, SAVED, other).other
+    assert judged is not None
+    assert "scorer/gap" not in judged.metrics
+    other = other_rule(taught, ["algorithm.advantage.args.reward_weight=0"], RECIPES)
+    judged = replay(taught, SAVED, other).other
+    assert judged is not None
+    assert judged.metrics["scorer/gap"] == replay(taught, SAVED).metrics["scorer/gap"]
+
+
+def test_a_run_that_saves_memory_is_replayed_bitwise(tmp_path: Path) -> None:
+    """Weights are rounded as they were. A run on a device may have kept activations on its host."""
+    folder = save_tiny_model(tmp_path / "tiny")
+    learner = replace(
+        _config(folder).learner, masters="bfloat16", optimizer=OptimizerConfig(state="8bit")
+    )
+    model = ModelConfig(path=str(folder), dtype="bfloat16")
+    config = replace(_config(folder), model=model, learner=learner)
+    run = _made(tmp_path / "run", folder, config)
+    offloaded = replace(config, learner=replace(learner, activation_offload=True))
+    (run / "config.yaml").write_text(dump_config(offloaded))
+    for step in (SAVED, SAVED + 2):
+        assert replay(run, step).differences == []
+
+
+def test_values_of_a_critic_come_out_bitwise_beside_adapters_too(tmp_path: Path) -> None:
+    """Behind a checkpoint, and with a log of before it had values: those are not compared."""
+    folder = save_tiny_model(tmp_path / "tiny")
+    config = replace(
+        _config(folder),
+        model=ModelConfig(path=str(folder), dtype="float32", adapter=AdapterConfig(rank=4)),
+        algorithm=AlgorithmConfig(
+            baseline=BaselineConfig(kind="none"), advantage=AdvantageConfig(kind="gae")
+        ),
+    )
+    run = _made(tmp_path / "run", folder, config)
+    found = replay(run, SAVED + 2)
+    assert found.differences == [] and found.from_step == SAVED
+    values = read_credit(run, SAVED + 2)["values"].to_pylist()
+    assert max(abs(value) for each in values for value in each) > 0
+    path = credit_path(run, SAVED + 2)
+    older = read_credit(run, SAVED + 2).drop_columns(["values"])
+    older = older.replace_schema_metadata({VERSION_KEY: b"3"})
+    with pa.ipc.new_file(path, older.schema) as file:
+        file.write_table(older)
+    again = replay(run, SAVED + 2)
+    assert again.differences == [] and again.compared == found.compared - 1
+
+
+def test_a_mix_that_decays_goes_by_the_step_behind_a_checkpoint_too(tmp_path: Path) -> None:
+    """It is over after three steps: the fourth has GRPO's credit, and replays as the others do."""
+    folder = save_tiny_model(tmp_path / "tiny")
+    teacher = save_tiny_model(tmp_path / "teacher", "llama_untied")
+    args = {"mix": 1.0, "bound": 0.9, "decay_steps": STEPS - 1}
+    config = replace(
+        _config(folder),
+        algorithm=AlgorithmConfig(
+            advantage=AdvantageConfig(kind="evidence", scorer="teacher", args=args)
+        ),
+        teacher=TeacherConfig(path=str(teacher)),
+    )
+    run = _made(tmp_path / "run", folder, config)
+    for step in range(1, STEPS + 1):
+        found = replay(run, step)
+        assert found.differences == []
+        assert found.from_step == (SAVED if step > SAVED else 0)
+        spread = [np.ptp(each) for each in found.credit["advantages"].to_pylist()]
+        assert (max(spread) == 0) == (step == STEPS)
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [
+        {"isolate_below": 0.02, "updates_per_batch": 2},
+        {"kind": "disco", "args": {"beta": 1.0}, "updates_per_batch": 2},
+    ],
+)
+def test_steps_of_several_updates_come_out_bitwise(
+    tmp_path: Path, objective: dict[str, Any]
+) -> None:
+    """From the start, and over a step between behind the checkpoint, as a resume goes on."""
+    folder = save_tiny_model(tmp_path / "tiny")
+    algorithm = AlgorithmConfig(objective=ObjectiveConfig(**objective))
+    config = _config(folder)
+    learner = replace(config.learner, learning_rate=0.03)
+    run = _made(tmp_path / "run", folder, replace(config, algorithm=algorithm, learner=learner))
+    for step in (SAVED, SAVED + 2):
+        found = replay(run, step)
+        assert found.differences == []
+        assert found.metrics["clip_fraction"] > 0  # else there was but one update
+
+
+def test_a_step_whose_scores_are_gone_says_so(taught: Path, tmp_path: Path) -> None:
+    copy = _copy(taught, tmp_path)
+    credit_path(copy, SAVED).unlink()
+    with pytest.raises(UserError, match="step-000002"):
+        replay(copy, SAVED)
 
 
 def test_another_rule_is_judged_by_the_same_policy_and_completions(run: Path) -> None:

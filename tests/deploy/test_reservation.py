@@ -45,6 +45,17 @@ def test_every_generator_has_a_place_of_its_own_and_the_learner_one_for_all_rank
     assert found["verifiers"].bundle == {"CPU": 0.5}
 
 
+def test_environments_have_places_on_the_nodes_that_their_labels_name() -> None:
+    pool = ("environment.name=guess", "environment.placement=actors", "environment.workers=3")
+    found = asked(*pool, "environment.num_cpus=2", "environment.labels={kind: cpu}")
+    place = found["environments"]
+    assert (place.count, place.strategy, place.bundle) == (3, "SPREAD", {"CPU": 2})
+    assert place.labels == {"kind": "cpu"}
+    assert "environments" not in asked("environment.name=guess", "environment.workers=3")
+    shared = asked(*pool, "weights.transport=ipc", "generator.max_staleness=0")
+    assert set(shared) == {"learner", "verifiers", "environments"}
+
+
 def test_on_shared_devices_a_rank_and_a_generator_have_one_place() -> None:
     keys = ("weights.transport=ipc", "generator.max_staleness=0")
     found = asked(*keys, "generator.count=4", "learner.ranks=4", "learner.resources={H100: 1}")

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+from pathlib import Path
+
 import pytest
 from ray.exceptions import ActorDiedError, OwnerDiedError, RayTaskError
 
 from common.config.sections import RestartConfig
 from common.errors import (
+    RefutedError,
     RunError,
     StallError,
     StartError,
@@ -14,6 +18,8 @@ from common.errors import (
     VerifierError,
     WeightsError,
 )
+from common.supervision.waits import Waits
+from deploy.run.directory import explained
 from deploy.run.restart_budget import RestartBudget, is_recoverable
 
 
@@ -65,6 +71,18 @@ def test_none_allowed_means_the_first_ends_the_run() -> None:
         RestartBudget(RestartConfig(limit=0)).after(StallError("hangs"))
 
 
+def test_weights_refuted_twice_with_the_same_numbers_are_not_restarted_again() -> None:
+    restarts = RestartBudget(RestartConfig(limit=3))
+    restarts.after(RefutedError("version 1, generator-0: 0.2437 nats\nlearner: -1.0"), 0)
+    restarts.after(RefutedError("version 1, generator-0: 0.2431 nats"), 0)
+    with pytest.raises(RunError, match=r"twice(?s:.*)0\.2437 nats(?s:.*)start the run again"):
+        restarts.after(
+            RefutedError("version 1, generator-0: 0.2437 nats\nlearner: -1.1"),
+            0,
+            "start the run again",
+        )
+
+
 @pytest.mark.parametrize(
     ("error", "recoverable"),
     [
@@ -91,3 +109,19 @@ def test_what_an_actor_raised_counts_and_not_that_an_actor_raised_it() -> None:
         for cause in (WeightsError("lost"), UserError("wrong"))
     ]
     assert [is_recoverable(error) for error in wrapped] == [True, False]
+
+
+def test_a_lost_process_is_named_by_what_was_wanted_of_it(tmp_path: Path) -> None:
+    async def died() -> None:
+        raise ActorDiedError
+
+    async def run() -> None:
+        await Waits().on(died(), owner="group 3", cause="its scores from teacher-1", deadline_s=9)
+
+    with pytest.raises(ActorDiedError) as caught:
+        asyncio.run(run())
+    assert "\n  group 3 waited for its scores from teacher-1\n" in explained(
+        caught.value, tmp_path, "advice"
+    )
+    with pytest.raises(RunError, match=r"ActorDiedError: .* \(group 3 .* from teacher-1\)\n"):
+        RestartBudget(RestartConfig(limit=0)).after(caught.value)

@@ -15,6 +15,7 @@ from common.config.load import load_config
 from common.errors import UserError
 from common.record.manifest import seal
 from common.record.metrics import JsonlSink, read_metrics
+from deploy.run import inputs
 from deploy.run.directory import RunDirectory
 
 
@@ -28,8 +29,26 @@ def test_a_name_is_used_once_and_the_message_says_how_to_go_on(tmp_path: Path) -
     create(tmp_path)
     with pytest.raises(UserError, match="resume="):
         create(tmp_path)
-    with pytest.raises(UserError, match="letters, digits"):
-        create(tmp_path, "../elsewhere")
+    for elsewhere in ("../elsewhere", ".", ".."):
+        with pytest.raises(UserError, match="letters, digits"):
+            create(tmp_path, elsewhere)
+
+
+def test_a_resume_under_other_keys_says_which(tmp_path: Path) -> None:
+    """As with a `--config` beside it, whose `steps` are not the run's."""
+    keys = ["model.path=x", f"runs_dir={tmp_path}", "name=mine", "verifier.rules=[{name: m:f}]"]
+    run = RunDirectory.create(load_config([], [*keys, "steps=30"]))
+    said: list[str] = []
+    resumed = [*keys, f"resume={run.path}", "name=null"]
+    inputs._compare(load_config([], [*resumed, "steps=30"]), run, said.append)
+    assert said == []
+    inputs._compare(load_config([], [*resumed, "steps=60", "eval.every=9"]), run, said.append)
+    assert len(said) == 1
+    assert "steps=60 (was 30)" in said[0] and "eval.every=9 (was " in said[0]
+    (run.path / "config.yaml").write_text("stps: 3")
+    inputs._compare(load_config([], [*resumed, "steps=60"]), run, said.append)
+    assert "cannot be compared" in said[1]
+    run.release()
 
 
 def test_two_processes_never_train_in_one_directory(tmp_path: Path) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import base64
+import gzip
 import json
 import pickle
+import re
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,13 +24,18 @@ from actors.verifiers import choice, code_tests, math_answer, reasoning_gym
 from actors.verifiers.registry import JUDGE, resolve, voter
 from common.config.load import load_config
 from common.errors import UserError
-from deploy.eval.code_problems import LIVE_CODE_BENCH_SETUP, hidden_cases, human_eval
+from deploy.eval.code_problems import (
+    LIVE_CODE_BENCH_SCRIPT,
+    LIVE_CODE_BENCH_SETUP,
+    hidden_cases,
+    human_eval,
+)
 from deploy.eval.suite import SUITES, Suite, known_suites, load_problems, load_suite
 
 OFFLINE = [name for name in known_suites() if load_suite(name).source == "reasoning_gym"]
 ASKED_FOR = (
     "aime24 aime25 math500 amc23 minerva_math olympiadbench gsm8k gpqa_diamond humaneval "
-    "livecodebench arithmetic-small arithmetic algebra logic games"
+    "livecodebench arithmetic-small arithmetic algebra logic games calculator"
 )
 
 
@@ -48,9 +55,10 @@ def test_there_are_the_suites_of_the_readme_and_each_has_its_section() -> None:
 @pytest.mark.parametrize("name", known_suites())
 def test_a_suite_has_a_grader_that_can_be_used_and_says_where_its_data_are_from(name: str) -> None:
     suite = load_suite(name)
-    resolve("rule", suite.grader.name, dict(suite.grader.args))
+    if suite.grader.name != "environment":
+        resolve("rule", suite.grader.name, dict(suite.grader.args))
     assert suite.license
-    assert suite.source == "reasoning_gym" or "never downloaded" in suite.unverified.lower()
+    assert suite.source != "hub" or "never downloaded" in suite.unverified.lower()
     if "total_seconds" in suite.grader.args:
         assert suite.grader.args["total_seconds"] < suite.verdict_timeout_s
 
@@ -69,6 +77,16 @@ def test_a_suite_has_a_grader_that_can_be_used_and_says_where_its_data_are_from(
         ("{path: x, max_tokens: 5, license: x, about: x, rows: choice}", "wrong_columns"),
         ("{path: x, max_tokens: 5, license: x, about: x, rows: essay}", "rows"),
         ("[1, 2]", "mapping"),
+        ("{source: file, max_tokens: 5, license: x, about: x}", "needs path"),
+        (
+            "{source: file, path: x, rows: human_eval, max_tokens: 5, license: x, about: x}",
+            "rows=human_eval",
+        ),
+        (
+            "{path: x, max_tokens: 5, license: x, about: x, environment: {max_turns: 0}}",
+            "max_turns=0",
+        ),
+        ("{path: x, max_tokens: 5, license: x, about: x, environment: {turns: 2}}", "turns"),
     ],
 )
 def test_a_file_that_is_no_suite_is_refused(tmp_path: Path, text: str, message: str) -> None:
@@ -77,6 +95,47 @@ def test_a_file_that_is_no_suite_is_refused(tmp_path: Path, text: str, message: 
     with pytest.raises(UserError, match=message):
         suite = load_suite(str(path))
         load_problems(suite)  # a mandatory key may be missed first here
+
+
+# Questions of a file
+
+
+def test_the_calculator_asks_what_its_preset_has_not_trained_on() -> None:
+    suite = load_suite("calculator")
+    rows = load_problems(suite)
+    preset = SUITES.parent / "calculator.jsonl"
+    trained = {json.loads(line)["prompt"][-1]["content"] for line in preset.open()}
+    assert len({row.question for row in rows}) == len(rows) == suite.problems
+    assert not trained & {row.question for row in rows}
+    for row in rows:
+        left, right = map(int, re.findall(r"\d+", row.question))
+        assert json.loads(row.reference)["answer"] == str(left * right)
+        assert [turn["role"] for turn in row.conversation][-3:] == ["user", "assistant", "user"]
+
+
+def test_a_file_beside_the_suite_keeps_earlier_turns_and_every_column(tmp_path: Path) -> None:
+    turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "2 + 2?"}]
+    rows = [{"prompt": turns, "answer": "4", "secret": 7}, {"prompt": "3 + 3?", "answer": "6"}]
+    (tmp_path / "mine.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "mine.yaml").write_text(
+        "{source: file, path: mine.jsonl, max_tokens: 5, license: x, about: x, "
+        "prompt: 'Q: {question}'}"
+    )
+    first, second = load_problems(load_suite(str(tmp_path / "mine.yaml")))
+    assert first.conversation == [turns[0], {"role": "user", "content": "Q: 2 + 2?"}]
+    assert json.loads(first.reference)["secret"] == 7
+    assert (second.question, second.messages) == ("Q: 3 + 3?", ())
+
+
+def test_tasks_that_an_environment_grades_need_no_answer(tmp_path: Path) -> None:
+    (tmp_path / "mine.jsonl").write_text('{"prompt": "Play.", "game": 1}')
+    text = "{source: file, path: mine.jsonl, max_tokens: 5, license: x, about: x"
+    (tmp_path / "mine.yaml").write_text(text + ", grader: {name: environment}}")
+    (row,) = load_problems(load_suite(str(tmp_path / "mine.yaml")))
+    assert json.loads(row.reference)["game"] == 1
+    (tmp_path / "mine.yaml").write_text(text + "}")
+    with pytest.raises(UserError, match="answer"):
+        load_problems(load_suite(str(tmp_path / "mine.yaml")))
 
 
 # Drawn questions
@@ -295,6 +354,40 @@ def test_a_part_of_a_suite_is_not_the_suite(tmp_path: Path) -> None:
         load_problems(load_suite("algebra"), str(path))
 
 
+def test_a_copy_of_a_suite_in_the_schema_of_a_trainer_is_read(tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = [
+        {
+            "data_source": "aime",
+            "prompt": [{"role": "user", "content": f"Find {n}."}],
+            "reward_model": {"ground_truth": str(n), "style": "rule"},
+        }
+        for n in range(30)
+    ]
+    path = tmp_path / "aime-2024.parquet"
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    found = load_problems(load_suite("aime24"), str(path))
+    assert "Find 7." in found[7].question and "boxed" in found[7].question
+    assert json.loads(found[7].reference)["answer"] == "7"
+    system = {"role": "system", "content": "Be brief."}
+    rows[0]["prompt"] = [system, *rows[0]["prompt"]]
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    with pytest.raises(UserError, match="more turns than the question"):
+        load_problems(load_suite("aime24"), str(path))
+
+
+def test_a_suite_is_read_as_it_is_shipped(tmp_path: Path) -> None:
+    path = tmp_path / "HumanEval.jsonl.gz"
+    with gzip.open(path, "wt") as file:
+        file.write("".join(json.dumps(HUMAN_EVAL) + "\n" for _ in range(164)))
+    found = load_problems(load_suite("humaneval"), str(path))
+    reference = json.loads(found[0].reference)
+    right = "```python\ndef root(n):\n    return math.isqrt(n)\n```"
+    whole = f"```python\n{HUMAN_EVAL['prompt']}    return math.isqrt(n)\n```"
+    nothing = "```python\ndef root(n):\n    return None\n```"
+    kinds = [code_tests.score(text, reference).kind for text in (right, whole, nothing)]
+    assert (len(found), kinds) == (164, ["pass", "pass", "fail"])
+
+
 # Mathematics: (stored, completion, verdict)
 
 MATHEMATICS = [
@@ -456,12 +549,24 @@ SEPARATED = {
     "function": "length",
     "cases": code_tests.pack([('"a\u2028b"', "3"), ('"a\u0085b"', "3")]),
 }
+MANY = {
+    "kind": "call",
+    "function": "wait",
+    "cases": code_tests.pack([(str(seconds), "1") for seconds in (0.5, 0.5, 0.5)]),
+}
+LEAVING = {
+    "kind": "stdin",
+    "setup": LIVE_CODE_BENCH_SCRIPT,
+    "cases": code_tests.pack([("3\n", "6\n")]),
+}
+LARGE = LEAVING | {"cases": code_tests.pack([("", "30001")])}
 DEEP = {
     "kind": "call",
     "function": "down",
     "setup": LIVE_CODE_BENCH_SETUP,
     "cases": code_tests.pack([("5000", "5000"), ("20000", "20000")]),
 }
+BOOLEAN = {"kind": "call", "function": "down", "cases": code_tests.pack([("1", "1")])}
 RIGHT = "def square(x):\n    return x * x"
 
 PROGRAMS: list[tuple[str, dict[str, Any], str, str]] = [
@@ -483,6 +588,19 @@ PROGRAMS: list[tuple[str, dict[str, Any], str, str]] = [
         "pass",
         "",
     ),
+    # standard input and output in every form
+    ("import sys\nprint(int(sys.stdin.buffer.read()) * 2)", DOUBLE, "pass", ""),
+    ("print(int(open(0).read()) * 2)", DOUBLE, "pass", ""),
+    ("import os\nprint(int(os.read(0, 100)) * 2)", DOUBLE, "pass", ""),
+    ("import sys\ninput = sys.stdin.readline\nprint(int(input()) * 2)", DOUBLE, "pass", ""),
+    ("import sys\nfor line in sys.stdin:\n    print(int(line) * 2)", DOUBLE, "pass", ""),
+    (
+        "import sys\nsys.stdout.buffer.write(str(int(input()) * 2).encode())",
+        DOUBLE,
+        "pass",
+        "",
+    ),
+    ("import os\nos.write(1, str(int(input()) * 2).encode())", DOUBLE, "pass", ""),
     ("class Solution:\n    def pair(self, a, b):\n        return a[0], b", PAIR, "pass", ""),
     ("def pair(a, b):\n    return [a[0], b]", PAIR, "pass", ""),
     ("import numpy\ndef pair(a, b):\n    return numpy.array([a[0], b])", PAIR, "pass", ""),
@@ -500,6 +618,19 @@ PROGRAMS: list[tuple[str, dict[str, Any], str, str]] = [
         "pass",
         "",
     ),
+    # the suite's own grader looks at what was printed, not at how a program leaves
+    ("print(int(input()) * 2)\nsys.exit(1)", LEAVING, "pass", ""),
+    ("print(int(input()) * 2)\nexit(1)", LEAVING, "pass", ""),
+    ("def main():\n    print(int(input()) * 2)\n    exit()\nmain()", LEAVING, "pass", ""),
+    ("print(int(input()) * 2)\nraise ValueError", LEAVING, "fail", "exit status 1"),
+    ("exit(0)\nprint(int(input()) * 2)", LEAVING, "fail", "wrong output"),
+    ("print(len(str(10 ** 30000)))", LARGE, "pass", ""),
+    # the limit is that of a call, not of all together
+    ("import time\ndef wait(s):\n    time.sleep(s)\n    return 1", MANY, "pass", ""),
+    ("import time\ndef wait(s):\n    time.sleep(30)", MANY, "fail", "time limit of a call"),
+    ("def wait(s):\n    while True: pass", MANY, "fail", "time limit of a call"),
+    ("import time\ntime.sleep(30)", MANY, "fail", "time limit of a call"),
+    ("def down(n):\n    return True", BOOLEAN, "pass", ""),
     # what is wrong
     ("def square(x):\n    return x + x", SQUARE, "fail", "a test failed: AssertionError"),
     ("def cube(x):\n    return x ** 3", SQUARE, "fail", "the program has no square"),

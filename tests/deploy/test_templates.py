@@ -165,3 +165,13 @@ def test_the_dashboard_shows_gauges_that_a_run_sets() -> None:
 def test_gauges_have_names_that_prometheus_takes(key: str) -> None:
     assert re.fullmatch(r"[a-zA-Z_:][a-zA-Z0-9_:]*", gauge_name(key))
     assert Path(gauge_name(key)).name == gauge_name(key)
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*x8.yaml")), ids=lambda path: path.stem)
+def test_a_preset_has_the_time_to_save_a_step_before_slurm_ends_it(path: Path) -> None:
+    """A quarter more than the predicted step, for what the prediction does not know."""
+    warned = re.search(r"--signal=B:TERM@(\d+)", (DEPLOY / "slurm" / "train.sbatch").read_text())
+    assert warned is not None
+    config = load_config([path], [], CONFIGS / "recipes")
+    step_s = ClusterPlan.of(config).predict(steps=12).step_s
+    assert 1.25 * step_s < config.checkpoint.stop_grace_s < int(warned[1])

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
+import time
 from pathlib import Path
 
 import psutil
 import pytest
 from run_process import (
     AGENTS,
+    GUESS,
     PROGRAM,
     QUICK,
+    TINY,
+    beside,
     check_whole,
     finish,
     inspect,
@@ -23,6 +28,7 @@ from run_process import (
 )
 
 from common.record.metrics import read_metrics
+from common.record.trajectory_log import read_log
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(900)]
 
@@ -37,9 +43,9 @@ def kill_at_step(run: Path, step: int, *overrides: str) -> None:
     assert leftovers(before, ignored=AGENTS) == []
 
 
-def complete(*overrides: str) -> str:
+def complete(*overrides: str, preset: Path = TINY) -> str:
     before = set(psutil.pids())
-    process = start(*overrides)
+    process = start(*overrides, preset=preset)
     output = finish(process, 280)
     assert process.returncode == 0, output
     assert leftovers(before) == []
@@ -85,13 +91,8 @@ def test_a_killed_synchronous_run_has_the_losses_of_one_that_was_not(tmp_path: P
     assert "the run was killed; go on with it by resume=" in output
     output = complete(f"resume={tmp_path / 'torn'}", *keys)
     assert "resuming from step 4" in output
-    whole, torn = [read_metrics(tmp_path / name / "metrics.jsonl") for name in ("whole", "torn")]
-    assert [record["step"] for record in torn] == list(range(7))
-    for mine, theirs in zip(torn, whole, strict=True):
-        for key in mine:
-            if key.startswith(("loss/", "grad_norm", "reward/", "tokens/trained")):
-                assert mine[key] == theirs[key], (mine["step"], key)
-    assert torn[-1]["loss/kl"] > 0
+    check_same_losses(tmp_path / "torn", tmp_path / "whole", 6)
+    assert read_metrics(tmp_path / "torn" / "metrics.jsonl")[-1]["loss/kl"] > 0
     for step in (5, 6):  # trained again after the kill
         replayed = run_python(
             *PROGRAM, "replay", str(tmp_path / "torn"), f"--step={step}", timeout_s=200
@@ -99,6 +100,69 @@ def test_a_killed_synchronous_run_has_the_losses_of_one_that_was_not(tmp_path: P
         assert "all the same, bitwise" in replayed.stdout, replayed.stdout + replayed.stderr
     status, output = inspect(tmp_path / "torn")
     assert status == 0, output
+
+
+def check_same_losses(run: Path, other: Path, steps: int) -> None:
+    mine, theirs = (read_metrics(each / "metrics.jsonl") for each in (run, other))
+    assert [record["step"] for record in mine] == list(range(steps + 1))
+    for a, b in zip(mine, theirs, strict=True):
+        for key in a:
+            if key.startswith(("loss/", "grad_norm", "reward/", "tokens/trained")):
+                assert a[key] == b[key], (a["step"], key)
+
+
+@pytest.mark.parametrize("kind", ["environment", "command"])
+def test_a_killed_run_of_episodes_has_the_losses_of_one_that_was_not(
+    tmp_path: Path, kind: str
+) -> None:
+    """Killed while episodes are played: none of them outlives it, and none is lost."""
+    modules = tmp_path / "modules"
+    modules.mkdir()
+    shutil.copy(Path(__file__).parents[1] / "support/odd_agents.py", modules / "own_agents.py")
+    agent = f"environment.command=[python, {modules / 'own_agents.py'}, plays]"
+    keys = (*QUICK, "generator.max_staleness=0", "steps=6", f"runs_dir={tmp_path}")
+    keys += ("eval.prompts=0", "batch.prompts_per_step=2", "batch.group_size=4")
+    keys += ("environment.name=null", agent) if kind == "command" else ()
+    with beside(modules):
+        complete("name=whole", *keys, preset=GUESS)
+        assert wait_until_none_plays(modules) == []
+        run, before = tmp_path / "torn", set(psutil.pids())
+        process = start("name=torn", *keys, preset=GUESS)
+        wait_for_step(process, run, 3)
+        while not playing(modules):
+            assert process.poll() is None, finish(process, 10)
+            time.sleep(0.01)
+        os.kill(process.pid, signal.SIGKILL)
+        process.communicate(timeout=30)
+        assert wait_until_none_plays(modules) == []
+        assert leftovers(before, ignored=AGENTS) == []
+        assert inspect(run)[0] == 1
+        output = complete(f"resume={run}", *keys, preset=GUESS)
+    assert "resuming from step " in output
+    assert wait_until_none_plays(modules) == []
+    check_whole(run, 6)
+    check_same_losses(run, tmp_path / "whole", 6)
+    rows = [row for batch in read_log(run / "trajectories") for row in batch.to_pylist()]
+    assert len({row["reward"] for row in rows} - {None}) > 1
+    assert any(record["grad_norm"] > 0 for record in read_metrics(run / "metrics.jsonl")[1:])
+
+
+def playing(modules: Path) -> list[str]:
+    """Processes of environments and agents whose files are in this folder, or that may read it."""
+    lines = [
+        " ".join(process.info["cmdline"] or ())
+        for process in psutil.process_iter(["cmdline"])
+        if process.pid != os.getpid()
+    ]
+    kinds = ("actors.environments.child", "actors.endpoint.keeper", "own_agents.py")
+    return [line for line in lines if str(modules) in line and any(kind in line for kind in kinds)]
+
+
+def wait_until_none_plays(modules: Path) -> list[str]:
+    deadline = time.monotonic() + 20
+    while (found := playing(modules)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return found
 
 
 def test_an_asynchronous_run_survives_kills_before_and_after_its_first_checkpoint(

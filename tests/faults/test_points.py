@@ -12,10 +12,23 @@ from pathlib import Path
 
 import psutil
 import pytest
-from run_process import AGENTS, QUICK, check_whole, finish, leftovers, start
+from run_process import (
+    AGENTS,
+    EPISODES,
+    PROGRAM,
+    QUICK,
+    check_whole,
+    finish,
+    leftovers,
+    run_python,
+    start,
+)
 
 from common.record.metrics import read_metrics
+from common.record.trajectory_log import read_log
 from common.supervision.faults import MARK, POINTS, VARIABLE
+from deploy.inspector.account import account_of
+from deploy.run.directory import LEDGER
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(1800)]
 OF_ACTORS = {
@@ -28,7 +41,13 @@ OF_ACTORS = {
     "checkpoint written": 6,
 }
 """And the how-many-th time in a process, so that steps are done between two deaths."""
-OF_THE_COORDINATOR = tuple(point for point in POINTS if point not in OF_ACTORS)
+OF_EPISODES = {"turn sampled": 30, "observation received": 30, "episode closed": 15}
+"""Points of a generator that plays episodes of several turns, with a how-many-th time too."""
+OF_FOLLOW_UPS = ("group followed up",)
+"""Points of a coordinator whose groups have several parts."""
+OF_THE_COORDINATOR = tuple(
+    point for point in POINTS if point not in (*OF_ACTORS, *OF_EPISODES, *OF_FOLLOW_UPS)
+)
 
 
 def faulty(fault: str, mark: Path, *overrides: str):
@@ -73,12 +92,52 @@ def test_actors_killed_at_every_point(tmp_path: Path) -> None:
     assert leftovers(before, ignored=AGENTS) == []
 
 
+def test_generators_killed_at_every_point_of_an_episode(tmp_path: Path) -> None:
+    """The groups that they played are played again, from their first turn."""
+    run, before = tmp_path / "run", set(psutil.pids())
+    faults = ",".join(f"kill@{point}#{count}" for point, count in OF_EPISODES.items())
+    keys = (*QUICK, *EPISODES, f"runs_dir={tmp_path}", "name=run", "steps=8", "restart.limit=20")
+    process = faulty(faults, tmp_path / "mark", *keys, "restart.backoff_s=0.1")
+    output = finish(process, 600)
+    assert process.returncode == 0, output
+    happened = {path.name for path in tmp_path.glob("mark.*")}
+    assert len(happened) == len(OF_EPISODES), (happened, output)
+    check_whole(run, 8)
+    turns = [row for batch in read_log(run / "trajectories") for row in batch["turns"].to_pylist()]
+    assert max(map(len, turns)) > 1
+    assert leftovers(before, ignored=AGENTS) == []
+
+
+@pytest.mark.parametrize("recipe", ["igrpo", "spo_chain"])
+def test_a_run_killed_between_the_parts_of_its_groups_loses_none(
+    tmp_path: Path, recipe: str
+) -> None:
+    """Its generator dies in the second part, then the run before it; a step of it is replayed."""
+    run, before = tmp_path / "run", set(psutil.pids())
+    keys = (*QUICK, f"recipe={recipe}", f"runs_dir={tmp_path}", "steps=6", "restart.backoff_s=0.1")
+    faults = "kill@completion sampled#9,kill@group followed up#20"
+    process = faulty(faults, tmp_path / "mark", "name=run", *keys)
+    output = finish(process, 300)
+    assert process.returncode == -signal.SIGKILL, output
+    assert len(list(tmp_path.glob("mark.*"))) == 2, output
+    assert leftovers(before, ignored=AGENTS) == []
+    process = start(f"resume={run}", *keys)
+    output = finish(process, 300)
+    assert process.returncode == 0, output
+    check_whole(run, 6)
+    account = account_of(run / LEDGER)
+    assert account.completions["probe" if recipe == "spo_chain" else "draft"] > 0
+    assert leftovers(before, ignored=AGENTS) == []
+    replayed = run_python(*PROGRAM, "replay", str(run), "--step=6", timeout_s=200)
+    assert "all the same, bitwise" in replayed.stdout, replayed.stdout + replayed.stderr
+
+
 def test_a_damaged_bucket_is_sent_again(tmp_path: Path) -> None:
     run = tmp_path / "run"
     keys = (*QUICK, f"runs_dir={tmp_path}", "name=run", "steps=4", "restart.limit=0")
-    process = faulty("spoil@weights received#2", tmp_path / "mark", *keys)
+    process = faulty("spoil@weights received#3", tmp_path / "mark", *keys)
     output = finish(process, 240)
     assert process.returncode == 0, output
     resends = [r.get("publish/resends", 0) for r in read_metrics(run / "metrics.jsonl")]
-    assert resends == [0, 0, 1, 0, 0], output
+    assert resends == [0, 0, 1, 0, 0], output  # the first time is version 0
     check_whole(run, 4)

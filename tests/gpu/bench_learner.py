@@ -1,13 +1,14 @@
 """The learner alone on one GPU: tokens per second, share of the device's matrix peak, memory.
 
-    python tests/gpu/bench_learner.py [--attention varlen] [--layers 28] [--tokens 32768]
+    python tests/gpu/bench_learner.py [--model 7B] [--attention varlen] [--tokens 32768]
 
-Needs torch and transformers (and the numpy these bring), nothing else. The shape is Qwen2.5-1.5B
-with random weights in bfloat16; a micro-batch is packed from completions of 1,024 tokens behind
-shared prompts; a step is forward, GRPO-lambda's loss (trace, clip) and backward, with activation
-checkpointing. The peak is measured: the fastest of large bfloat16 products on this device.
-Attention and recomputed layers are work that the share of the peak does not count. There is no
-optimiser: its two moments and the float32 weights come on top of the memory named here.
+Needs torch and transformers (and the numpy these bring), nothing else. The shape is that of
+Qwen2.5-1.5B or 7B, with random weights in bfloat16; a micro-batch is packed from completions of
+1,024 tokens behind shared prompts; a step is forward, GRPO-lambda's loss (trace, clip) and
+backward, with activation checkpointing. The peak is measured: the fastest of large bfloat16
+products on this device. Attention and recomputed layers are work that the share of the peak does
+not count. There is no optimiser: its two moments and the float32 weights come on top of the memory
+named here.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -60,16 +62,30 @@ def matrix_peak(device: str, dtype: torch.dtype, size: int, repeats: int) -> flo
     return best
 
 
-def build(layers: int, vocabulary: int, dtype: torch.dtype, device: str) -> Policy:
+SHAPES: dict[str, dict[str, Any]] = {
+    "1.5B": {
+        "hidden_size": 1536,
+        "intermediate_size": 8960,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 2,
+        "tie_word_embeddings": True,
+    },
+    "7B": {
+        "hidden_size": 3584,
+        "intermediate_size": 18_944,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "tie_word_embeddings": False,
+    },
+}
+
+
+def build(shape: str, layers: int, vocabulary: int, dtype: torch.dtype, device: str) -> Policy:
     config = Qwen2Config(
+        **SHAPES[shape],
         vocab_size=vocabulary,
-        hidden_size=1536,
-        intermediate_size=8960,
         num_hidden_layers=layers,
-        num_attention_heads=12,
-        num_key_value_heads=2,
         max_position_embeddings=32_768,
-        tie_word_embeddings=True,
     )
     torch.manual_seed(0)
     with torch.device(device):
@@ -106,6 +122,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--attention", default="grids", choices=("grids", "varlen"))
+    parser.add_argument("--model", default="1.5B", choices=SHAPES)
     parser.add_argument("--layers", type=int, default=28)
     parser.add_argument("--tokens", type=int, default=32_768)
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
@@ -122,7 +139,7 @@ def main() -> None:
     dtype = getattr(torch, options.dtype)
     peak = matrix_peak(device, dtype, options.matrix, repeats)
     policy, row = (
-        build(options.layers, options.vocabulary, dtype, device),
+        build(options.model, options.layers, options.vocabulary, dtype, device),
         row_of(options.tokens, options.completion, options.vocabulary, device),
     )
     if options.attention == "varlen":
@@ -141,6 +158,7 @@ def main() -> None:
     result = {
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
         "torch": torch.__version__,
+        "model": options.model,
         "attention": options.attention,
         "layers": options.layers,
         "packed_tokens": tokens,

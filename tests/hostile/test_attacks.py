@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -40,6 +42,19 @@ def lives(pid: int) -> bool:
         return False
 
 
+def runners() -> list[int]:
+    """The interpreters that run programs for this process: not bubblewrap, the guardian, or a
+    program."""
+    found = {}
+    for pid in descendants(os.getpid()):
+        with contextlib.suppress(OSError):
+            words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+            parent = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+            if words[1:4] == [b"-P", b"-m", b"actors.sandbox.runner"]:
+                found[pid] = parent
+    return [pid for pid, parent in found.items() if parent not in found]
+
+
 LESS = ["", "user", "bubblewrap", "bubblewrap,user"]
 """Walls that the host pretends not to offer; the last is a container without privileges."""
 
@@ -57,7 +72,7 @@ def sandbox(
         patch.setenv("GRPO_LAMBDA_SECRET", SECRET)
         sandbox = sandbox_behind(walls)
         yield sandbox
-        pids = [pid for pid in (sandbox.pid, sandbox.runner_pid) if pid]
+        pids = [sandbox.pid, *runners()]
         pids += [below for pid in pids for below in descendants(pid)]
         folders = sandbox.folders
         sandbox.close()
@@ -72,23 +87,24 @@ def test_an_attack_gets_nothing_and_the_next_program_pays_nothing(
     assert not wrong(attack, *play(sandbox, attack))
 
 
-def is_runner(pid: int) -> bool:
-    """The interpreter itself, not bubblewrap or the guardian."""
-    words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-    return words[1:4] == [b"-P", b"-m", b"actors.sandbox.runner"]
+def test_descriptors_that_others_of_the_user_have_under_way_stop_no_program(
+    sandbox: Sandbox,
+) -> None:
+    """Linux counts those of all processes of a user against the limit of the one that sends."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        for _ in range(3):
+            socket.send_fds(ours, [b"x"], [ours.fileno()] * 100)
+        task = Task(0, f"```python\n{HONEST}\n```", json.dumps({"tests": TESTS["sum"]}))
+        for verdict in sandbox.score([task] * 2):
+            assert verdict.kind == "pass", verdict
 
 
 def test_a_runner_that_dies_is_the_programs_doing_and_is_replaced(sandbox: Sandbox) -> None:
     """No program is known that kills it; here the test does, while one runs."""
     sandbox.wait_ready()
-    assert sandbox.runner_pid is not None
-    victim = sandbox.runner_pid
-
-    def kill() -> None:
-        runner = next(pid for pid in (victim, *descendants(victim)) if is_runner(pid))
-        os.kill(runner, signal.SIGKILL)
-
-    killer = threading.Timer(0.6, kill)
+    (victim,) = runners()
+    killer = threading.Timer(0.6, os.kill, (victim, signal.SIGKILL))
     killer.start()
     sleeper = "import time\ntime.sleep(2.5)\n" + HONEST
     first, second = play(sandbox, Attack("", "sum", sleeper, ""))
@@ -96,7 +112,7 @@ def test_a_runner_that_dies_is_the_programs_doing_and_is_replaced(sandbox: Sandb
     assert (first.kind, first.suspicious) == ("fail", "judge")
     assert "ended the process that ran it" in first.reason
     assert second.kind == "pass"
-    assert sandbox.runner_pid != victim
+    assert victim not in runners()
 
 
 def test_no_program_runs_where_it_could_reach_its_judge_unless_it_is_trusted() -> None:
@@ -116,8 +132,20 @@ def test_no_program_runs_where_it_could_reach_its_judge_unless_it_is_trusted() -
         sandbox.close()
 
 
-@pytest.mark.parametrize("less", ["", "bubblewrap"])
+def test_a_host_without_bubblewrap_is_seen_as_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert find_walls.__wrapped__(frozenset()).bubblewrap is None
+    (tmp_path / "bwrap").write_text("#!/bin/false\n")  # installed, and not allowed anything
+    (tmp_path / "bwrap").chmod(0o755)
+    assert find_walls.__wrapped__(frozenset()).bubblewrap is None
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("less", ["", "bubblewrap", "user namespaces"])
 def test_the_same_holds_for_an_ordinary_user(less: str) -> None:
+    """Without user namespaces, as in most containers, bubblewrap is there and of no use."""
     if os.geteuid() != 0 or not shutil.which("bwrap") or not shutil.which("setpriv"):
         pytest.skip("needs root to become an ordinary user, bubblewrap and setpriv")
     # Python may lie in root's home: everything is shown again under folders that are open.
@@ -126,7 +154,10 @@ def test_the_same_holds_for_an_ordinary_user(less: str) -> None:
     for folder in above:
         home += ["--perms", "0755", "--dir", folder] if folder.startswith("/root/") else []
     home += ["--ro-bind", sys.base_prefix, sys.base_prefix] if len(home) > 2 else []
-    script = [sys.executable, attacks.__file__, less]
+    script = [sys.executable, attacks.__file__, less.replace("user namespaces", "")]
+    if less == "user namespaces":
+        closed = ["bwrap", "--unshare-user", "--disable-userns", "--dev-bind", "/", "/", "--"]
+        script = [*closed, *script]
     # Not in a namespace of users: an ordinary user makes its own, if it may.
     done = subprocess.run(
         [
@@ -137,11 +168,12 @@ def test_the_same_holds_for_an_ordinary_user(less: str) -> None:
         env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "HOME": "/tmp/open"},
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=500,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     told = json.loads(done.stdout.splitlines()[-1])
+    assert ("of its own" in told["walls"][0]) == (not less)
     assert told["user"] == 4711
     assert told["gaps"] == []
     assert told["wrong"] == []

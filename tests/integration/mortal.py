@@ -19,7 +19,7 @@ class Mortal:
     def __init__(self) -> None:
         self.version = -1
 
-    async def start(self) -> None:
+    async def start(self, cache_bytes: int | None = None) -> None:
         self.version = 0
 
     async def warm_up(self) -> None:
@@ -68,5 +68,5 @@ class SecondTime(Mortal):
 class Stillborn(Mortal):
     """Dies as it starts."""
 
-    async def start(self) -> None:
+    async def start(self, cache_bytes: int | None = None) -> None:
         os.kill(os.getpid(), signal.SIGKILL)

@@ -13,10 +13,11 @@ from pathlib import Path
 import psutil
 import pyarrow.parquet as pq
 import pytest
-from run_process import PROGRAM, ROOT, finish, leftovers
+from run_process import EPISODES, PROGRAM, QUICK, ROOT, finish, leftovers, start
 
 from actors.verifiers import reasoning_gym
 from common.record.trajectory_log import read_log
+from common.record.turns import sampled_lengths
 from deploy.eval.runner import logged, sample_seed
 
 pytestmark = pytest.mark.long
@@ -146,3 +147,62 @@ def test_two_suites_share_generators_and_have_graders_of_their_own(folder: Path)
         accuracy(folder / "out" / "sums")
     )
     assert found["words"]["metrics"]["avg@1"]["value"] == 1.0  # any text passes that rule
+
+
+GAMES = """\
+about: A number from 1 to 8, guessed in two turns.
+source: file
+path: secrets.jsonl
+environment: {name: guess, max_turns: 2, turn_tokens: 6}
+grader: {name: environment}
+samples: 2
+temperature: 1.0
+max_tokens: 80
+license: Apache-2.0 (this project)
+"""
+
+
+@pytest.mark.timeout(900)  # three runs
+def test_a_checkpoint_of_a_run_in_an_environment_plays_episodes_of_a_suite(tmp_path: Path) -> None:
+    process = start(*EPISODES, *QUICK, f"runs_dir={tmp_path}", "name=agent", "steps=2")
+    output = finish(process, 280)
+    assert process.returncode == 0, output
+    secrets = [{"prompt": "Guess from 1 to 8.", "answer": str(n % 8 + 1)} for n in range(24)]
+    (tmp_path / "secrets.jsonl").write_text("\n".join(map(json.dumps, secrets)))
+    (tmp_path / "games.yaml").write_text(GAMES)
+    template = [key for key in EPISODES if key.startswith("data.")]
+    model, out = tmp_path / "agent" / "checkpoints" / "step-2", tmp_path / "out"
+    words = [
+        *(sys.executable, *PROGRAM, "eval", str(model), "--suite", str(tmp_path / "games.yaml")),
+        *("--out", str(out), *template, "model.dtype=float32", "generator.threads=1"),
+        "generator.kv_cache_gib=0.25",
+    ]
+    output = finish(process := run(words), 280)
+    assert process.returncode == 0, output
+    results = json.loads((out / "results.json").read_text())
+    rows = pq.read_table(out / "completions.parquet").to_pylist()
+    log = {batch.column("group_id")[0].as_py(): batch for batch in read_log(out / "trajectories")}
+    assert sorted(log) == list(range(48))
+    for number, row in enumerate(rows):
+        said = log[number]
+        assert row["length"] == sampled_lengths(said)[0] <= 12  # two turns of six
+        assert (row["verdict"] == "pass") == (said.column("environment_reward")[0].as_py() == 1.0)
+        if row["turns"] == 2:  # what was given between them is no length
+            assert len(said.column("token_ids")[0]) > row["length"]
+    assert {row["turns"] for row in rows} <= {1, 2}
+    ends = {row["finish_reason"] for row in rows}
+    assert ends <= {"stop", "turns"}
+    right = [row["verdict"] == "pass" for row in rows]
+    assert results["metrics"]["avg@2"]["value"] == pytest.approx(sum(right) / len(right))
+    assert results["episodes"]["episode/ended/turns"] == sum(
+        r["finish_reason"] == "turns" for r in rows
+    )
+    assert f"{sum(right) / len(right):.1%}".replace("%", " %") in output
+
+    # Seeds are the sample's own, in every turn: the same episodes again, wherever they are played.
+    words += ["--out", str(tmp_path / "again"), "environment.placement=actors"]
+    words += ["environment.workers=2", "environment.num_cpus=0.5"]
+    output = finish(process := run(words), 280)
+    assert process.returncode == 0, output
+    again = pq.read_table(tmp_path / "again" / "completions.parquet").to_pylist()
+    assert [row["completion"] for row in again] == [row["completion"] for row in rows]

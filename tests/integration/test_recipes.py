@@ -22,6 +22,25 @@ STEPS = 10
 pytestmark = [pytest.mark.long, pytest.mark.timeout(1800)]
 
 
+BRANCH = "algorithm.rollout.follow_up.branch"
+TEACHER = ["teacher.path=builtin:tiny-chain-sum"]
+OVERRIDES = {
+    "guide": ["algorithm.rollout.follow_up.hint=answer"],
+    "igrpo": ["algorithm.rollout.follow_up.template='{draft} {prompt}'"],
+    "spo_chain": [f"{BRANCH}.samples=3", f"{BRANCH}.every=1"],
+    "vineppo": [f"{BRANCH}.samples=3", f"{BRANCH}.separator='='"],
+    "grpo_lambda_recent": ["algorithm.credit.normalize=none"],
+    "grpo_opd": TEACHER,
+    "opd": TEACHER,
+    "sdpo": ["algorithm.advantage.context_template='{sibling} {prompt}'"],
+    "vapo": ["algorithm.advantage.critic.pretrain_steps=2"],
+}
+"""The trace as the paper has it; the preset takes its preference for length away. The teacher is
+the model before its training. Fifty steps of the critic alone are more than there are. There is no
+solution to hint with. A model this small reads what stands last. Its
+answers are short and sure, and have no lines."""
+
+
 def config_of(recipe: str, runs: Path, *overrides: str) -> Config:
     keys = [f"recipe={recipe}", f"name={recipe}", f"runs_dir={runs}", f"steps={STEPS}"]
     keys += ["eval.every=0", "eval.prompts=16", "learner.credit_probe_every=5", *overrides]
@@ -32,7 +51,7 @@ def config_of(recipe: str, runs: Path, *overrides: str) -> Config:
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Trains them all: the plain ones share their generators, the guided one has its own data."""
     folder = tmp_path_factory.mktemp("runs")
-    train_each([config_of(recipe, folder) for recipe in PLAIN])
+    train_each([config_of(recipe, folder, *OVERRIDES.get(recipe, ())) for recipe in PLAIN])
     sums = [f"{a} + {b} - {c}" for a in range(1, 6) for b in range(1, 6) for c in range(1, 5)]
     rows = [{"prompt": f"{s} =", "answer": eval(s), "solution": f" {solution(s)}"} for s in sums]
     data = folder / "sums.jsonl"
@@ -62,11 +81,16 @@ def steps_of(runs: Path, recipe: str) -> list[dict[str, float]]:
 
 @pytest.mark.parametrize("recipe", [*PLAIN, GUIDED])
 def test_it_trains(runs: Path, recipe: str) -> None:
-    steps = steps_of(runs, recipe)
+    config, steps = config_of(recipe, runs), steps_of(runs, recipe)
     assert [record["step"] for record in steps] == list(range(1, STEPS + 1))
     assert all(record["policy_version"] == record["step"] for record in steps)
     assert all(math.isfinite(record["grad_norm"]) for record in steps)
-    assert sum(record["grad_norm"] > 0 for record in steps) >= STEPS - 2
+    # The norm is that of a step's last update, whose prompts may all be without a signal; and
+    # pass_at_k has none where two answers are the best. A model that never read a draft is rarely
+    # right behind one.
+    seldom = recipe in ("pass_at_k", "igrpo") or config.algorithm.objective.updates_per_batch > 1
+    least = STEPS // 2 if seldom else STEPS - 2
+    assert sum(record["grad_norm"] > 0 for record in steps) >= least
     assert all(record["canary/gap"] < 1e-3 for record in steps)  # its weights reached vLLM
     assert all(record["staleness/max"] <= 1 for record in steps)
 
@@ -80,9 +104,17 @@ def test_what_each_paper_adds_is_in_the_numbers(runs: Path) -> None:
     lambdas = [record["lambda_grpo/lambda"] for record in steps_of(runs, "lambda_grpo")]
     assert len(set(lambdas)) > 5
     assert all(record["guidance/length"] >= 1 for record in steps_of(runs, GUIDED))
+    assert all(record["completions/drafts"] == 8 * 4 for record in steps_of(runs, "igrpo"))
+    for recipe in ("spo_chain", "vineppo"):  # more than a branch at the start of each answer
+        assert steps_of(runs, recipe)[0]["completions/probes"] > 1.5 * 64 * 3
     generated = sum(r["tokens/generated"] for r in steps_of(runs, "cppo"))
     trained = sum(r["tokens/trained"] for r in steps_of(runs, "cppo"))
     assert trained <= 0.6 * generated
+    for recipe, held in (("ppo", 0), ("vapo", 2)):
+        steps = steps_of(runs, recipe)
+        assert all(record["critic/grad_norm"] > 0 for record in steps)
+        assert [record["learning_rate"] for record in steps[:3]].count(0) == held
+        assert min(record["critic/loss"] for record in steps[5:]) < steps[0]["critic/loss"]
     dapo = steps_of(runs, "dapo")
     assert all(record["groups/equal_rewards"] == 0 for record in dapo)
     assert any(record["groups/equal_rewards"] > 0 for record in grpo)

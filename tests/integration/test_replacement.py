@@ -12,8 +12,6 @@ import pytest
 import ray
 from ray.exceptions import RayActorError
 
-from actors.environments.single_turn import last_step
-from actors.environments.worker import with_verdicts
 from actors.rollout.pools import (
     GeneratorPool,
     GroupLostError,
@@ -22,6 +20,8 @@ from actors.rollout.pools import (
     warm_up_verifiers,
 )
 from actors.verifiers.base import Verdict
+from actors.verifiers.judge import judgement
+from actors.verifiers.worker import with_verdicts
 from common.errors import RunError, StallError, WeightsError
 from common.record.trajectory_log import read_log
 from common.record.writer import TrajectoryLogClient, TrajectoryLogWriter
@@ -43,7 +43,7 @@ def actor(kind: type[Mortal] = Mortal) -> Any:
 def verified(index: int) -> pa.RecordBatch:
     from made_up_groups import group  # not found by Ray's workers, which import this file
 
-    return with_verdicts(group(index), ["rule"], [last_step([Verdict.scored(1.0)], [1.0])] * 2)
+    return with_verdicts(group(index), ["rule"], [judgement([Verdict.scored(1.0)], [1.0])] * 2)
 
 
 def replacement(said: list[str], pauses: list[float] | None = None) -> Replacement[Any]:

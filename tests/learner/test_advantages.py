@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from maths_oracles import normal, random, seeds
 
-from common.config.algorithm import BaselineConfig
+from common.config.algorithm import ALONE, BaselineConfig
 from common.errors import VerifierError
 from learner.algorithm.advantages import (
     BASELINES,
@@ -19,6 +19,7 @@ from learner.algorithm.advantages import (
     group_advantages,
     kl_penalised_rewards,
 )
+from learner.algorithm.grouped import RewardPart
 
 NAN = float("nan")
 
@@ -91,7 +92,7 @@ def test_min_advantage_clamps_from_below() -> None:
     assert found == [0, -0.1, -0.1, 2]
 
 
-OF_THE_BATCH = {"batch_std", "reinforce_pp", "reinforce_pp_baseline"}
+OF_THE_BATCH = {"batch_std", "gdpo", "reinforce_pp", "reinforce_pp_baseline"}
 """Baselines that look beyond the group."""
 
 
@@ -215,3 +216,73 @@ def test_check_rewards_names_the_verifier(bad: float) -> None:
 def test_kl_penalty() -> None:
     rewards_B = torch.tensor([1.0, 0.0])
     assert kl_penalised_rewards(rewards_B, torch.tensor([2.0, -4.0]), 0.25).tolist() == [0.5, 1.0]
+
+
+@pytest.mark.parametrize("kind", sorted(BASELINES.rules))
+def test_which_baselines_need_a_group_is_what_the_configuration_says(kind: str) -> None:
+    """Groups of one, whose rewards differ: an advantage only under those that need no other."""
+    found, kept = advantages([0.0, 1.0, 1.0], kind, [0, 1, 2])
+    learns = any(each != 0 for each, counts in zip(found, kept, strict=True) if counts)
+    assert learns == (kind in ALONE)
+
+
+def gdpo(parts: list[tuple[list[float], float]], group: list[int]) -> list[float]:
+    given = [RewardPart(torch.tensor(v, dtype=torch.float64), weight) for v, weight in parts]
+    total_B = sum(part.weight * part.values for part in given)
+    group_B, config = torch.tensor(group), BaselineConfig("gdpo")
+    rule = BASELINES.rule(config)
+    return group_advantages(total_B, group_B, group_B + 1, config, rule, given)[0].tolist()
+
+
+def test_a_verifier_of_large_rewards_does_not_drown_another() -> None:
+    """Rewards (1, 0), (1, 0), (0, 5), (0, 0): the sum says -.34, -.34, 1.47, -.79."""
+    parts = [([1.0, 1.0, 0.0, 0.0], 1.0), ([0.0, 0.0, 5.0, 0.0], 1.0)]
+    found = gdpo(parts, [0, 0, 0, 0])
+    summed = torch.tensor([3**0.5 / 2 - 0.5] * 2 + [1.5 - 3**0.5 / 2, -0.5 - 3**0.5 / 2])
+    assert found == pytest.approx((summed / summed.std()).tolist(), rel=1e-5)
+    scaled = [parts[0], ([0.0, 0.0, 0.01, 0.0], 1.0)]
+    assert gdpo(scaled, [0, 0, 0, 0]) == pytest.approx(found, abs=1e-3)
+
+
+def test_a_verifier_that_says_the_same_of_all_counts_for_nothing() -> None:
+    rewards = [1.0, 0.0, 0.3, 0.1, 0.1, 0.1]
+    group = [0, 0, 0, 1, 1, 1]
+    alone = gdpo([(rewards, 1.0)], group)
+    assert gdpo([(rewards, 1.0), ([0.1] * 6, 3.0)], group) == alone
+    assert alone[3:] == [0, 0, 0]  # to the bit: nothing to train on
+
+
+def test_with_one_verifier_it_is_grpo_over_the_deviation_of_the_batch() -> None:
+    rewards, group = [1.0, 0.0, 0.3, 0.5, 0.1, 0.2], [0, 0, 0, 1, 1, 1]
+    plain = torch.tensor(advantages(rewards, "grpo", group)[0], dtype=torch.float64)
+    assert gdpo([(rewards, 2.0)], group) == pytest.approx((plain / plain.std()).tolist(), rel=1e-4)
+    assert advantages(rewards, "gdpo", group)[0] == pytest.approx(gdpo([(rewards, 1.0)], group))
+
+
+def test_disco_is_the_gradient_of_its_own_objective() -> None:
+    """Mean of right s less tau log mean of wrong e^(s / tau), under a sequence mean; autograd."""
+    scores_B = normal(7, random(0), 2.0).requires_grad_()
+    rewards_B = torch.tensor([1.0, 0.0, 0.0, 1.0, 0.0, 1.0, 1.0], dtype=torch.float64)
+    group_B = torch.tensor([0, 0, 0, 0, 0, 1, 1])
+    args = {"negatives": "softmax", "temperature": 0.7}
+    config = BaselineConfig("disco", args=args)
+    found_B, _, _ = group_advantages(
+        rewards_B, group_B, group_B + 1, config, BASELINES.rule(config), (), scores_B.detach()
+    )
+    right_B, wrong_B = scores_B[[0, 3]], scores_B[[1, 2, 4]]
+    objective = right_B.mean() - 0.7 * (wrong_B / 0.7).exp().mean().log()
+    (grad_B,) = torch.autograd.grad(objective, scores_B)
+    torch.testing.assert_close(found_B[:5] / 5, grad_B[:5])
+    assert found_B[5:].tolist() == [0, 0]
+    sharp = BaselineConfig("disco", args={"negatives": "softmax", "temperature": 1e-4})
+    sharp_B = group_advantages(
+        rewards_B, group_B, group_B + 1, sharp, BASELINES.rule(sharp), (), scores_B.detach()
+    )[0]
+    surest = int(wrong_B.argmax())
+    assert sharp_B[[1, 2, 4]].tolist() == [-5.0 * (i == surest) for i in range(3)]
+    plain = BaselineConfig("disco", args={"negatives": "softmax", "temperature": 1e9})
+    limit_B, _, _ = group_advantages(
+        rewards_B, group_B, group_B + 1, plain, BASELINES.rule(plain), (), scores_B.detach()
+    )
+    without = advantages(rewards_B.tolist(), "disco", group_B.tolist())[0]
+    assert limit_B.tolist() == pytest.approx(without, rel=1e-6)

@@ -122,11 +122,24 @@ def test_up_to_81_completions_need_no_clamp() -> None:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             preference, derivative = length_preference(lengths, groups, -0.5, 1 / 9)
-        assert bool(caught) == clamped
+        assert any("clamped" in str(each.message) for each in caught) == clamped
         assert preference.isfinite().all()
         assert derivative.isfinite().all()
 
 
+def test_a_lambda_under_which_one_answer_carries_its_group_is_said() -> None:
+    """Lengths 100 to 700 and 1500 at lambda = 10: the longest has nearly all."""
+    lengths = torch.tensor([100, 200, 300, 400, 500, 600, 700, 1500])
+    groups = torch.zeros(8, dtype=torch.long)
+    for lambda_, said in ((1.0, False), (10.0, True)):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            preference, _ = length_preference(lengths, groups, lambda_, 1 / 9)
+        assert any("more than half" in str(each.message) for each in caught) == said
+    assert float(preference[-1]) == pytest.approx(7.99, abs=0.01)
+
+
+@pytest.mark.filterwarnings("ignore:lambda_grpo")
 def test_a_runaway_lambda_stays_finite() -> None:
     for lambda_ in (-1e6, 1e6):
         for values in length_preference(LENGTHS, GROUPS, lambda_, 1 / 9):

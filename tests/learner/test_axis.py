@@ -1,8 +1,9 @@
-"""Six axes: rules by name and rules of a user's own, tried before anything starts."""
+"""Seven axes: rules by name and rules of a user's own, tried before anything starts."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, get_type_hints
 
 import pytest
@@ -38,13 +39,24 @@ from learner.algorithm.credit import CREDITS, Credit, CreditInputs
 from learner.algorithm.grouped import Advantages, GroupedRewards
 from learner.algorithm.loss import policy_loss
 from learner.algorithm.objectives import OBJECTIVES
-from learner.algorithm.recipe import Prepared, Recipe, check_recipe
+from learner.algorithm.recipe import Prepared, Recipe
+from learner.algorithm.recipe_checks import check_recipe
+from learner.algorithm.rewarded import Rewarded
 from learner.algorithm.selection import ROLLOUTS, Chosen, Sampled
 from learner.algorithm.surrogates import Surrogate, Terms
+from learner.algorithm.token_advantages import ADVANTAGES
 
 AXES: dict[str, Axis[Any, Any, Any]] = {
     axis.name: axis
-    for axis in (ROLLOUTS, BASELINES, CREDITS, OBJECTIVES, CORRECTIONS, AGGREGATIONS)
+    for axis in (
+        ROLLOUTS,
+        BASELINES,
+        ADVANTAGES,
+        CREDITS,
+        OBJECTIVES,
+        CORRECTIONS,
+        AGGREGATIONS,
+    )
 }
 HERE = f"{__name__}:"
 
@@ -64,6 +76,9 @@ def test_our_own_rules_pass_what_is_asked_of_a_users(name: str, kind: str) -> No
     config.kind = kind
     for make in axis.cases.values():
         inputs = make()
+        if axis.chooser(config) is not None:  # what the step gives such a rule
+            chosen_N = torch.ones_like(inputs.behaviour_gap_N, dtype=torch.bool)
+            inputs = replace(inputs, chosen_N=chosen_N)
         assert axis.problem(inputs, axis.rule(config)(inputs)) is None
 
 
@@ -106,7 +121,7 @@ LENGTHS = torch.tensor([3, 5, 2, 40, 7, 9])
 
 
 def prepared(**axes: dict[str, Any]) -> Prepared:
-    return Recipe(algorithm(**axes), "none", 40).prepare(REWARDS, GROUPS, LENGTHS, "v")
+    return Recipe(algorithm(**axes), "none", 40).prepare(Rewarded(REWARDS, GROUPS, LENGTHS, "v"))
 
 
 def test_an_estimator_of_ones_own_is_a_baseline_like_any_other() -> None:
@@ -213,7 +228,7 @@ def test_classes_remember_and_are_kept_in_checkpoints() -> None:
     recipe = Recipe(config, "none", 40)
     means = []
     for step in range(3):
-        found = recipe.prepare(REWARDS + step, GROUPS, LENGTHS, "v")
+        found = recipe.prepare(Rewarded(REWARDS + step, GROUPS, LENGTHS, "v"))
         means.append(found.metrics["mine/mean"])
         assert set(found.token_weights_B.tolist()) == {0.0, 2.0**step}
         assert recipe.end_step(torch.zeros(6)) == {"mine/steps": step + 1.0}
@@ -221,7 +236,7 @@ def test_classes_remember_and_are_kept_in_checkpoints() -> None:
     resumed = Recipe(config, "none", 40)
     resumed.load_state_dict(recipe.state_dict())
     for each in (recipe, resumed):
-        found = each.prepare(REWARDS, GROUPS, LENGTHS, "v")
+        found = each.prepare(Rewarded(REWARDS, GROUPS, LENGTHS, "v"))
         assert found.metrics["mine/mean"] == pytest.approx((4 + 9 + 14 + 4) / 20)
         assert found.token_weights_B[0] == 8.0
 
@@ -429,7 +444,7 @@ def not_of_large_rewards(grouped: GroupedRewards, config: BaselineConfig) -> Adv
 def test_an_estimator_that_fails_later_ends_the_run_by_its_name() -> None:
     recipe = Recipe(algorithm(baseline={"kind": HERE + "not_of_large_rewards"}), "none", 16)
     with pytest.raises(RunError, match=f"kind={HERE}not_of_large_rewards its advant"):
-        recipe.prepare(REWARDS * 1000, GROUPS, LENGTHS, "v")
+        recipe.prepare(Rewarded(REWARDS * 1000, GROUPS, LENGTHS, "v"))
 
 
 @pytest.mark.parametrize(
@@ -453,7 +468,7 @@ def test_a_misspelt_rule_gets_the_nearest_name(key: str, right: str) -> None:
 def test_arguments_are_given_on_the_command_line() -> None:
     keys = [f"algorithm.baseline.kind={HERE}centred", "algorithm.baseline.args.scale=3.0"]
     config = load_config([], ["model.path=x", *keys])
-    found = Recipe(config.algorithm, "none", 40).prepare(REWARDS, GROUPS, LENGTHS, "v")
+    found = Recipe(config.algorithm, "none", 40).prepare(Rewarded(REWARDS, GROUPS, LENGTHS, "v"))
     assert found.advantages_B[2] == 3.0
 
 

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from architectures import save_model
 from learner_models import save_tiny_model, tiny_model, trajectories
 from learner_ranks import SHAPES, make_worker, on_ranks, untimed, weights, worker
 from transformers import AutoModelForCausalLM
 
+from actors.generation.texts import ending_tokens
 from common.config.algorithm import AlgorithmConfig
 from common.errors import RunError, UserError
-from learner.training import fsdp
+from learner.training import checkpoint, fsdp
+from learner.training.checkpoint import pinned_stager
 from learner.training.rank import LearnerRank
 
 
@@ -161,6 +166,34 @@ def test_folder_loads_in_transformers(folder: Path, saved) -> None:
         exported = weights(made)
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, exported[name]), name
+
+
+def test_a_checkpoint_ends_answers_where_its_model_did(folder: Path, tmp_path: Path) -> None:
+    """Instruction-tuned models name several ends, some in generation_config.json alone."""
+    source, target = tmp_path / "model", tmp_path / "step-1"
+    shutil.copytree(folder, source)
+    (source / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 106, 7]}))
+    with worker(source) as made:
+        save(made, target, {})
+    tokenizer = SimpleNamespace(eos_token_id=2, pad_token_id=None)
+    ends = ending_tokens(tokenizer, str(source))
+    assert {1, 106, 7} <= set(ends) == set(ending_tokens(tokenizer, str(target)))
+
+
+def test_a_parameter_that_never_had_a_gradient_resumes_without_a_state(tmp_path: Path) -> None:
+    """Such as the routing bias of Ernie's mixtures."""
+    target = tmp_path / "step-1"
+    folder = save_model(tmp_path / "model", "ernie4_5_moe")
+    with worker(folder) as made:
+        metrics, unbroken = _SaveWork(target)(made)
+    with worker(folder) as made:
+        resumed = _LoadWork(target)(made)
+        (optimizer,) = made.trainer.optimizers
+        named = dict(made.trainer.policy.model.named_parameters())
+        idle = [name for name, parameter in named.items() if parameter not in optimizer.state]
+    assert idle and all(name.endswith("e_score_correction_bias") for name in idle)
+    assert untimed(resumed[0]) == untimed(metrics)
+    assert all((resumed[1][name] == tensor).all() for name, tensor in unbroken.items())
 
 
 def test_another_number_of_ranks_goes_on(folder: Path, saved, tmp_path: Path) -> None:
@@ -322,3 +355,47 @@ def test_a_checkpoint_before_the_first_gradient_changes_no_step_after_it(
     for found in (going_on, resumed):
         for name, tensor in unbroken[1].items():
             assert (found[1][name] == tensor).all(), name
+
+
+def test_only_the_rank_that_writes_the_model_brings_it_to_the_host(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The others only take part in the gathering, tensor by tensor, on their devices."""
+    brought: list[torch.Tensor] = []
+    monkeypatch.setattr(checkpoint, "to_host", lambda t: brought.append(t) or t)
+    with worker(folder) as made:
+        for rank, copies in ((1, 0), (0, len(weights(made)))):
+            monkeypatch.setattr(checkpoint.dist, "get_rank", lambda rank=rank: rank)
+            made.take_checkpoint({})
+            assert len(brought) == copies
+
+
+def test_whole_tensors_stay_on_the_device_of_the_model() -> None:
+    with torch.device("meta"):
+        model = torch.nn.Linear(3, 5)
+    policy: Any = SimpleNamespace(model=model, adapters=None)
+    for _, tensor in fsdp.full_tensors(policy, torch.bfloat16):
+        assert tensor.is_meta
+
+
+def test_a_device_fills_pinned_memory_that_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert pinned_stager(torch.device("cpu")) is None
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "synchronize", lambda: waited.append(True))
+    pinned: list[int] = []
+    waited: list[bool] = []
+    monkeypatch.setattr(
+        "torch.cuda._pin_memory_utils.pin_memory", lambda _, nbytes: pinned.append(nbytes)
+    )
+    monkeypatch.setattr("torch.cuda._pin_memory_utils.unpin_memory", lambda _: None)
+    stager = pinned_stager(torch.device("cuda", 0))
+    assert stager is not None
+    state = {"moments": torch.arange(64.0)}
+    first = stager.stage(state)
+    state["moments"] += 1
+    second = stager.stage(state)
+    assert pinned == [256]
+    assert waited == [True, True]
+    assert first["moments"].data_ptr() == second["moments"].data_ptr()  # type: ignore[index]
+    assert torch.equal(second["moments"], state["moments"])  # type: ignore[index]

@@ -70,6 +70,14 @@ def test_topr_tapers_what_is_not_good() -> None:
     assert weights("topr", advantages=(0.0, 0.0, 1.0)) == pytest.approx([1, 1, 0.25, 1, 1])
 
 
+def test_m2po_leaves_out_what_was_chosen_and_no_guidance() -> None:
+    chosen_N = torch.tensor([True, False, True, False, False])
+    sampled_N = torch.tensor([True, True, False, True, True])
+    config = CorrectionConfig("m2po")
+    found = correct(RATIOS.log(), sampled_N, AXIS, torch.ones(5), config, chosen_N)
+    assert found.weight_N.tolist() == [0, 1, 1, 1, 1]
+
+
 def test_unsampled_tokens_have_weight_one_and_no_part_in_products() -> None:
     sampled = [True, True, False, True, True]
     assert weights("tis", sampled, cap=2.0) == pytest.approx([2, 1, 1, 0.8, 1.5])
@@ -90,10 +98,11 @@ def test_on_policy_is_one_and_off_policy_is_bounded(seed: int, kind: str, level:
     config = CorrectionConfig(kind, level=level, cap=5.0)
     sampled_N = torch.ones(5, dtype=torch.bool)
     signs_N = normal(5, random(seed + 1))
-    on_policy = correct(torch.zeros(5), sampled_N, AXIS, signs_N, config).weight_N
+    none_N = torch.zeros(5, dtype=torch.bool)
+    on_policy = correct(torch.zeros(5), sampled_N, AXIS, signs_N, config, none_N).weight_N
     assert on_policy.tolist() == [1] * 5
     wild_N = normal(5, random(seed), 100.0)
-    off_policy = correct(wild_N, sampled_N, AXIS, signs_N, config).weight_N
+    off_policy = correct(wild_N, sampled_N, AXIS, signs_N, config, wild_N.abs() > 1).weight_N
     assert (off_policy >= 0).all()
     assert off_policy.isfinite().all()
     if (kind, level) != ("sequence_mask", "token"):  # which bounds the completion's ratio alone

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from learner.policy import logprobs
 from learner.policy.logprobs import HeadRequest, LogitTransform, LogprobHead, chunked_logprobs
 
 N, H, V = 11, 6, 13
@@ -46,6 +47,17 @@ def test_equals_log_softmax(transform: LogitTransform, chunk: int, temperature: 
     torch.testing.assert_close(gradients, oracle, atol=1e-11, rtol=1e-11)
 
 
+def test_the_entropy_of_a_certain_token_has_a_finite_gradient() -> None:
+    """Probabilities that round to 0 in float32: p log p and its slope are 0 there."""
+    hidden = torch.tensor([[300.0, 0.0]], requires_grad=True)
+    weight = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0]], requires_grad=True)
+    labels = torch.tensor([0])
+    request = HeadRequest(torch.arange(1), labels, 1.0, with_entropy=True, entropy_learns=True)
+    _, entropy = chunked_logprobs(hidden, weight, None, request, 4)
+    entropy.sum().backward()
+    assert hidden.grad is not None and hidden.grad.tolist() == [[0.0, 0.0]]
+
+
 @pytest.mark.parametrize("transform", TRANSFORMS)
 def test_gradcheck(transform: LogitTransform) -> None:
     hidden, weight, bias, labels = _inputs()
@@ -55,6 +67,23 @@ def test_gradcheck(transform: LogitTransform) -> None:
         return chunked_logprobs(hidden, weight, bias, request, 4, transform)[0]
 
     assert torch.autograd.gradcheck(scored, (hidden, weight, bias))
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("chunk", [4, 100])
+def test_an_entropy_that_learns_has_the_gradient_of_its_definition(
+    transform: LogitTransform, chunk: int
+) -> None:
+    hidden, weight, bias, labels = _inputs()
+    request = HeadRequest(torch.arange(N), labels, 0.7, entropy_learns=True)
+    found = chunked_logprobs(hidden, weight, bias, request, chunk, transform)
+    expected = _oracle(hidden, weight, bias, labels, 0.7, transform)
+    torch.testing.assert_close(found, expected, atol=1e-12, rtol=1e-12)
+    upstream = tuple(torch.randn(N, dtype=torch.float64) for _ in found)
+    inputs = (hidden, weight, bias)
+    gradients = torch.autograd.grad(found, inputs, upstream)
+    oracle = torch.autograd.grad(expected, inputs, upstream)
+    torch.testing.assert_close(gradients, oracle, atol=1e-11, rtol=1e-11)
 
 
 class _LargestTensor(TorchDispatchMode):
@@ -88,6 +117,36 @@ def test_logits_never_exceed_one_chunk() -> None:
         logprobs.sum().backward()
     assert largest.elements == chunk * vocabulary
     assert max(saved) == max(weight.numel(), hidden.numel())
+
+
+def test_a_device_multiplies_into_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The products of chunks are added up in float32, with torch's wide products as on CUDA."""
+    torch.manual_seed(0)
+    hidden = torch.randn(24, H).bfloat16().requires_grad_()
+    weight = torch.randn(V, H).bfloat16().requires_grad_()
+    request = HeadRequest(torch.arange(24), torch.randint(0, V, (24,)))
+
+    def gradient() -> Tensor:
+        scored = chunked_logprobs(hidden, weight, None, request, 5)[0]
+        return torch.autograd.grad(scored.sum(), weight)[0]
+
+    narrow = gradient()
+    calls = []
+
+    def mm(left: Tensor, right: Tensor, *, out_dtype: torch.dtype) -> Tensor:
+        calls.append("mm")
+        return left.to(out_dtype) @ right.to(out_dtype)
+
+    def addmm(total: Tensor, left: Tensor, right: Tensor, *, out_dtype, out: Tensor) -> Tensor:
+        calls.append("addmm")
+        return out.addmm_(left.to(out_dtype), right.to(out_dtype))
+
+    monkeypatch.setattr(logprobs, "_WIDE_PRODUCTS", {"cpu"})
+    monkeypatch.setattr(torch, "mm", mm)
+    monkeypatch.setattr(torch, "addmm", addmm)
+    wide = gradient()
+    assert calls == ["mm", *["addmm"] * 4]
+    torch.testing.assert_close(wide, narrow, atol=0.05, rtol=0.02)
 
 
 def test_no_tokens_give_zero_gradients() -> None:

@@ -11,6 +11,7 @@ import pytest
 from made_up_groups import receipt
 
 from common.errors import NumbersError, WeightsError
+from common.record.metric_names import METRICS, in_table
 from common.supervision.loops import first_cause
 from common.trajectory import GroupReceipt
 from learner.loop import LearnerLoop, Schedule
@@ -33,12 +34,15 @@ class Recorder:
     def __init__(self) -> None:
         self.calls: list[str] = []
         self.records: dict[int, dict[str, float]] = {}
-        self.proved = -1
+        self.proved = 0
+        self.gap = 0.25
         self._news = asyncio.Event()
         self.deliverable = asyncio.Event()
         self.deliverable.set()
         self.newest_token = 0
         self.kept: list[Any] = []
+        self.scores: list[Any] = []
+        self.asked_scores: list[tuple[int, float]] = []
         self.broken_at = -1
         self.shares_devices = False
 
@@ -63,11 +67,19 @@ class Recorder:
     async def release(self) -> None:
         self.calls.append("release")
 
-    async def step(self, receipts: list[Any], version: int, staleness: int) -> dict[str, float]:
+    async def step(
+        self, receipts: list[Any], version: int, staleness: int, scores: Any = None
+    ) -> dict[str, float]:
         self.calls.append(f"step {version}")
+        self.scores.append(scores)
         if version == self.broken_at:
             raise NumbersError("the gradient norm is nan")
         return {"loss/policy": 0.5}
+
+    async def score(self, receipts: list[Any], deadline_s: float) -> list[Any]:
+        self.calls.append("score")
+        self.asked_scores.append((len(receipts), deadline_s))
+        return [f"scores of {receipt.group_id}" for receipt in receipts]
 
     async def export(self, version: int) -> Exported:
         self.calls.append(f"export {version}")
@@ -81,11 +93,6 @@ class Recorder:
         return {"time/publish": 0.1}
 
     until_proved = CanaryProof.until_proved
-
-    async def prove(self, version: int) -> float:
-        self.calls.append(f"prove {version}")
-        self.proved = version
-        return 0.0
 
     async def run(self, step: int) -> dict[str, float]:
         self.calls.append(f"eval {step}")
@@ -110,7 +117,12 @@ class CheckpointsOf:
         self._parts.calls.append(f"take checkpoint {step}")
 
 
-def loop_over(parts: Any, schedule: Schedule, stop: asyncio.Event | None = None) -> LearnerLoop:
+def loop_over(
+    parts: Any,
+    schedule: Schedule,
+    stop: asyncio.Event | None = None,
+    scorer: Recorder | None = None,
+) -> LearnerLoop:
     return LearnerLoop(
         learner=parts,
         publisher=parts,
@@ -122,6 +134,8 @@ def loop_over(parts: Any, schedule: Schedule, stop: asyncio.Event | None = None)
         schedule=schedule,
         keep_batch=parts.kept.append,
         stop=stop,
+        scorer=scorer,
+        score_timeout_s=7.0,
     )
 
 
@@ -134,9 +148,19 @@ def run(schedule: Schedule) -> Recorder:
 def test_a_step_takes_trains_exports_delivers_and_only_then_releases() -> None:
     calls = run(replace(SCHEDULE, last_step=1, eval_every=0, checkpoint_every=0)).calls
     assert calls == [
-        *("prove 0", "eval 0", "take 0", "step 0", "export 1"),
+        *("eval 0", "take 0", "step 0", "export 1"),
         *("take checkpoint 1", "deliver 1", "release", "eval 1", "write checkpoint 1"),
     ]
+
+
+def test_a_scorer_elsewhere_is_asked_before_each_step_and_its_answer_goes_to_the_learner() -> None:
+    parts = Recorder()
+    asyncio.run(loop_over(parts, replace(SCHEDULE, last_step=2, eval_every=0), scorer=parts).run())
+    asked = [call for call in parts.calls if call.startswith(("score", "step"))]
+    assert asked == ["score", "step 0", "score", "step 1"]
+    assert parts.scores == [["scores of 0"]] * 2 and parts.asked_scores == [(1, 7.0)] * 2
+    assert parts.records[2]["time/wait_scores"] >= 0
+    assert run(SCHEDULE).scores == [None] * 4
 
 
 def test_on_shared_devices_nothing_is_generated_while_the_learner_steps() -> None:
@@ -151,10 +175,48 @@ def test_on_shared_devices_nothing_is_generated_while_the_learner_steps() -> Non
             assert asleep
         if call.startswith("export"):
             asleep = False  # the transport wakes them
-        if call.startswith(("eval", "prove", "deliver")):
+        if call.startswith(("eval", "deliver")):
             assert not asleep, parts.calls
     assert parts.calls.count("make room") == 2
     assert parts.calls.index("eval 1") < parts.calls.index("step 1")
+
+
+class Mixed(Recorder):
+    """Steps of three groups from two data sets; one completion of four has no verdict."""
+
+    async def take(self, version: int, deadline_s: float) -> list[Any]:
+        one = receipt(0, version, 0)
+        none = replace(one, reward_mean=float("nan"), accuracy_mean=float("nan"), num_unscored=2)
+        return [
+            replace(one, source="math", reward_mean=1.0, accuracy_mean=0.5, rewards_equal=True),
+            replace(one, source="math", reward_mean=0.25, accuracy_mean=0.5, num_unscored=1),
+            replace(none, source="code"),
+        ]
+
+    def trained(self, step: int, receipts: list[GroupReceipt]) -> None:
+        assert len(receipts) == 3
+
+
+def test_each_data_set_is_counted_apart() -> None:
+    parts = Mixed()
+    asyncio.run(loop_over(parts, replace(SCHEDULE, last_step=1)).run())
+    found = {name: value for name, value in parts.records[1].items() if name.startswith("source/")}
+    assert found == {
+        "source/math/reward": 0.75,  # (2 * 1 + 1 * 0.25) / 3
+        "source/math/accuracy": 0.5,
+        "source/math/groups": 2.0,
+        "source/math/equal_rewards": 1.0,
+        "source/math/unscored": 1.0,
+        "source/math/tokens": 20.0,
+        "source/code/reward": 0.0,
+        "source/code/accuracy": 0.0,
+        "source/code/groups": 1.0,
+        "source/code/equal_rewards": 0.0,
+        "source/code/unscored": 2.0,
+        "source/code/tokens": 10.0,
+    }
+    assert {in_table(name) for name in found} <= METRICS.keys()
+    assert not any(name.startswith("source/") for name in run(SCHEDULE).records[1])
 
 
 def calls_while_the_first_delivery_hangs(newest_token: int) -> list[str]:
@@ -182,12 +244,12 @@ def calls_while_the_first_delivery_hangs(newest_token: int) -> list[str]:
 
 def test_the_next_step_trains_while_the_generators_still_load() -> None:
     calls = calls_while_the_first_delivery_hangs(newest_token=0)
-    assert calls[2:] == ["take 0", "step 0", "export 1", "take 1", "step 1"]
+    assert calls[1:] == ["take 0", "step 0", "export 1", "take 1", "step 1"]
 
 
 def test_a_token_of_an_unproved_version_waits_for_its_proof() -> None:
     calls = calls_while_the_first_delivery_hangs(newest_token=1)
-    assert calls[2:] == ["take 0", "step 0", "export 1", "take 1"]
+    assert calls[1:] == ["take 0", "step 0", "export 1", "take 1"]
 
 
 def test_a_token_of_a_proved_version_does_not_wait_for_its_evaluation() -> None:
@@ -250,11 +312,12 @@ def test_evaluations_and_checkpoints_fall_on_their_steps_and_on_the_last() -> No
     ]
     assert sorted(parts.records) == [0, 1, 2, 3, 4]
     assert parts.records[4]["policy_version"] == 4
+    assert parts.records[0]["canary/gap"] == parts.gap  # of the version that was published first
 
 
 def test_a_resumed_run_does_not_evaluate_or_train_its_past_again() -> None:
     parts = run(replace(SCHEDULE, first_step=3))
-    assert parts.calls[:2] == ["prove 3", "take 3"]
+    assert parts.calls[0] == "take 3"
     assert sorted(parts.records) == [4]
 
 
@@ -265,7 +328,9 @@ class Stopped(Recorder):
         super().__init__()
         self.where, self.stop = where, asyncio.Event()
 
-    async def step(self, receipts: list[Any], version: int, staleness: int) -> dict[str, float]:
+    async def step(
+        self, receipts: list[Any], version: int, staleness: int, scores: Any = None
+    ) -> dict[str, float]:
         if self.where == f"step {version}":
             self.stop.set()
         return await super().step(receipts, version, staleness)

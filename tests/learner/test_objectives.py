@@ -7,16 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from maths_oracles import normal, random, seeds
 
 from common.config.algorithm import ObjectiveConfig
-from learner.algorithm.objectives import (
-    OBJECTIVES,
-    batch_scale,
-    k3,
-)
+from learner.algorithm.objectives import OBJECTIVES, batch_scale, uses_ratio
 from learner.algorithm.surrogates import LOG_RATIO_LIMIT, Surrogate, Terms, bounded_exp
 from learner.algorithm.traces import PackedAxis
 
@@ -25,13 +18,19 @@ LOGPROBS = torch.tensor([-1.0, -2.0, -3.0, -4.0], dtype=torch.float64)
 
 
 def surrogate(
-    kind: str, advantage: float, ratios: torch.Tensor = RATIOS, **clip: Any
+    kind: str,
+    advantage: float,
+    ratios: torch.Tensor = RATIOS,
+    chosen: tuple[bool, ...] = (False,) * 4,
+    **clip: Any,
 ) -> tuple[Surrogate, torch.Tensor]:
     """One completion of four tokens, and the gradient of its sum in the log-ratios."""
     log_ratio_N = ratios.log().requires_grad_()
     advantages_B = torch.tensor([advantage], dtype=torch.float64)
     axis = PackedAxis(torch.tensor([4]))
-    terms = Terms(log_ratio_N, LOGPROBS, advantages_B, axis, torch.zeros_like(LOGPROBS))
+    chosen_N = torch.tensor(chosen)
+    zeros_N = torch.zeros_like(LOGPROBS)
+    terms = Terms(log_ratio_N, LOGPROBS, advantages_B, axis, zeros_N, chosen_N=chosen_N)
     found = OBJECTIVES.rule(ObjectiveConfig(kind=kind, **clip))(terms)
     return found, torch.autograd.grad(found.values_N.sum(), log_ratio_N)[0]
 
@@ -162,6 +161,29 @@ def test_dro_holds_the_policy_back_by_the_log_ratio() -> None:
     assert torch.allclose(grad_N, 1 - 0.5 * RATIOS.log())
 
 
+CHOSEN = (True, False, False, True)
+
+
+def test_clip_cov_takes_the_gradient_of_what_was_drawn_and_is_ppo_elsewhere() -> None:
+    found, grad_N = surrogate("clip_cov", 1.0, chosen=CHOSEN)
+    plain, plain_N = surrogate("ppo", 1.0)
+    assert grad_N.tolist() == [0, plain_N[1], plain_N[2], 0]
+    assert found.values_N.tolist() == [0, plain.values_N[1], plain.values_N[2], 0]
+    assert torch.equal(surrogate("clip_cov", 1.0)[0].values_N, plain.values_N)
+
+
+def test_kl_cov_holds_the_chosen_back_by_their_log_ratio() -> None:
+    found, grad_N = surrogate("kl_cov", 1.0, chosen=CHOSEN, args={"coefficient": 0.5})
+    log2 = math.log(2)
+    assert found.values_N.tolist() == pytest.approx([2 - log2 / 2, 1.1, 0.9, 0.5 - log2 / 2])
+    assert grad_N.tolist() == pytest.approx([2 - 0.5, 1.1, 0.9, 0.5 + 0.5])
+
+
+def test_only_the_plain_policy_gradient_does_nothing_with_the_ratio() -> None:
+    idle = {kind for kind in OBJECTIVES.rules if not uses_ratio(ObjectiveConfig(kind=kind))}
+    assert idle == {"gpg"}
+
+
 def test_gpg_alpha() -> None:
     advantages = torch.tensor([0.0, 0.5, -0.5, 0.0])
     apart = torch.arange(4)
@@ -176,25 +198,6 @@ def test_gpg_alpha_counts_groups_as_the_papers_code_does() -> None:
     assert batch_scale("gpg", advantages, torch.tensor([0, 0, 0, 1, 1, 1])) == 2.0
 
 
-@given(seeds, st.floats(-3, 3))
-@settings(max_examples=20, deadline=None)
-def test_k3_is_positive_and_zero_at_the_reference(seed: int, shift: float) -> None:
-    logprobs_N = normal(5, random(seed))
-    assert (k3(logprobs_N, logprobs_N) == 0).all()
-    assert (k3(logprobs_N, logprobs_N + shift) >= 0).all()
-
-
-def test_k3_by_hand_and_far_away() -> None:
-    logprobs_N = torch.tensor([-1.0, -1.0, -90.0, 0.0], dtype=torch.float64, requires_grad=True)
-    reference_N = torch.tensor([-2.0, 0.0, 0.0, -90.0], dtype=torch.float64)
-    kl_N = k3(logprobs_N, reference_N)
-    assert kl_N[:2].tolist() == pytest.approx([math.exp(-1), math.e - 2])
-    grad_N = torch.autograd.grad(kl_N.sum(), logprobs_N)[0]
-    assert grad_N[:2].tolist() == pytest.approx([1 - math.exp(-1), 1 - math.e])
-    steep = math.exp(LOG_RATIO_LIMIT)
-    assert grad_N[2:].tolist() == pytest.approx([1 - steep, 1])  # towards the reference, bounded
-
-
 def test_bounded_exp() -> None:
     x = torch.tensor([-3000.0, -80.0, 0.5, 80.0, 3000.0], requires_grad=True)
     y = bounded_exp(x)
@@ -202,3 +205,33 @@ def test_bounded_exp() -> None:
     assert y.tolist() == pytest.approx([0, math.exp(-80), half, 61 * limit, 2981 * limit])
     grad = torch.autograd.grad(y.sum(), x)[0]
     assert grad.tolist() == pytest.approx([0, math.exp(-80), half, limit, limit])
+
+
+def guided(quantile: float, elsewhere: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
+    """Values and gradients of Guide's objective at RATIOS, all of the gap before the first step."""
+    x = torch.zeros(4, dtype=torch.float64, requires_grad=True)
+    terms = Terms(
+        x,
+        LOGPROBS,
+        torch.tensor([2.0], dtype=torch.float64),
+        PackedAxis(torch.tensor([4])),
+        torch.zeros_like(LOGPROBS),
+        elsewhere_gap_N=RATIOS.log() if elsewhere else None,
+        elsewhere_B=torch.tensor([True]) if elsewhere else None,
+    )
+    config = ObjectiveConfig(kind="guide", args={"gamma_quantile": quantile})
+    found = OBJECTIVES.rule(config)(terms)
+    return found.values_N, torch.autograd.grad(found.values_N.sum(), x)[0]
+
+
+def test_guide_shapes_what_was_sampled_behind_a_hint_and_is_ppo_elsewhere() -> None:
+    gamma = 0.9 + 0.5 * (1.1 - 0.9)  # the median of the four
+    values_N, grad_N = guided(0.5)
+    expected = 2.0 * RATIOS / (RATIOS + gamma)
+    assert values_N.tolist() == pytest.approx(expected.tolist())
+    slope = 2.0 * gamma * RATIOS / (RATIOS + gamma) ** 2
+    assert grad_N.tolist() == pytest.approx(slope.tolist())
+    assert bool((grad_N <= 2.0 / 4 + 1e-12).all())
+    plain_N, plain_grad_N = guided(0.5, elsewhere=False)
+    assert plain_N.tolist() == [2.0] * 4
+    assert plain_grad_N.tolist() == [2.0] * 4

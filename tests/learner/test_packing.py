@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from learner_models import random_groups, trajectories
 
-from learner.policy.packing import PackingPlan, StepBatch, pack_microbatch, pack_row, plan_packing
+from learner.policy.packing import PackingPlan, pack_microbatch, pack_row, plan_packing
+from learner.policy.step_batch import StepBatch
 
 _SHAPES = st.lists(
     st.tuples(st.integers(1, 30), st.lists(st.integers(1, 40), min_size=1, max_size=6)),
@@ -48,7 +49,7 @@ def test_plan_is_a_partition_within_budget(shapes, ranks, budget, share, seed) -
         alone = len(members) == 1 and len(members[0].completions) == 1
         assert sum(s.tokens for s in members) <= budget or alone
     for segment in _segments(plan):
-        assert {int(batch.group_B[c]) for c in segment.completions} == {segment.group}
+        assert {int(batch.group_B[c]) for c in segment.completions} == {segment.prompt}
         assert share or len(segment.completions) == 1
 
 

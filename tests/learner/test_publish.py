@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from common.errors import UserError, WeightsError
+from common.errors import RefutedError, UserError, WeightsError
 from common.weights.device_to_device import Ipc
 from common.weights.object_store import ObjectStore
-from common.weights.transport import Shipment, Sides
+from common.weights.transport import Shipment
 from learner.weights.canary import Canary, CanaryProof, largest_gap
 from learner.weights.publish import Publisher
 
@@ -50,9 +50,13 @@ class FakeGenerators:
 
 
 def publisher_between(
-    learner: FakeLearner, generators: FakeGenerators, tolerance: float = 0.1, resends: int = 0
+    learner: FakeLearner,
+    generators: FakeGenerators,
+    tolerance: float = 0.1,
+    resends: int = 0,
+    growth: float = 10.0,
 ) -> tuple[Publisher, CanaryProof]:
-    proof = CanaryProof(learner, CANARY, tolerance)
+    proof = CanaryProof(learner, CANARY, tolerance, growth)
     send: Any = learner
     receive: Any = generators
     return Publisher(send, receive, ObjectStore(), proof, 1.0, resends), proof
@@ -76,6 +80,13 @@ def test_the_canary_scores_the_end_of_each_prompt_but_never_its_first_token() ->
     assert CANARY.prompt_lengths == [2, 1]
 
 
+def test_a_canary_goes_past_the_models_range_and_no_further_than_the_run() -> None:
+    *short, long = Canary.from_prompts([[1, 2, 3], [4, 5]], 2, reach=6, max_length=20).sequences
+    assert (short, long) == ([[1, 2, 3], [4, 5]], [1, 2, 3, 4, 5, 1, 2, 3])
+    cut = Canary.from_prompts([[1, 2, 3], [4, 5]], 2, reach=6, max_length=8)
+    assert (len(cut.sequences[-1]), cut.prompt_lengths[-1]) == (7, 5)
+
+
 def test_prompts_of_one_token_score_nothing_and_are_left_out() -> None:
     assert Canary.from_prompts([[1], [2, 3]], scored_tokens=4).sequences == [[2, 3]]
     with pytest.raises(UserError, match=r"none of 1 prompts has two tokens.*data\.template"):
@@ -88,7 +99,8 @@ def test_agreement_is_reported() -> None:
     assert metrics["publish/stall"] == 0.25
 
 
-def test_on_shared_devices_the_weights_are_there_before_the_cache() -> None:
+def test_on_shared_devices_the_cache_comes_after_all_that_the_learner_computes() -> None:
+    """The learner's pass over the canary needs the memory that the cache will take."""
     calls: list[str] = []
 
     class Both:
@@ -105,14 +117,19 @@ def test_on_shared_devices_the_weights_are_there_before_the_cache() -> None:
             calls.append(f"send {version}")
             return Shipment(nbytes=8, stall_s=0.5)
 
-    async def main() -> float:
-        transport, sides = Ipc(), Sides(Both(), Both(), 1.0)  # type: ignore[arg-type]
-        await transport.make_room(sides)
-        return await transport.deliver(sides, await transport.export(sides, 4), 4)
+        async def score(self, sequences: list[list[int]], lengths: list[int]) -> list[list[float]]:
+            calls.append("score")
+            return SCORES
 
-    assert asyncio.run(main()) == 0.5
+    async def main() -> Shipment:
+        both: Any = Both()
+        publisher = Publisher(both, both, Ipc(), CanaryProof(both, CANARY, 0.1, 10.0), 1.0)
+        await publisher.make_room()
+        return (await publisher.export(4)).shipment
+
+    assert asyncio.run(main()).stall_s == 0.5
     assert calls == [
-        *("sleep", "release", "wake weights", "send 4", "release", "wake cache"),
+        *("sleep", "release", "wake weights", "send 4", "score", "release", "wake cache"),
     ]
 
 
@@ -124,6 +141,84 @@ def test_one_generator_with_other_weights_stops_the_run_and_is_named() -> None:
 def test_nan_never_passes() -> None:
     with pytest.raises(WeightsError, match="nan nats"):
         publish({"generator-0": [[float("nan"), -2.0], [-3.0]]})
+
+
+def off_by(gap: float) -> list[list[float]]:
+    return [[score - gap for score in scores] for scores in SCORES]
+
+
+class Loading(FakeGenerators):
+    """What one generator scores with what it has read, and after each update."""
+
+    def __init__(self, *scores: list[list[float]]) -> None:
+        super().__init__({"generator-0": scores[0]})
+        self.after = list(scores[1:])
+
+    async def update_weights(self, buckets: list[Any], version: int, deadline_s: float) -> float:
+        if self.after:
+            self.scores = {"generator-0": self.after.pop(0)}
+        return await super().update_weights(buckets, version, deadline_s)
+
+
+def begin(
+    generators: FakeGenerators, versions: int = 0, *, loaded: bool = True, growth: float = 10.0
+) -> list[float]:
+    """The gaps of the version that a run begins with and of those that follow."""
+    publisher, proof = publisher_between(FakeLearner(), generators, 0.2, growth=growth)
+
+    async def main() -> list[float]:
+        await publisher.begin(0, loaded=loaded)
+        gaps = [publisher.gap]
+        for version in range(1, versions + 1):
+            metrics = await publisher.deliver(await publisher.export(version))
+            gaps.append(metrics["canary/gap"])
+        return gaps
+
+    gaps = asyncio.run(main())
+    assert generators.updated == list(range(versions + 1))
+    assert proof.proved == versions
+    return gaps
+
+
+def test_the_version_that_a_run_begins_with_is_published_too() -> None:
+    assert begin(Loading(off_by(0.003))) == [pytest.approx(0.003)]
+    assert begin(Loading(off_by(0.5), off_by(0.003)), loaded=False) == [pytest.approx(0.003)]
+
+
+def test_an_engine_that_computes_otherwise_ends_the_run_before_anything_is_published() -> None:
+    generators = Loading(off_by(0.3))
+    with pytest.raises(UserError, match=r"0\.3000 nats(?s:.*)have read the same folder"):
+        begin(generators)
+    assert generators.updated == []
+
+
+@pytest.mark.parametrize("garbled", [0.0987, 0.02])
+def test_an_engine_that_garbles_the_weights_it_had_ends_the_run(garbled: float) -> None:
+    """Both are below the tolerance, and the second is below the growth that is allowed too."""
+    with pytest.raises(UserError, match="the very same: it cannot be updated"):
+        begin(Loading(off_by(0.0035), off_by(garbled)))
+
+
+def test_a_jump_of_the_gap_is_refused_below_the_tolerance() -> None:
+    same = off_by(0.0035)
+    with pytest.raises(RefutedError, match=r"before was 0\.0035, and the most is 0\.05"):
+        begin(Loading(same, same, off_by(0.0987)), 1)
+    assert begin(Loading(same, same, off_by(0.0987)), 1, growth=float("inf"))[1] > 0.09
+
+
+def test_rounding_passes_however_small_the_gaps_before_were() -> None:
+    exact = off_by(0.0)
+    assert begin(Loading(exact, exact, off_by(0.049)), 1)[1] == pytest.approx(0.049)
+    with pytest.raises(RefutedError, match="version 1"):
+        begin(Loading(exact, exact, off_by(0.051)), 1)
+
+
+def test_a_gap_may_grow_over_many_versions() -> None:
+    same = off_by(0.0035)
+    rising = [off_by(gap) for gap in (0.01, 0.03, 0.06, 0.12, 0.19)]
+    assert begin(Loading(same, same, *rising), 5)[-1] == pytest.approx(0.19)
+    with pytest.raises(RefutedError, match=r"canary_tolerance=0\.2"):
+        begin(Loading(same, same, *rising, off_by(0.21)), 6)
 
 
 def test_the_gap_is_the_worst_sequence_not_the_average() -> None:
@@ -212,7 +307,7 @@ def test_a_generator_that_comes_later_is_held_to_the_same_canary() -> None:
     async def main() -> None:
         await proof.prove_newcomer("generator-1", 0, score)
         assert len(answers) == 2  # the learner had nothing to compare with
-        await publisher.prove(0)
+        await publisher.begin(0, loaded=True)
         await publisher.deliver(await publisher.export(1))
         await proof.prove_newcomer("generator-1", 1, score)
         with pytest.raises(WeightsError, match=r"version 0, generator-1 .*1\.0000 nats"):

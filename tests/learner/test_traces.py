@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import time
+from fractions import Fraction
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from maths_oracles import decays, dense_kernel, lengths, normal, random, seeds
+from maths_oracles import decays, dense_kernel, lengths, normal, random, seeds, slow_suffix
 
 from learner.algorithm.traces import (
     RADIX,
@@ -17,6 +19,7 @@ from learner.algorithm.traces import (
     PackedAxis,
     above_entropy_quantile,
     linear_recurrence,
+    suffix_ratio,
     uniform_recurrence,
 )
 
@@ -27,12 +30,9 @@ def packed(sizes: list[int]) -> PackedAxis:
     return PackedAxis(torch.tensor(sizes, dtype=torch.long))
 
 
-def dense(axis: PackedAxis, kind: str, decay: float, keep_N=None) -> torch.Tensor:
+def dense(axis: PackedAxis, kind: str, decay: float) -> torch.Tensor:
     sizes = axis.lengths_B.tolist()
-    keeps = [None] * len(sizes) if keep_N is None else keep_N.split(sizes)
-    blocks = [
-        dense_kernel(kind, size, decay, keep) for size, keep in zip(sizes, keeps, strict=True)
-    ]
+    blocks = [dense_kernel(kind, size, decay) for size in sizes]
     return torch.block_diag(*blocks)[: sum(sizes), : sum(sizes)]
 
 
@@ -105,29 +105,33 @@ def test_recurrence_saves_two_vectors() -> None:
     assert sum(saved) == 2 * size
 
 
-@given(lengths, decays, st.sampled_from(KINDS), st.booleans(), seeds)
+@given(lengths, decays, st.sampled_from(KINDS), st.booleans(), st.booleans(), seeds)
 @settings(max_examples=60, deadline=None)
 def test_trace_and_weights_are_the_dense_matrix(
-    sizes: list[int], decay: float, kind: str, cut: bool, seed: int
+    sizes: list[int], decay: float, kind: str, scaled: bool, mean: bool, seed: int
 ) -> None:
     axis = packed(sizes)
     inputs_N = normal(sum(sizes), random(seed))
-    keep_N = None
-    if cut:
-        keep_N = normal(sum(sizes), random(seed + 1)).clamp(max=0).exp()
-    trace = LambdaTrace(axis, kind, decay, keep_N)
-    matrix = dense(axis, kind, decay, keep_N)
+    matrix = dense(axis, kind, decay)
+    if mean:
+        sums_N = matrix.sum(1, keepdim=True)
+        matrix = matrix / torch.where(sums_N == 0, 1.0, sums_N)
+    scale_N = None
+    if scaled:
+        scale_N = torch.rand(sum(sizes), generator=random(seed + 1), dtype=torch.float64)
+        matrix = matrix * scale_N
+    trace = LambdaTrace(axis, kind, decay, scale_N, mean=mean)
     torch.testing.assert_close(trace.apply(inputs_N), matrix @ inputs_N)
     torch.testing.assert_close(trace.weights(inputs_N), matrix.sum(0))
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("decay", [0.0, 0.9, 1.0])
-@pytest.mark.parametrize("cut", [False, True])
-def test_trace_gradcheck(kind: str, decay: float, cut: bool) -> None:
+@pytest.mark.parametrize("mean", [False, True])
+def test_trace_gradcheck(kind: str, decay: float, mean: bool) -> None:
     axis = packed([1, 0, 7, 20])
-    keep_N = torch.rand(28, generator=random(3), dtype=torch.float64) if cut else None
-    trace = LambdaTrace(axis, kind, decay, keep_N)
+    scale_N = torch.rand(28, generator=random(3), dtype=torch.float64) if mean else None
+    trace = LambdaTrace(axis, kind, decay, scale_N, mean=mean)
     assert torch.autograd.gradcheck(trace.apply, (normal(28, random(0)).requires_grad_(),))
 
 
@@ -146,9 +150,12 @@ def test_four_tokens_by_hand() -> None:
     terminal = LambdaTrace(packed([4]), "terminal", 0.5)
     assert terminal.weights(x_N).tolist() == [0.125, 0.25, 0.5, 1.0]
     assert terminal.rows(x_N).tolist() == [0, 0, 0, 1]
-    keep_N = torch.tensor([0.5, 1.0, 0.5, 1.0], dtype=torch.float64)
-    cut = LambdaTrace(packed([4]), "recent", 0.5, keep_N)
-    assert cut.apply(x_N).tolist() == [1.0, 2.5, 3.625, 5.8125]
+    scale_N = torch.tensor([0.5, 1.0, 0.5, 1.0], dtype=torch.float64)
+    scaled = LambdaTrace(packed([4]), "recent", 0.5, scale_N)
+    assert scaled.apply(x_N).tolist() == [0.5, 2.25, 2.625, 5.3125]
+    # rows 1 | 1/3 2/3 | 1/7 2/7 4/7 | 1/15 2/15 4/15 8/15
+    mean = LambdaTrace(packed([4]), "recent", 0.5, mean=True)
+    assert mean.apply(x_N).tolist() == pytest.approx([1, 5 / 3, 17 / 7, 49 / 15])
 
 
 @given(lengths, seeds)
@@ -179,20 +186,51 @@ def test_neighbours_do_not_leak(kind: str, dtype: torch.dtype) -> None:
         torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
 
 
-def test_keep_of_one_changes_nothing() -> None:
-    axis, x_N = packed([9, 30]), normal(39, random(0))
-    for kind in KINDS:
-        plain = LambdaTrace(axis, kind, 0.95).apply(x_N)
-        cut = LambdaTrace(axis, kind, 0.95, torch.ones_like(x_N)).apply(x_N)
-        torch.testing.assert_close(cut, plain, rtol=0, atol=1e-13)
+def test_the_ratio_behind_a_token_by_hand() -> None:
+    """rho = 4, 1/2, 1, 2 | 3 | 1/2, 1/4: the token's own is not in it."""
+    gap_N = torch.tensor([4, 0.5, 1, 2, 3, 0.5, 0.25], dtype=torch.float64).log()
+    axis = packed([4, 1, 0, 2])
+
+    def found(*args: float, **options: bool) -> list[float]:
+        return suffix_ratio(gap_N, axis, *args, **options).tolist()
+
+    assert found() == pytest.approx([1, 1, 1, 1, 1, 0.25, 1])
+    assert found(by_factor=True) == pytest.approx([0.5, 1, 1, 1, 1, 0.25, 1])
+    assert found(math.inf) == pytest.approx([1, 2, 2, 1, 1, 0.25, 1])
+    assert found(1.5, by_factor=True) == pytest.approx([0.75, 1.5, 1.5, 1, 1, 0.25, 1])
 
 
-def test_keep_of_zero_stops_credit() -> None:
-    keep_N = torch.ones(10, dtype=torch.float64)
-    keep_N[6] = 0
+@given(lengths, seeds, st.floats(0.01, 30.0))
+@settings(max_examples=30, deadline=None)
+def test_truncated_factors_leave_less_than_a_truncated_product(
+    sizes: list[int], seed: int, scale: float
+) -> None:
+    axis, gap_N = packed(sizes), normal(sum(sizes), random(seed), scale)
+    whole_N = suffix_ratio(gap_N, axis)
+    factors_N = suffix_ratio(gap_N, axis, by_factor=True)
+    assert (factors_N <= whole_N * (1 + 1e-9)).all() and (whole_N <= 1).all()
+    for part, found_N in zip(gap_N.split(sizes), whole_N.split(sizes), strict=True):
+        torch.testing.assert_close(found_N, slow_suffix(part))
+    for part, found_N in zip(gap_N.split(sizes), factors_N.split(sizes), strict=True):
+        torch.testing.assert_close(found_N, slow_suffix(part, by_factor=True))
+
+
+def test_noise_alone_takes_the_credit_of_long_completions_where_factors_are_truncated() -> None:
+    """0.02 nats, 1000 tokens behind: E min(0, N(0, s)) = -s / sqrt(2 pi), so e^-8."""
+    gap_N = normal(1001 * 20, random(0), 0.02)
+    axis = packed([1001] * 20)
+    first_B = suffix_ratio(gap_N, axis, by_factor=True)[axis.starts_B]
+    assert float(first_B.log().mean()) == pytest.approx(-20 / math.sqrt(2 * math.pi), rel=0.05)
+    assert float(suffix_ratio(gap_N, axis)[axis.starts_B].mean()) > 0.5
+
+
+def test_a_token_that_the_policy_would_not_choose_takes_the_credit_of_all_before_it() -> None:
+    gap_N = torch.zeros(10, dtype=torch.float64)
+    gap_N[6] = -800.0
+    scale_N = suffix_ratio(gap_N, packed([10]))
     for kind in ("recent", "both"):
-        weights_N = LambdaTrace(packed([10]), kind, 1.0, keep_N).weights(keep_N)
-        assert weights_N.tolist() == [6, 5, 4, 3, 2, 1, 4, 3, 2, 1]
+        weights_N = LambdaTrace(packed([10]), kind, 1.0, scale_N).weights(gap_N)
+        assert weights_N.tolist() == [0, 0, 0, 0, 0, 0, 4, 3, 2, 1]
 
 
 def test_selected_tokens_only() -> None:
@@ -206,6 +244,16 @@ def test_selected_tokens_only() -> None:
     assert above_entropy_quantile(entropy_N[:0], packed([0, 0]), 0.5).numel() == 0
 
 
+@pytest.mark.parametrize(("quantile", "size"), [("0.29", 100), ("0.57", 100), ("0.58", 50)])
+def test_a_quantile_is_the_decimal_number_that_was_written(quantile: str, size: int) -> None:
+    """0.29 · 100 is below 29 in floating point."""
+    below = Fraction(quantile) * size
+    assert below.denominator == 1
+    entropy_N = torch.arange(size, dtype=torch.float64).flip(0)
+    kept_N = above_entropy_quantile(entropy_N, packed([size]), float(quantile))
+    assert int(kept_N.sum()) == size - below.numerator
+
+
 @given(lengths, st.floats(0, 0.999), seeds)
 @settings(max_examples=30, deadline=None)
 def test_quantile_keeps_the_rest(sizes: list[int], quantile: float, seed: int) -> None:
@@ -216,17 +264,16 @@ def test_quantile_keeps_the_rest(sizes: list[int], quantile: float, seed: int) -
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("cut", [False, True])
-def test_long_sequences_in_float32(kind: str, cut: bool) -> None:
+@pytest.mark.parametrize("mean", [False, True])
+def test_long_sequences_in_float32(kind: str, mean: bool) -> None:
     """32,768 tokens: float32 agrees with float64, in well under a second."""
     x_N = normal(2 * 32768, random(0), 0.05)
     axis = packed([32768, 32768])
-    keep_N = normal(2 * 32768, random(1), 0.05).clamp(max=0).exp() if cut else None
     for decay in (0.99, 1.0):
-        trace = LambdaTrace(axis, kind, decay, keep_N)
-        begin = time.perf_counter()
+        trace = LambdaTrace(axis, kind, decay, mean=mean)
+        begin = time.process_time()
         single_N = trace.apply(x_N.float())
-        assert time.perf_counter() - begin < 1.0
+        assert time.process_time() - begin < 1.0
         torch.testing.assert_close(single_N.double(), trace.apply(x_N), rtol=1e-4, atol=2e-3)
         scale = 32768 if decay == 1 else 200
         weights_N = trace.weights(x_N.float()).double()

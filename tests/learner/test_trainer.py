@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -24,6 +26,7 @@ from learner_ranks import (
     worker,
 )
 from transformers import AutoModelForCausalLM
+from turn_columns import answer_columns
 
 from common.config.algorithm import AlgorithmConfig
 from common.config.sections import LearnerConfig, ModelConfig
@@ -31,9 +34,11 @@ from common.errors import RunError, UserError, WeightsError
 from common.record.credit_log import read_credit
 from common.weights.buckets import check_bucket, pack_tensors, unpack_tensors
 from learner.policy.logprobs import LogitTransform
-from learner.policy.model import Policy, check_policy, load_policy
-from learner.policy.packing import StepBatch
-from learner.training.trainer import learning_rate
+from learner.policy.model import Policy, load_policy
+from learner.policy.self_check import check_policy
+from learner.policy.step_batch import StepBatch
+from learner.training.schedule import learning_rate
+from learner.training.work import step_rewards
 
 COMPILES = [
     pytest.mark.long,  # compiling takes a minute
@@ -156,7 +161,7 @@ def test_kl_in_the_reward_is_the_sampler_against_the_reference(folder: Path) -> 
     plain, *_ = train(folder, steps=1)
     results = on_ranks(2, _train_target, folder, {"kl": 0.01, "kl_in": "reward"})
     with worker(folder, kl=0.01, kl_in="reward") as made:
-        shaped, found = made.trainer._with_kl_in_rewards(step)
+        shaped, found = made.trainer.scoring.scored(made.trainer.recipe, step)
         alone = train_work(made)
     np.testing.assert_allclose(shaped.rewards_B, step.rewards_B - 0.01 * np.array(expected), 1e-4)
     assert found["reward/kl_penalty"] == pytest.approx(0.01 * np.mean(expected), rel=1e-4)
@@ -204,6 +209,19 @@ def test_prefix_sets_count_what_completions_share(folder: Path) -> None:
     assert abs(norms[1] / norms[0] - 1) > 0.05
 
 
+def test_prefix_sets_do_not_count_what_was_not_judged(folder: Path) -> None:
+    """A completion without a reward is in no set: the step is the one without it."""
+    algorithm = AlgorithmConfig()
+    algorithm.credit.kind = "prefix_sets"
+    rewards = [[None, 1.0, *[0.0] * (len(lengths) - 2)] for _, lengths in SHAPES]
+    groups = trajectories(SHAPES, vocabulary=5, rewards=rewards)
+    norms = []
+    for judged in (groups, [group.slice(1) for group in groups]):
+        with worker(folder, algorithm=algorithm) as made:
+            norms.append(made.step(judged, 0, 0)["grad_norm"])
+    assert norms[0] == pytest.approx(norms[1], rel=1e-5)
+
+
 def test_masked_guidance_is_a_longer_prompt(folder: Path) -> None:
     """A group guided by the same tokens trains as one with these in its prompt."""
     guided = [with_shared_guidance(group, 3) for group in trajectories([(6, [10, 7, 8, 9])])]
@@ -228,6 +246,7 @@ def with_shared_guidance(group: pa.RecordBatch, length: int) -> pa.RecordBatch:
         row["behaviour_logprobs"][:length] = [math.nan] * length
         row["loss_mask"][:length] = [False] * length
         row["guidance_length"] = length
+        row.update(answer_columns(length, len(row["token_ids"])))
     return pa.RecordBatch.from_pylist(rows, schema=group.schema)
 
 
@@ -238,6 +257,7 @@ def as_prompt(group: pa.RecordBatch, length: int) -> pa.RecordBatch:
         for name in ("token_ids", "behaviour_logprobs", "loss_mask", "weight_versions"):
             row[name] = row[name][length:]
         row["guidance_length"] = 0
+        row.update(answer_columns(0, len(row["token_ids"])))
     return pa.RecordBatch.from_pylist(rows, schema=group.schema)
 
 
@@ -265,6 +285,34 @@ def test_equal_rewards_train_nothing_and_move_nothing(folder: Path) -> None:
     assert metrics["tokens/trained"] == 0 and metrics["grad_norm"] == 0
     assert metrics["completions/zero_advantage"] == 11
     assert metrics["reward/mean"] == 1.0
+
+
+def test_a_bonus_alone_raises_the_entropy(folder: Path) -> None:
+    """Equal rewards: no advantage, and still a gradient, which is that of the mean entropy."""
+    rewards = [[1.0] * len(lengths) for _, lengths in SHAPES]
+    seen = []
+    with worker(folder, entropy=0.5, learning_rate=1e-2) as made:
+        for version in range(3):
+            seen.append(made.step(trajectories(SHAPES, rewards=rewards), version, version))
+    assert seen[0]["loss/policy"] == 0
+    assert seen[0]["loss/entropy"] < 0
+    assert seen[0]["tokens/trained"] > 0
+    entropies = [metrics["entropy/mean"] for metrics in seen]
+    assert entropies[0] < entropies[1] < entropies[2]
+
+
+def test_every_verifiers_rewards_reach_the_recipe_with_their_weight(folder: Path) -> None:
+    batch = StepBatch.from_record_batches(trajectories(SHAPES))
+    with worker(folder, kl=0.1, kl_in="reward") as made:
+        job = replace(made.trainer.job, reward_weights={"test": 0.25})
+        shaped, _ = made.trainer.scoring.scored(made.trainer.recipe, batch)
+    (part,) = step_rewards(batch, job).parts
+    assert part.weight == 0.25
+    assert part.values.tolist() == batch.rewards_B.tolist()
+    rewards, penalty = step_rewards(shaped, job).parts
+    assert rewards.values.tolist() == batch.rewards_B.tolist()
+    total = part.values + penalty.weight * penalty.values
+    np.testing.assert_allclose(total, shaped.rewards_B, rtol=1e-12)
 
 
 def test_pruned_completions_are_not_counted_as_without_advantage(folder: Path) -> None:
@@ -360,6 +408,22 @@ def test_missing_model_is_a_user_error(tmp_path: Path) -> None:
             temperature=1.0,
             weights=True,
         )
+
+
+def test_quantised_weights_are_refused(tmp_path: Path) -> None:
+    folder = save_tiny_model(tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8"}
+    (folder / "config.json").write_text(json.dumps(config))
+    for reads in (True, False):
+        with pytest.raises(UserError, match="quantised \\(fp8\\)"):
+            load_policy(
+                ModelConfig(path=str(folder)),
+                torch.float32,
+                logits_mib=0.001,
+                temperature=1.0,
+                weights=reads,
+            )
 
 
 def test_layers_are_found() -> None:

@@ -18,8 +18,9 @@ from maths_oracles import algorithm, random_batch
 from common.config.algorithm import AlgorithmConfig
 from common.errors import UserError
 from learner.algorithm.loss import policy_loss
-from learner.algorithm.recipe import check_recipe
-from learner.policy.packing import StepBatch, pack_row
+from learner.algorithm.recipe_checks import check_recipe
+from learner.policy.packing import pack_row
+from learner.policy.step_batch import StepBatch
 from learner.training.rank import LearnerRank
 from learner.training.work import parts_of
 

@@ -30,6 +30,7 @@ from learner.policy.attention import ATTENTION_NAME
 from learner.policy.model import Policy, use_varlen
 from learner.policy.packing import pack_row
 from learner.policy.varlen import VARLEN_NAME
+from learner.training.memory import OtherModels
 
 
 def by_definition(
@@ -220,4 +221,4 @@ def test_a_run_that_cannot_have_it_is_refused_before_anything_starts(device: str
     overrides = ["model.path=none", "learner.attention=varlen", "model.dtype=float32"]
     config = load_config([], [*overrides, f"learner.device={device}"])
     with pytest.raises(UserError, match=r"use learner\.attention=grids"):
-        _check(config, has_reference=False)
+        _check(config, OtherModels())

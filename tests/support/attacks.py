@@ -83,6 +83,25 @@ def find():
 """
 _PARENT = "import resource\nquiet(resource.prlimit, os.getppid(), resource.{}, ({}))\n" + HONEST
 _SYSCALL = "assert libc.syscall({}) == -1\n" + HONEST
+_HANDED = """
+import struct
+class Part(ctypes.Structure):
+    _fields_ = [("base", ctypes.c_void_p), ("length", ctypes.c_size_t)]
+class Message(ctypes.Structure):
+    _fields_ = [("name", ctypes.c_void_p), ("name_length", ctypes.c_uint), ("parts", ctypes.c_void_p),
+                ("count", ctypes.c_size_t), ("control", ctypes.c_void_p), ("size", ctypes.c_size_t), ("flags", ctypes.c_int)]
+letter = ctypes.create_string_buffer(b"f")
+part = Part(ctypes.addressof(letter), 1)
+control = ctypes.create_string_buffer(struct.pack("@Qiii4x", 20, 1, 1, 0), 24)
+message = Message(None, 0, ctypes.addressof(part), 1, ctypes.addressof(control), 24, 0)
+given = 0
+for fd in range(3, 12):
+    while given < 1500:
+        if libc.sendmsg(fd, ctypes.byref(message), 0) == 1: given += 1
+        elif ctypes.get_errno() != 109: break  # too many on their way: the runner takes them in
+        else: time.sleep(0.0005)
+assert given == 1500, given
+"""
 _EACH = "for fd in range(3, 64):\n    quiet({})\n"
 
 ATTACKS = [
@@ -242,6 +261,66 @@ ATTACKS = [
     _attack("lifts its own limits", "sum", "pass", "",
         "import resource\nfor what in (resource.RLIMIT_AS, resource.RLIMIT_FSIZE, resource.RLIMIT_NOFILE):\n"
         "    assert quiet(resource.setrlimit, what, (resource.RLIM_INFINITY,) * 2)\n" + HONEST),
+    # what is shared with the runner
+    _attack("hands 1,500 descriptors to its runner", "sum", "pass", "files", _HANDED + HONEST),
+    _attack("shuts its channels down", "sum", "pass", "",
+        "for fd in range(3, 64): libc.shutdown(fd, 2)\n" + HONEST),
+    _attack("changes the flags of every descriptor, and seals them", "stdin", "fail", "files",
+        "import fcntl\nfor fd in range(64):\n    for flags in (0o4000, 0o40000, 0o20000, 0o2000):\n"
+        "        quiet(fcntl.fcntl, fd, 4, flags)\n    quiet(fcntl.fcntl, fd, 1033, 15)\nprint('x')"),
+    _attack("asks for a handle of its runner by a socket (SO_PEERPIDFD)", "sum", "pass", "processes",
+        "value, size = ctypes.c_int(0), ctypes.c_uint(4)\nfor fd in range(3, 64):\n"
+        "    libc.getsockopt(fd, 1, 77, ctypes.byref(value), ctypes.byref(size))\n"
+        "    assert libc.syscall(424, value.value, 9, 0, 0) == -1\n" + HONEST),
+    _attack("makes sockets of every other family", "sum", "pass", "network",
+        "pair = (ctypes.c_int * 2)()\nfor family in range(2, 46):\n    for kind in (1, 2, 3, 5):\n"
+        "        assert libc.socketpair(family, kind, 0, pair) == -1\n" + HONEST),
+    _attack("makes namespaces by threads", "sum", "pass", "",
+        "for new in (0x20000, 0x40000000, 0x8000000, 0x4000000, 0x10000000, 0x20000000, 0x2000000):\n"
+        "    assert libc.syscall(56, 0x10f00 | new, 0, 0, 0, 0) == -1\n" + HONEST),
+    _attack("ends its main thread and goes on in another", "sum", "fail", "",
+        "import threading\ndef on():\n    while True: time.sleep(0.1)\n"
+        "threading.Thread(target=on).start()\nlibc.syscall(60, 0)"),
+    _attack("makes refused calls in 60 threads without end", "sum", "fail", "kernel",
+        "import threading\nthreading.stack_size(65536)\ndef call():\n"
+        "    while True: libc.syscall(250, 0, 0, 0, 0, 0)\n"
+        "for _ in range(60): threading.Thread(target=call, daemon=True).start()\ntime.sleep(60)"),
+    _attack("interrupts its refused calls by signals", "sum", "fail", "kernel",
+        "signal.signal(signal.SIGALRM, lambda *a: None)\n"
+        "signal.setitimer(signal.ITIMER_REAL, 0.0005, 0.0005)\n"
+        "while True: libc.syscall(250, 0, 0, 0, 0, 0)"),
+    _attack("reports four million lists", "sum", "fail", "",
+        _EACH.format("os.write, fd, b'[' + b'[],' * 4000000 + b'[]]'") + "os._exit(0)"),
+    _attack("begins an answer to its tests and hangs", "script", "fail", "",
+        "import struct\n" + _EACH.format("os.write, fd, struct.pack('>I', 1000) + b'x'") + "time.sleep(60)"),
+    _attack("takes memory bit by bit", "sum", "fail", "",
+        "kept = [bytearray(2**20) for _ in range(5000)]"),
+    _attack("opens its own memory, that of others, and devices", "sum", "pass", "files",
+        "for path in ('self/mem', 'self/environ', 'self/maps', '1/environ', 'self/root/etc/shadow', '../dev/tty',\n"
+        "             '../dev/ptmx', '../dev/kmsg', '../dev/mem', '../sys/kernel/notes'):\n"
+        "    assert isinstance(quiet(open, '/proc/' + path, 'rb'), OSError), path\n" + HONEST),
+    _attack("goes up from a folder that it may read", "sum", "pass", "files",
+        "for path in ('/usr/../etc/passwd', '/usr/lib/../../root', os.path.dirname(os.__file__) + '/../' * 9 + 'etc/shadow'):\n"
+        "    assert isinstance(quiet(open, path), OSError), path\n" + HONEST),
+    _attack("changes Python's own files", "sum", "pass", "files",
+        "path = os.__file__\nfor call, *given in ((open, path, 'a'), (os.utime, path), (os.chmod, path, 0),\n"
+        "                     (os.replace, path, path + 'x'), (os.symlink, path, path + 'y')):\n"
+        "    assert isinstance(quiet(call, *given), OSError), call\n" + HONEST),
+    _attack("changes modules that later programs import", "sum", "pass", "",
+        "import builtins, json\nbuiltins.LEFT = 1\njson.loads = None\nsys.modules['math'] = None\n" + HONEST),
+    _attack("looks for what earlier programs have left", "sum", "fail", "",
+        "import builtins\nassert hasattr(builtins, 'LEFT')\n" + HONEST),
+    _attack("maps its output, and has the kernel write there at its end", "stdin", "fail", "",
+        "import mmap\nos.ftruncate(1, 4096)\npage = mmap.mmap(1, 4096)\n"
+        "libc.syscall(218, ctypes.c_void_p(ctypes.addressof(ctypes.c_char.from_buffer(page))))\npage[:5] = b'wrong'"),
+    _attack("sets the clock", "sum", "pass", "kernel",
+        "assert libc.syscall(227, 0, 0) == -1 and libc.syscall(164, 0, 0) == -1\n" + HONEST),
+    _attack("recurses without end", "sum", "fail", "",
+        "sys.setrecursionlimit(10**9)\ndef f(x): return f(x + 1)"),
+    _attack("closes its standard streams", "sum", "pass", "",
+        "for fd in (0, 1, 2): os.close(fd)\n" + HONEST),
+    _attack("reports infinity", "sum", "fail", "",
+        _EACH.format("os.write, fd, b'[Infinity, 1e999]'") + "os._exit(0)"),
     _attack("fills its channel for refusals", "sum", "fail", "files",
         "while True: quiet(open, '/etc/shadow')"),
 ]  # fmt: skip

@@ -62,9 +62,12 @@ def keys(section: type = Config, prefix: str = "") -> Iterator[Key]:
 
 @cache
 def texts_of(section: type) -> dict[str, str]:
-    """Docstrings of the fields of a section; an empty one where there is none."""
-    found = {name: text for _, name, text in docstrings(Path(inspect.getfile(section)))}
-    return {f.name: found.get(f"{section.__name__}.{f.name}", "") for f in fields(section)}
+    """Docstrings of the fields of a section, inherited ones too; empty where there is none."""
+    texts = {f.name: "" for f in fields(section)}
+    for cls in filter(is_dataclass, reversed(section.__mro__)):
+        found = {name: text for _, name, text in docstrings(Path(inspect.getfile(cls)))}
+        texts |= {name: text for name in texts if (text := found.get(f"{cls.__name__}.{name}"))}
+    return texts
 
 
 def type_in_words(hint: Any) -> str:

@@ -26,6 +26,7 @@ FAST = (
     "learner/test_publish",
     "deploy/test_run_directory",
     "actors/test_sandbox",
+    "actors/environments/test_hostile_environments",
     "common/test_waits",
 )
 SLOW = ("faults/test_points", "faults/test_deaths", "faults/test_kills", "faults/test_disk")

@@ -6,7 +6,7 @@ It runs the project at ROOT (this checkout, if none is given) and writes what th
 computes into `tests/integration/golden/`. Give it the ROOT of an earlier commit, checked out beside
 this one, to record what the numbers were before a change.
 
-The model is the tiny preset's before its warm start, whose result depends on the number of cores.
+The model is the tiny preset's before its warm start, whose result depends on the kind of processor.
 Such a model answers no question, so its rewards are for the characters that it happens to write.
 """
 
@@ -33,6 +33,8 @@ COMMON = (
     "eval.prompts=0",
     "checkpoint.every=0",
     "learner.credit_probe_every=0",
+    # As it was when the numbers were recorded.
+    "algorithm.credit.normalize=none",
     # Rare enough that some groups have no difference in reward, which DAPO replaces.
     "verifier.rules=[{name: format_rules, args: {patterns: ['[w-z]']}}]",
 )

@@ -57,6 +57,31 @@ def _fork_bomb(argument: str) -> float:
         os.fork()
 
 
+def _fork_and_allocate(argument: str) -> float:
+    """Each process stays below its own limit."""
+    for _ in range(4):
+        if os.fork() == 0:
+            kept = bytearray(os.urandom(2**10)) * (int(argument) // 2**10)
+            time.sleep(60)
+            os._exit(len(kept) % 2)
+    time.sleep(60)
+    return 1.0
+
+
+def _fork_and_share(argument: str) -> float:
+    """Together they have what the first has alone."""
+    kept = bytearray(os.urandom(2**10)) * (int(argument) // 2**10)
+    pids = []
+    for _ in range(8):
+        if (pid := os.fork()) == 0:
+            time.sleep(0.3)
+            os._exit(0)
+        pids.append(pid)
+    for pid in pids:
+        os.waitpid(pid, 0)
+    return float(len(kept) > 0)
+
+
 def _leave_sleeper(argument: str) -> float:
     """A process in a session of its own."""
     subprocess.Popen(["sleep", argument], start_new_session=True)
@@ -149,6 +174,8 @@ ACTIONS: dict[str, Any] = {
     "sleep": _sleep,
     "fork": _fork_and_return,
     "fork_bomb": _fork_bomb,
+    "fork_and_allocate": _fork_and_allocate,
+    "fork_and_share": _fork_and_share,
     "leave": _leave_sleeper,
     "leave_and_loop": _leave_sleeper_and_loop,
     "exit": lambda argument: os._exit(int(argument)),

@@ -14,12 +14,15 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from turn_columns import answer_columns, listed_answers
 
 from common.record.credit_log import credit_schema, write_credit
 from common.record.ledger import Ledger
 from common.record.metrics import JsonlSink
 from common.record.schema import FAIL, PASS, trajectory_schema
+from common.record.segments import segment
 from common.record.trajectory_log import SEGMENT_BYTES, TrajectoryLog
+from common.record.turns import sampled_lengths, turn
 from common.trajectory import GroupReceipt, GroupRequest
 from deploy.models.tiny_model import build_tokenizer
 from deploy.run.directory import LEDGER
@@ -31,6 +34,8 @@ TEMPLATE = (
     "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 )
 """Around a question, as chat models have it."""
+SCORED_STEP = 3
+"""The step that a scorer and a critic have numbers of."""
 CONFIG = """\
 name: {name}
 recipe: grpo_lambda_recent
@@ -54,6 +59,14 @@ class Sample:
     versions: tuple[int, int] = (0, 0)
     """Of the first and of the second half of its tokens."""
     ids: list[int] = field(default_factory=list)
+    turns: list[tuple[int, int, float | None]] = field(default_factory=list)
+    """Begin, end and reward of each turn; empty: all that is no guidance is one turn."""
+    segments: Sequence[tuple[int, int, str]] = ()
+    """Begin, end and prompt of each conversation; empty: one, behind the question."""
+    calls: tuple[int, int] = (0, 0)
+    """Tool calls of the first turn, and how many of them failed."""
+    failure: str = ""
+    """Of the environment: `error` or `timeout`."""
 
 
 class SyntheticRun:
@@ -85,7 +98,7 @@ class SyntheticRun:
         """Dispatch, log and book one group; its sampled tokens."""
         rows = [self._row(group_id, index, question, s, version) for index, s in enumerate(samples)]
         batch = pa.RecordBatch.from_pylist(rows, schema=SCHEMA)
-        tokens = sum(len(row["token_ids"]) - row["guidance_length"] for row in rows)
+        tokens = int(sampled_lengths(batch).sum())
         self.ledger.dispatched(
             GroupRequest(
                 group_id, group_id, f"p{group_id}", 0, question, TEMPLATE.format(question), [1],
@@ -105,6 +118,11 @@ class SyntheticRun:
             ids = [*ids, self.tokenizer.eos_token_id]
         logprobs = -self.random.exponential(0.4, len(ids))
         logprobs[: sample.guidance] = np.nan
+        turns = [turn(begin, end, "stop", reward) for begin, end, reward in sample.turns]
+        if sample.turns:
+            turns[0]["calls"], turns[0]["failed"] = sample.calls
+            in_turn = [any(b <= i < e for b, e, _ in sample.turns) for i in range(len(ids))]
+            logprobs[~np.array(in_turn)] = np.nan
         half = len(ids) // 2
         verdict = sample.verdict or (PASS if sample.reward else FAIL)
         first, second = sample.versions
@@ -114,6 +132,7 @@ class SyntheticRun:
             "completion_index": index,
             "prompt_id": f"p{group_id}",
             "epoch": 0,
+            "source": "",
             "question": question,
             "prompt_text": TEMPLATE.format(question),
             "reference": json.dumps({"answer": "42"}),
@@ -122,9 +141,16 @@ class SyntheticRun:
             "token_ids": ids,
             "behaviour_logprobs": logprobs,
             "weight_versions": [first] * half + [second] * (len(ids) - half),
-            "loss_mask": [position >= sample.guidance for position in range(len(ids))],
+            "loss_mask": (~np.isnan(logprobs)).tolist(),
             "guidance_length": sample.guidance,
             "finish_reason": sample.finish,
+            **answer_columns(sample.guidance, len(ids), sample.finish),
+            **({"turns": turns, "environment_s": 0.5} if sample.turns else {}),
+            "segments": [
+                segment(begin, end, self.tokenizer.encode(prompt))
+                for begin, end, prompt in sample.segments
+            ],
+            **({"environment_verdict": sample.failure} if sample.failure else {}),
             "generator": f"generator-{index % 2}",
             "dispatch_version": version,
             "dispatched_s": 1.7e9 + group_id,
@@ -164,14 +190,7 @@ class SyntheticRun:
     def _receipt(self, group_id: int) -> GroupReceipt:
         batch = self.groups[group_id]
         rewards = batch.column("reward").to_pylist()
-        sizes = [
-            len(ids) - guidance
-            for ids, guidance in zip(
-                batch.column("token_ids").to_pylist(),
-                batch.column("guidance_length").to_pylist(),
-                strict=True,
-            )
-        ]
+        sizes = sampled_lengths(batch).tolist()
         unscored = [size for size, reward in zip(sizes, rewards, strict=True) if reward is None]
         return GroupReceipt(
             group_id, group_id, None, 0, 0, 0, len(sizes), sum(sizes), 0.0, False,
@@ -206,6 +225,8 @@ class SyntheticRun:
                 "advantages": weights * advantage,
                 "logprobs": learner,
             }
+            if step == SCORED_STEP:
+                lists |= {"scores": behaviour - 0.25 * weights, "values": weights / 16}
         return {
             "step": step,
             "group_id": row["group_id"],
@@ -306,6 +327,7 @@ def _many_rows(
         "completion_index": np.tile(np.arange(size), groups),
         "prompt_id": np.repeat([f"p{i % 8000}" for i in range(first, first + groups)], size),
         "epoch": ids // 8000,
+        "source": [""] * rows,
         "question": np.repeat(questions, size),
         "prompt_text": np.repeat([TEMPLATE.format(question) for question in questions], size),
         "reference": ['{"answer": "42"}'] * rows,
@@ -317,6 +339,7 @@ def _many_rows(
         "loss_mask": listed(np.ones(total, bool), pa.bool_()),
         "guidance_length": np.zeros(rows),
         "finish_reason": ["stop"] * rows,
+        **listed_answers(lengths.tolist()),
         "generator": ["generator-0"] * rows,
         "dispatch_version": version,
         "dispatched_s": 1.7e9 + ids,

@@ -20,6 +20,7 @@ from transformers import (
     PreTrainedModel,
     Qwen2Config,
 )
+from turn_columns import listed_answers
 
 from common.record.schema import trajectory_schema
 
@@ -113,6 +114,7 @@ def trajectories(
             "completion_index": list(range(n)),
             "prompt_id": [str(g)] * n,
             "epoch": [0] * n,
+            "source": [""] * n,
             "question": [""] * n,
             "prompt_text": [""] * n,
             "reference": ["{}"] * n,
@@ -124,6 +126,7 @@ def trajectories(
             "loss_mask": [[True] * len(c) for c in completions],
             "guidance_length": [0] * n,
             "finish_reason": ["stop"] * n,
+            **listed_answers([len(c) for c in completions]),
             "generator": ["g0"] * n,
             "dispatch_version": [version] * n,
             "dispatched_s": [0.0] * n,

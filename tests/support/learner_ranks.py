@@ -5,18 +5,19 @@ from __future__ import annotations
 import multiprocessing as mp
 import queue
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from learner_models import trajectories
 
 from common.config.algorithm import AlgorithmConfig
-from common.config.sections import LearnerConfig, ModelConfig
+from common.config.sections import AdapterConfig, LearnerConfig, ModelConfig
 from common.weights.buckets import unpack_tensors
 from common.weights.transport import Receivers
 from learner.training.job import LearnerJob
@@ -24,6 +25,8 @@ from learner.training.rank import LearnerRank
 
 SHAPES = [(9, [5, 12, 3, 7]), (4, [20, 2]), (17, [3, 3, 8]), (6, [10] * 4)]
 DEADLINE_S = 120.0
+_PRELOADED = ["transformers.models.llama.modeling_llama", "learner.training.rank"]
+"""What ranks import: ten seconds of a processor, once for all of a test process."""
 
 
 def make_worker(folder: Path, rank: int = 0, ranks: int = 1, **changes: Any) -> LearnerRank:
@@ -35,13 +38,19 @@ def make_worker(folder: Path, rank: int = 0, ranks: int = 1, **changes: Any) -> 
         if hasattr(section, name):
             setattr(section, name, value)
     job = LearnerJob(
-        model=ModelConfig(path=str(folder), dtype=changes.get("dtype", "float32")),
+        model=ModelConfig(
+            path=str(folder),
+            dtype=changes.get("dtype", "float32"),
+            max_length=changes.get("max_length", 512),
+            adapter=changes.get("adapter", AdapterConfig()),
+        ),
         reference_path=str(changes.get("reference", folder)),
+        teacher_path=changes.get("teacher"),
         learner=learner,
         algorithm=changes.get("algorithm", algorithm),
-        correction_kind="tis",
+        correction_kind=changes.get("correction_kind", "tis"),
         max_completion_tokens=48,
-        temperature=0.9,
+        temperature=changes.get("temperature", 0.9),
         seed=0,
         total_steps=10,
         primary_verifier="test",
@@ -60,6 +69,20 @@ def worker(folder: Path, **changes: Any) -> Iterator[LearnerRank]:
         yield made
     finally:
         made.shutdown()
+
+
+def on_policy(of: LearnerRank, groups: Sequence[pa.RecordBatch]) -> list[pa.RecordBatch]:
+    """The groups with log-probabilities as if the policy of the rank, at temperature 1, had
+    sampled them."""
+    found = []
+    for group in groups:
+        rows = group.to_pylist()
+        ids = [row["prompt_ids"] + row["token_ids"] for row in rows]
+        logprobs = of.score(ids, [len(row["prompt_ids"]) for row in rows])
+        place = group.schema.get_field_index("behaviour_logprobs")
+        column = pa.array(logprobs, group.schema.field(place).type)
+        found.append(group.set_column(place, "behaviour_logprobs", column))
+    return found
 
 
 def weights(of: LearnerRank) -> dict[str, torch.Tensor]:
@@ -114,7 +137,8 @@ def _rank_main(rank: int, ranks: int, pipe, target: Callable, args: tuple) -> No
 
 def on_ranks(ranks: int, target: Callable, *args: Any) -> list[Any]:
     """`target(rank, ranks, *args)` -> (worker, work) runs in its own process on every rank."""
-    context = mp.get_context("spawn")
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(_PRELOADED)
     pipe = (context.Queue(), context.Queue())
     processes = [
         context.Process(target=_rank_main, args=(r, ranks, pipe, target, args), daemon=True)

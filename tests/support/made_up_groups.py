@@ -5,7 +5,7 @@ from __future__ import annotations
 import pyarrow as pa
 
 from actors.generation.engine import Completion
-from actors.generation.generator import rollout_batch
+from actors.generation.rows import rollout_batch
 from common.trajectory import GroupReceipt, GroupRequest
 
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from common.config.algorithm import (
+    AdvantageConfig,
     AggregationConfig,
     AlgorithmConfig,
     BaselineConfig,
@@ -36,20 +37,28 @@ def normal(size: int, generator: torch.Generator, scale: float = 1.0) -> Tensor:
     return torch.randn(size, generator=generator, dtype=torch.float64) * scale
 
 
-def dense_kernel(kind: str, length: int, decay: float, keep_T: Tensor | None = None) -> Tensor:
+def dense_kernel(kind: str, length: int, decay: float) -> Tensor:
     """K(t, k) straight from the definition, [T, T]."""
     kernel = torch.zeros(length, length, dtype=torch.float64)
     for t in range(length):
         for k in range(t + 1):
-            value = {
+            kernel[t, k] = {
                 "recent": decay ** (t - k),
                 "both": max(decay ** (t - k), decay**k),
                 "terminal": decay ** (t - k) if t == length - 1 else 0.0,
             }[kind]
-            for j in range(k + 1, t + 1):
-                value *= 1.0 if keep_T is None else float(keep_T[j])
-            kernel[t, k] = value
     return kernel
+
+
+def slow_suffix(gap_T: Tensor, by_factor: bool = False) -> Tensor:
+    """min(1, prod_(j > k) rho_j) of one completion, token by token; or prod min(1, rho_j)."""
+    found = []
+    for k in range(len(gap_T)):
+        product = 1.0
+        for rho in gap_T[k + 1 :].exp().tolist():
+            product *= min(1.0, rho) if by_factor else rho
+        found.append(min(1.0, product))
+    return torch.tensor(found, dtype=torch.float64)
 
 
 def algorithm(**axes: dict[str, Any]) -> AlgorithmConfig:
@@ -57,6 +66,7 @@ def algorithm(**axes: dict[str, Any]) -> AlgorithmConfig:
     return AlgorithmConfig(
         rollout=RolloutConfig(**axes.get("rollout", {})),
         baseline=BaselineConfig(**axes.get("baseline", {})),
+        advantage=AdvantageConfig(**axes.get("advantage", {})),
         credit=CreditConfig(**axes.get("credit", {})),
         objective=ObjectiveConfig(**axes.get("objective", {})),
         correction=CorrectionConfig(**axes.get("correction", {})),
@@ -84,6 +94,9 @@ def random_batch(seed: int, sizes: list[int], on_policy: bool = False) -> Comple
         advantages_B=normal(len(sizes), generator),
         token_weights_B=torch.rand(len(sizes), generator=generator, dtype=torch.float64),
         prefix_counts_N=torch.randint(1, 5, (total,), generator=generator).double(),
+        credit_chosen_N=torch.rand(total, generator=generator) < 0.4,
+        objective_chosen_N=torch.rand(total, generator=generator) < 0.4,
+        correction_chosen_N=torch.rand(total, generator=generator) < 0.4,
     )
 
 
@@ -119,7 +132,8 @@ def slow_sum(one: CompletionBatch, config: AlgorithmConfig, correction: str) -> 
         anchor = torch.where(mu.isnan(), old, mu)
     x, gap = logp - anchor, torch.nan_to_num(old - mu, nan=0.0)
     z, weight, kl_weight = slow_credit(one, config.credit, x, gap)
-    values = slow_objective(config.objective, z, logp, advantage, anchor)
+    picked = one.objective_chosen_N[mask]
+    values = slow_objective(config.objective, z, logp, advantage, anchor, picked)
     c = config.correction
     ratio = (gap.sum() * torch.ones_like(gap) if c.level == "sequence" else gap).exp()
     factor = {
@@ -132,11 +146,23 @@ def slow_sum(one: CompletionBatch, config: AlgorithmConfig, correction: str) -> 
         "off_policy_mask": torch.ones_like(ratio)
         * float(advantage >= 0 or -gap.sum() / (~mu.isnan()).sum() <= c.args.get("gap", 0.5)),
         "topr": torch.ones_like(ratio) if advantage > 0 else ratio.clamp(max=1.0),
+        "m2po": torch.where(one.correction_chosen_N[mask], 0.0, 1.0).double(),
     }[correction]
     factor = torch.where(mu.isnan(), 1.0, factor)
-    d = one.reference_logprobs_N[mask] - logp
-    kl = d.exp() - d - 1
-    return (weight * factor * values - kl_weight * config.objective.kl * kl).sum()
+    kl = slow_kl(config.objective, one.reference_logprobs_N[mask] - logp, x)
+    bonus = config.objective.entropy * one.entropy_N[mask]
+    return (weight * factor * values - kl_weight * config.objective.kl * kl + bonus).sum()
+
+
+def slow_kl(config: ObjectiveConfig, d: Tensor, x: Tensor) -> Tensor:
+    k3 = d.exp() - d - 1
+    return {
+        "k1": -d,
+        "k2": d**2 / 2,
+        "k3": k3,
+        "straight_through": d**2 / 2 + (k3 - d**2 / 2).detach(),
+        "unbiased": x.exp() * k3,
+    }[config.kl_estimator]
 
 
 def slow_credit(
@@ -148,14 +174,27 @@ def slow_credit(
     if config.kind == "prefix_sets":
         share = 1 / one.prefix_counts_N[one.loss_mask_N]
         return x, share, share
-    keep = gap.exp().clamp(max=1.0) if config.cut else None
-    kernel = dense_kernel(config.trace, len(x), config.gamma * config.lambda_, keep)
+    if config.kind == "top_entropy":
+        return x, one.credit_chosen_N[one.loss_mask_N].double(), ones
+    if config.kind == "probability":
+        alpha = config.args.get("alpha", 0.2)
+        return x, 1 - alpha * (1 - one.old_logprobs_N[one.loss_mask_N].exp().clamp(max=1)), ones
+    if config.kind == "probability_sigmoid":
+        p = one.logprobs_N.detach()[one.loss_mask_N].exp()
+        return x, (2 / (1 + (-9 * (p - 0.25)).exp())).clamp(1, 1.4), ones
+    kernel = dense_kernel(config.trace, len(x), config.gamma * config.lambda_)
     if config.entropy_quantile > 0:
         entropy = one.entropy_N[one.loss_mask_N]
         threshold = entropy.sort().values[int(config.entropy_quantile * len(x))]
         kernel = kernel * (entropy >= threshold)
+    if config.args.get("weighted_mean"):
+        sums = kernel.sum(1, keepdim=True)
+        kernel = kernel / torch.where(sums == 0, 1.0, sums)
+    mean = kernel.sum(0).mean()
+    scale = 1 / mean if config.normalize == "mean" and mean > 0 else torch.tensor(1.0)
+    if config.cut:
+        kernel = kernel * slow_suffix(gap, config.args.get("cut_by_factor", False))
     c = kernel.sum(0)
-    scale = 1 / c.mean() if config.normalize == "mean" and c.mean() > 0 else torch.tensor(1.0)
     if config.application == "weight":
         return x, c * scale, ones
     rows = ones.clone()
@@ -165,14 +204,23 @@ def slow_credit(
 
 
 def slow_objective(
-    config: ObjectiveConfig, z: Tensor, logp: Tensor, advantage: Tensor, anchor: Tensor
+    config: ObjectiveConfig,
+    z: Tensor,
+    logp: Tensor,
+    advantage: Tensor,
+    anchor: Tensor,
+    picked: Tensor,
 ) -> Tensor:
     low, high = config.clip_low, config.clip_high
     if config.kind == "gspo":
         z = z.mean().expand_as(z)
-    if config.kind in ("ppo", "gspo"):
+    if config.kind == "kl_cov":
+        return z.exp() * advantage - torch.where(picked, z.abs(), 0.0)
+    if config.kind in ("ppo", "gspo", "clip_cov"):
         clipped = z.exp().clamp(1 - low, 1 + high)
         found = torch.min(z.exp() * advantage, clipped * advantage)
+        if config.kind == "clip_cov":
+            return torch.where(picked, 0.0, found)
         c = config.args.get("dual_clip", math.inf)
         return found if advantage >= 0 else torch.max(found, c * advantage)
     policy = logp.detach() + z - z.detach()

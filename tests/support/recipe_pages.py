@@ -6,6 +6,7 @@ tables in tests/bench/results/. A test holds that the page is up to date. The re
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from collections.abc import Iterator
@@ -14,7 +15,9 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT)]
+sys.path[:0] = [str(ROOT), str(Path(__file__).resolve().parent)]
+
+from oracle_table import with_table  # noqa: E402
 
 from common.config.load import load_config  # noqa: E402
 from deploy.command.presets import RECIPES, config_files  # noqa: E402
@@ -22,7 +25,7 @@ from deploy.command.presets import RECIPES, config_files  # noqa: E402
 PAGE = RECIPES / "README.md"
 RESULTS = ROOT / "tests" / "bench" / "results"
 ROWS = {
-    "dapo": [("recipes", "DAPO")],
+    "dapo": [("recipes", "DAPO"), ("updates", "DAPO, 8 updates")],
     "dr_grpo": [("recipes", "Dr. GRPO")],
     "g2rpo_a": [
         ("guidance", label) for label in ("GRPO", "G2RPO-A, 1/4 guided", "G2RPO-A, 3/4 guided")
@@ -32,13 +35,37 @@ ROWS = {
         ("recipes", "GRPO, advantages clamped"),
         ("recipes", "GRPO, twice the learning rate"),
         ("epochs", "GRPO, two epochs"),
+        ("updates", "GRPO, 1 update"),
+        ("updates", "GRPO, 4 updates"),
+        ("updates", "GRPO, ratio to the sampler"),
+        ("teachers", "GRPO"),
     ],
     "grpo_lambda_cut": [
-        ("staleness", f"{kind} traces, S = {staleness}")
+        (table, f"{kind}, S = {staleness}")
+        for table in ("staleness", "long")
         for staleness in (0, 2, 8)
-        for kind in ("cut", "plain")
+        for kind in ("cut by the product", "cut by factors", "plain traces")
     ],
-    "grpo_lambda_selective": [("recipes", "selective traces")],
+    **{
+        recipe: [("updates", label) for label in labels]
+        for recipe, labels in {
+            "gspo": ["GSPO, 4 updates", "GSPO, ratio to the sampler"],
+            "gmpo": ["GMPO, 8 updates"],
+            "cispo": ["CISPO, 1 update", "CISPO, ratio to the sampler"],
+            "sapo": ["SAPO, ratio to the sampler"],
+            "dppo": ["DPPO, ratio to the sampler"],
+            "vespo": ["VESPO, ratio to the sampler"],
+            "s_trace_like": ["S-trace-like, 4 updates"],
+        }.items()
+    },
+    "opd": [("teachers", "OPD, larger teacher")],
+    "grpo_opd": [("teachers", "GRPO and OPD, larger teacher")],
+    "rlsd": [("teachers", label) for label in ("RLSD", "RLSD, scorer follows the policy")],
+    "sdpo": [("teachers", "SDPO")],
+    "tempo": [("teachers", "TEMPO")],
+    "vapo": [("teachers", "VAPO")],
+    "ktae": [("teachers", "KTAE")],
+    "grpo_lambda_entropy_mask": [("recipes", "selective traces")],
     "grpo_lambda_terminal": [("recipes", "terminal trace (ablation)")],
     "lambda_grpo": [("recipes", "λ-GRPO (2510.06870)")],
     "lambda_grpo_prefix": [("recipes", "λ-GRPO, prefix sets (2509.21154)")],
@@ -47,16 +74,31 @@ ROWS = {
         ("recipes", f"GRPO-λ {shape} {application}"),
         ("recipes", f"GRPO-λ {shape} {application}, no clamp"),
         ("epochs", f"GRPO-λ {shape} {application}, two epochs"),
+        *(
+            ("updates", f"GRPO-λ {shape} {application}, {what}")
+            for what in ("4 updates", "ratio to the sampler", "normalised")
+        ),
     ]
     for shape in ("recent", "both")
     for application, name in (("ε-trace", ""), ("ε-weight", "_weight"))
 }
-"""Rows of the tables of results, by recipe; a recipe that is not here has not been compared."""
+"""Rows of the tables of results, by recipe. Those that have not been measured are left out."""
+
+
+def rows_of(name: str) -> list[tuple[str, str]]:
+    """The rows of a recipe that there are: table and label."""
+    there = [(table, label) for table, label in ROWS.get(name, []) if _is_there(table)]
+    return [(table, label) for table, label in there if label in results(table)[1]]
+
+
+def _is_there(table: str) -> bool:
+    return (RESULTS / f"{table}.md").is_file()
 
 
 OVERRIDES = {
+    "guide": " algorithm.rollout.follow_up.hint=answer",
     "g2rpo_a": " data.source=file data.path=FILE \\\n        data.solution_column=solution "
-    "algorithm.rollout.guidance.max_tokens=8 verifier.rules='[{name: math_answer}]'"
+    "algorithm.rollout.guidance.max_tokens=8 verifier.rules='[{name: math_answer}]'",
 }
 """What a recipe needs besides on the tiny preset."""
 
@@ -99,6 +141,8 @@ def results(table: str) -> tuple[str, dict[str, list[str]]]:
 def shown(value: object) -> str:
     if isinstance(value, bool):
         return str(value).lower()
+    if isinstance(value, str) and "\n" in value:
+        return json.dumps(value)
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
@@ -107,7 +151,7 @@ def part(name: str) -> str:
     lines = ["| constant | value |", "|---|---|"]
     lines += [f"| `{key}` | {shown(value)} |" for key, value in constants(name)]
     by_table: dict[str, list[str]] = {}
-    for table, label in ROWS.get(name, []):
+    for table, label in rows_of(name):
         by_table.setdefault(table, []).append(label)
     for table, labels in by_table.items():
         command, rows = results(table)
@@ -132,7 +176,7 @@ def with_parts(text: str) -> str:
         pattern = re.escape(begin(entry.name)) + ".*?" + re.escape(END)
         filled = f"{begin(entry.name)}{part(entry.name)}{END}"
         text = re.sub(pattern, lambda _, filled=filled: filled, text, flags=re.DOTALL)
-    return text
+    return with_table(text)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,8 @@ from typing import Literal, get_args, get_origin, get_type_hints
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(Path(__file__).resolve().parent)]
 
+from between_marks import with_part  # noqa: E402
+
 from common.config.bounds import bound_of  # noqa: E402
 from learner.algorithm.advantages import BASELINES  # noqa: E402
 from learner.algorithm.aggregation import AGGREGATIONS  # noqa: E402
@@ -17,15 +19,15 @@ from learner.algorithm.corrections import CORRECTIONS  # noqa: E402
 from learner.algorithm.credit import CREDITS  # noqa: E402
 from learner.algorithm.objectives import OBJECTIVES  # noqa: E402
 from learner.algorithm.selection import ROLLOUTS  # noqa: E402
+from learner.algorithm.token_advantages import ADVANTAGES  # noqa: E402
 
+AXES = (ROLLOUTS, BASELINES, ADVANTAGES, CREDITS, OBJECTIVES, CORRECTIONS, AGGREGATIONS)
 PAGE = ROOT / "learner" / "README.md"
-BEGIN = "<!-- arguments: made by tests/support/rule_arguments.py -->\n"
-END = "<!-- end of arguments -->\n"
 
 
 def table() -> str:
     lines = ["| rule | argument | default | bound |", "|---|---|---|---|"]
-    for axis in (ROLLOUTS, BASELINES, CREDITS, OBJECTIVES, CORRECTIONS, AGGREGATIONS):
+    for axis in AXES:
         for kind, rule in axis.rules.items():
             hints = get_type_hints(rule, include_extras=True)
             for name, each in parameters(rule).items():
@@ -39,9 +41,7 @@ def table() -> str:
 
 def with_table(text: str) -> str:
     """`text` with the table between its marks."""
-    before, _, rest = text.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    return f"{before}{BEGIN}{table()}{END}{after}"
+    return with_part(text, "arguments", "rule_arguments.py", table())
 
 
 if __name__ == "__main__":

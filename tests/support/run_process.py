@@ -21,15 +21,30 @@ from common.record.trajectory_log import read_log
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ROOT / "deploy" / "configs" / "tiny.yaml"
+GUESS = TINY.with_name("tiny-guess.yaml")
 QUICK = ("eval.every=0", "eval.prompts=16", "checkpoint.every=2", "learner.credit_probe_every=0")
 """For runs that are broken on purpose: little beside their steps, and a checkpoint often."""
+
+
+EPISODES = (
+    "environment.name=guess",
+    "environment.turn_tokens=6",
+    "environment.max_turns=2",
+    "generator.max_completion_tokens=80",
+    "verifier.rules=[{name: environment}]",
+    "data.template=chat",
+    f"data.chat_template={Path(__file__).parent / 'tiny_chat.jinja'}",
+    # Its questions are no guessing game, but their answers are numbers to be found.
+    "algorithm.rollout.overlong_penalty_share=0",
+)
+"""Episodes of two turns for the tiny model."""
 
 
 PROGRAM = ("-m", "deploy.cli")
 
 
-def command(*overrides: str, program: Sequence[str] = PROGRAM) -> list[str]:
-    return [sys.executable, *program, "train", "--config", str(TINY), *overrides]
+def command(*overrides: str, program: Sequence[str] = PROGRAM, preset: Path = TINY) -> list[str]:
+    return [sys.executable, *program, "train", "--config", str(preset), *overrides]
 
 
 def run_python(*words: str, timeout_s: float) -> subprocess.CompletedProcess[str]:
@@ -45,12 +60,15 @@ def run_python(*words: str, timeout_s: float) -> subprocess.CompletedProcess[str
 
 
 def start(
-    *overrides: str, stdout: Any = subprocess.PIPE, program: Sequence[str] = PROGRAM
+    *overrides: str,
+    stdout: Any = subprocess.PIPE,
+    program: Sequence[str] = PROGRAM,
+    preset: Path = TINY,
 ) -> subprocess.Popen[str]:
     """`stdout`: a pipe holds 64 KiB, which a long run fills; give it a file."""
     with heeding_interrupts():
         return subprocess.Popen(
-            command(*overrides, program=program),
+            command(*overrides, program=program, preset=preset),
             cwd=ROOT,
             stdout=stdout,
             stderr=subprocess.STDOUT,
@@ -70,6 +88,19 @@ def heeding_interrupts() -> Iterator[None]:
         signal.signal(signal.SIGINT, inherited)
 
 
+@contextmanager
+def beside(folder: Path, **variables: str) -> Iterator[None]:
+    """Modules of `folder` can be imported by what is started inside."""
+    before = dict(os.environ)
+    paths = [str(folder), *filter(None, [before.get("PYTHONPATH")])]
+    os.environ |= {"PYTHONPATH": os.pathsep.join(paths), **variables}
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
 def finish(process: subprocess.Popen[str], timeout_s: float) -> str:
     try:
         output, _ = process.communicate(timeout=timeout_s)
@@ -87,7 +118,11 @@ AGENTS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
 def leftovers(
     before: set[int], *, patience_s: float = 10.0, ignored: tuple[str, ...] = ()
 ) -> list[str]:
-    """Processes that a run left: actors, engines, Ray itself, verifier children."""
+    """Processes that a run left: actors, engines, Ray itself, verifier children.
+
+    Those of another tree's Python are not of this test, nor those below another test run or below
+    what was there before.
+    """
     deadline = time.monotonic() + patience_s
     marks = ("ray::", "raylet", "gcs_server", "EngineCore", "actors.sandbox")
     while True:
@@ -96,11 +131,23 @@ def leftovers(
             line = " ".join(process.info["cmdline"] or [process.info["name"] or ""])
             if process.info["pid"] in before or any(name in line for name in ignored):
                 continue
-            if any(mark in line for mark in marks):
+            if "/.venv/bin/python" in line.split(" ")[0] and sys.executable not in line:
+                continue
+            if any(mark in line for mark in marks) and not _of_others(process, before):
                 found.append(f"{process.info['pid']} {line[:80]}")
         if not found or time.monotonic() > deadline:
             return found
         time.sleep(0.5)
+
+
+def _of_others(process: psutil.Process, before: set[int]) -> bool:
+    """Whether it is below a living process that this test has nothing to do with."""
+    ours = {os.getpid(), *(each.pid for each in psutil.Process().parents())}
+    try:
+        above = [each for each in process.parents() if each.pid not in ours]
+        return any(each.pid in before or "pytest" in " ".join(each.cmdline()) for each in above)
+    except psutil.NoSuchProcess:
+        return False  # it ended just now; the next look will tell
 
 
 def inspect(run: Path) -> tuple[int, str]:
@@ -117,11 +164,15 @@ def last_step(run: Path) -> int:
     )
 
 
-def wait_for_step(process: subprocess.Popen[str], run: Path, step: int) -> None:
-    deadline = time.monotonic() + 240
+def wait_for_step(
+    process: subprocess.Popen[str], run: Path, step: int, patience_s: float = 240
+) -> None:
+    deadline = time.monotonic() + patience_s
     while last_step(run) < step:
         assert process.poll() is None, finish(process, 10)
-        assert time.monotonic() < deadline, f"no step {step}"
+        if time.monotonic() > deadline:
+            os.killpg(process.pid, signal.SIGKILL)
+            pytest.fail(f"no step {step} in {patience_s:.0f} s:\n{finish(process, 10)}")
         time.sleep(0.02)
 
 

@@ -119,7 +119,7 @@ def rollout_of(
     announce: Callable[[GroupReceipt], None] | None = None,
 ) -> Rollout:
     config = config_with(*overrides)
-    staleness = config.generator.max_staleness
+    staleness, follow_up = config.generator.max_staleness, config.algorithm.rollout.follow_up
     log = TrajectoryLogClient(Handle(writer), Waits(), 10.0)
     guidance = Guidance(config.algorithm.rollout.guidance, 1, 7)
     book = GroupBook(
@@ -136,7 +136,13 @@ def rollout_of(
         book=book,
         log=log,
         guidance=guidance,
-        sampling=GroupSampling(config.batch.group_size, 8, 1.0),
+        sampling=GroupSampling(
+            config.batch.group_size,
+            8,
+            1.0,
+            follow_up=None if follow_up.kind == "none" else follow_up,
+            group_size=config.batch.group_size,
+        ),
         seed=5 if staleness == 0 else None,
     )
     return Rollout(loop, RolloutState(source, book, guidance, log, config.batch.group_size))

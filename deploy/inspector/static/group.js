@@ -4,8 +4,9 @@ import { shade } from "./colour.js";
 import { byId, counted, el, exact, short } from "./dom.js";
 import { QUANTITIES, scaleOf } from "./quantities.js";
 import { address, change, current } from "./state.js";
-import { neighbours } from "./table.js";
+import { ENDED, neighbours } from "./table.js";
 import { hideDetails, paint, tokenField } from "./tokens.js";
+import { valueCurve } from "./values.js";
 
 let group = null;
 let rule = null; // whose credit stands beside the run's
@@ -98,7 +99,8 @@ function step(id, label, end = "") {
 }
 
 function toolbar() {
-  const choices = Object.entries(QUANTITIES).map(([name, { label }]) =>
+  const has = ({ needs }) => !needs || group.completions.some(({ tokens }) => tokens[needs] !== null);
+  const choices = Object.entries(QUANTITIES).filter(([, quantity]) => has(quantity)).map(([name, { label }]) =>
     el("label", {},
       el("input", { type: "radio", name: "colour", value: name, onchange: () => change({ colour: name }) }),
       label));
@@ -136,7 +138,7 @@ function legend({ quantity, largest, signed, found, colour }) {
   ramp.style.backgroundImage = `linear-gradient(to right, ${ends.join(", ")})`;
   const below = signed ? [-largest, -largest / 4] : [];
   const marks = [...below, 0, largest / 4, largest].map((value) => el("span", {}, short(value)));
-  const unit = quantity === QUANTITIES.log_ratio ? ", nats" : "";
+  const unit = [QUANTITIES.log_ratio, QUANTITIES.scorer].includes(quantity) ? ", nats" : "";
   return [el("div", { class: "scale" }, ramp, el("div", { class: "marks" }, ...marks)),
     el("span", { class: "muted" }, `square-root scale${unit}`)];
 }
@@ -147,6 +149,7 @@ function article(completion, stepOfGroup) {
   const drawn = shown.map((each) => ({ completion: each, parts: tokenField(each, stepOfGroup) }));
   const element = el("article", { class: "completion", "aria-label": `Completion ${completion.index}` },
     cardHead(completion),
+    valueCurve(completion),
     ...drawn.flatMap(({ completion: each, parts }) => [...(each.rule ? [ruleHead(each)] : []), ...parts]));
   const fields = drawn.map(({ completion: each, parts: [field] }) => ({ completion: each, field }));
   for (const { field } of fields) {
@@ -172,10 +175,14 @@ function cardHead(completion) {
   const { tokens } = completion;
   const [oldest, newest] = [Math.min(...tokens.version), Math.max(...tokens.version)];
   const versions = oldest === newest ? `version ${oldest}` : `versions ${oldest} to ${newest}`;
-  const ended = { stop: "ended itself", length: "cut at the limit" }[completion.finish_reason];
+  const ended = ENDED[completion.finish_reason];
+  const { turns, environment_verdict: said, environment_s: seconds } = completion;
   const facts = [
     ended ?? completion.finish_reason,
     counted(tokens.id.length, "token"),
+    ...(turns.length > 1 ? [counted(turns.length, "turn")] : []),
+    ...(completion.segments.length > 1 ? [counted(completion.segments.length, "conversation")] : []),
+    ...(seconds ? [`${short(seconds)} s in the environment`] : []),
     ...(completion.guidance_length ? [`${completion.guidance_length} of them guidance`] : []),
     completion.generator,
     ...(tokens.version.length ? [versions] : []),
@@ -188,11 +195,14 @@ function cardHead(completion) {
       el("span", {}, "reward ", el("b", {}, short(completion.reward))),
       el("span", { title: `Advantage A: ${exact(completion.advantage)}` }, "A ", el("b", {}, withSign(completion.advantage))),
       ...(completion.suspicious ? [el("span", { class: "chip", title: "Walls of the sandbox that its program touched" }, `suspicious: ${completion.suspicious}`)] : []),
+      ...(["error", "timeout"].includes(said) ? [el("span", { class: `chip ${said}`, title: completion.environment_reason }, `environment: ${said}`)] : []),
+      ...(completion.part ? [el("span", { class: "chip" }, completion.part)] : []),
       ...(completion.trained === false ? [el("span", { class: "chip" }, "not trained on")] : [])),
     el("div", { class: "verdicts" },
       ...Object.entries(completion.verdicts).map(([name, { reward, verdict }]) =>
         el("span", { class: `chip ${verdict}` }, `${name}: ${verdict}${reward === null ? "" : ` ${short(reward)}`}`))),
-    el("p", { class: "muted" }, facts.join(" · ")));
+    el("p", { class: "muted" }, facts.join(" · ")),
+    ...(completion.own_prompt ? [el("details", {}, el("summary", {}, "Its own prompt"), el("pre", { class: "prompt" }, completion.own_prompt))] : []));
 }
 
 function withSign(value) {

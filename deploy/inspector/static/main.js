@@ -5,7 +5,7 @@ import { byId, counted, el } from "./dom.js";
 import { colourGroup, showGroup } from "./group.js";
 import { openSource } from "./source.js";
 import { current, onChange } from "./state.js";
-import { buildTable, showControls, showRows, tableQuery } from "./table.js";
+import { buildTable, showControls, showEpisodes, showRows, tableQuery } from "./table.js";
 import { hideDetails } from "./tokens.js";
 
 const POLL_MS = 3000;
@@ -23,12 +23,17 @@ async function draw(fresh) {
   const mine = asked;
   const id = current().group;
   const isLate = () => mine !== asked;
+  byId("table").setAttribute("aria-busy", "true");
   try {
     await (id === undefined ? drawOverview(isLate) : drawGroup(id, fresh, isLate));
     fail(null);
   } catch (error) {
     if (!isLate()) {
       fail(error);
+    }
+  } finally {
+    if (!isLate()) {
+      byId("table").setAttribute("aria-busy", "false"); // its rows are those of its headings
     }
   }
 }
@@ -99,6 +104,7 @@ function showFacts() {
     `credit of ${counted(facts.credit_steps, "step")}`,
   ].join(" · ");
   byId("config-text").textContent = facts.config;
+  showEpisodes(facts.episodes);
   byId("notes").replaceChildren(...facts.notes.map((note) => el("li", {}, note)));
 }
 

@@ -2,15 +2,19 @@
 
 import { category, shade } from "./colour.js";
 import { exact } from "./dom.js";
+import { segmentOf, withError } from "./values.js";
 
-const diverging = (label, value) => ({ label, value, kind: "diverging" });
+const diverging = (label, value, needs = null) => ({ label, value, kind: "diverging", needs });
 const kinds = (label, value, name) => ({ label, value, kind: "category", name });
 
-/** By name in the address: its label, its value for token i, and the sort of its scale. */
+/** By name in the address: its label, its value for token i, the sort of its scale, and the list of
+ * tokens without which a group does not offer it. */
 export const QUANTITIES = {
   advantage: diverging("λ-advantage", (tokens, i) => at(tokens.advantage, i)),
   trace_weight: diverging("trace weight", (tokens, i) => at(tokens.trace_weight, i)),
   log_ratio: diverging("log-probability ratio", logRatio),
+  scorer: diverging("scorer's log-ratio", scorersRatio, "score"),
+  value: diverging("critic's value", (tokens, i) => at(tokens.value, i), "value"),
   version: kinds("weight version", (tokens, i) => tokens.version[i], (value) => `version ${value}`),
   in_loss: kinds("loss mask", (tokens, i) => tokens.in_loss[i], (value) => (value ? "in the loss" : "not in the loss")),
 };
@@ -23,6 +27,12 @@ function at(list, i) {
 function logRatio(tokens, i) {
   const [learner, behaviour] = [at(tokens.logprob, i), tokens.behaviour_logprob[i]];
   return learner === null || behaviour === null ? null : learner - behaviour;
+}
+
+/** log π of the scorer less that of the sampler, nats. */
+function scorersRatio(tokens, i) {
+  const [scorer, behaviour] = [at(tokens.score, i), tokens.behaviour_logprob[i]];
+  return scorer === null || behaviour === null ? null : scorer - behaviour;
 }
 
 /**
@@ -53,6 +63,7 @@ export function valuesOf(completion, i, step) {
   const ratio = logRatio(tokens, i);
   const rounded = (value) => (value === null ? "–" : String(Number(value.toPrecision(7))));
   const version = tokens.version[i];
+  const measured = segmentOf(completion, i);
   const staleness = step === null ? "" : ` (staleness ${step - 1 - version})`;
   return [
     ["token", `${i + 1} of ${tokens.id.length}`, `completion ${completion.index}`],
@@ -61,8 +72,11 @@ export function valuesOf(completion, i, step) {
     ["text", tokens.text === null ? "–" : quoted(tokens.text[i])],
     ["λ-advantage", exact(at(tokens.advantage, i)), "A times the trace weight"],
     ["trace weight", exact(at(tokens.trace_weight, i)), "c, the credit the token gets"],
+    ...(measured ? [["measured", withError(measured.advantage, measured.advantage_error), "what the token's segment was worth, by branches, with its standard error"]] : []),
     ["log π learner", exact(at(tokens.logprob, i)), "nats, before the step"],
     ["log π sampler", exact(tokens.behaviour_logprob[i]), "nats, when it was sampled"],
+    ...(tokens.score === null ? [] : [["log π scorer", exact(at(tokens.score, i)), "nats"]]),
+    ...(tokens.value === null ? [] : [["critic's value", exact(at(tokens.value, i)), "of the state before the token"]]),
     ["log ratio", rounded(ratio), "learner less sampler, nats"],
     ["ratio", ratio === null ? "–" : rounded(Math.exp(ratio)), "exp of the log ratio"],
     ["weight version", `${version}${staleness}`],

@@ -1,7 +1,8 @@
 // Where the data come from: the server, or the sample that a single file embeds. Both answer the
 // same four questions: facts(), series(keys), groups(query), group(id).
 
-export const RANGES = ["reward", "length", "staleness", "step"];
+export const RANGES = ["reward", "length", "turns", "tool_errors", "staleness", "step"];
+export const ENDS = ["stop", "length", "turns", "context", "error", "timeout"];
 export const PAGE_SIZE = 50;
 
 /** The source of this page. */
@@ -72,7 +73,7 @@ class EmbeddedSource {
     const texts = new Map(this.#data.details.map((group) => [group.group, textsOf(group)]));
     const needle = (query.text ?? "").toLowerCase();
     const found = this.#data.rows.filter(
-      (row) => inRanges(row, query) && texts.get(row.group).some((text) => text.includes(needle)),
+      (row) => inRanges(row, query) && (!query.end || row.ends.includes(query.end)) && texts.get(row.group).some((text) => text.includes(needle)),
     );
     found.sort((a, b) => compared(a, b, query.sort, query.descending === "true"));
     const first = (Number(query.page) - 1) * PAGE_SIZE;

@@ -1,7 +1,7 @@
 // The table of groups: sort, filters, pages. What it shows is always the state of the address.
 
 import { byId, counted, el, short } from "./dom.js";
-import { PAGE_SIZE, RANGES } from "./source.js";
+import { ENDS, PAGE_SIZE, RANGES } from "./source.js";
 import { address, change, current } from "./state.js";
 
 const COLUMNS = [
@@ -11,6 +11,8 @@ const COLUMNS = [
   ["reward", "Mean reward", "number"],
   ["spread", "Reward spread", "number"],
   ["length", "Mean length", "number"],
+  ["turns", "Mean turns", "number"],
+  ["tool_errors", "Tool errors", "number"],
   ["staleness", "Staleness", "number"],
   ["completions", "Completions", "number"],
   ["state", "State", "text"],
@@ -19,10 +21,19 @@ const TITLES = {
   reward: "Mean over the completions that have a reward",
   spread: "Standard deviation over the completions that have a reward",
   length: "Mean of the sampled tokens of a completion",
+  turns: "Mean over the completions",
+  tool_errors: "Tool calls of all completions that could not be made",
   staleness: "Versions between the group's dispatch and the step that trained on it",
   state: "What the ledger says became of the group",
 };
 
+const OF_EPISODES = ["turns", "tool_errors", "end"];
+export const ENDED = {
+  stop: "ended itself", length: "cut at the limit", turns: "out of turns", context: "context full",
+  error: "environment failed", timeout: "environment too slow",
+};
+
+let episodes = false; // whether the run has any of several turns
 let shown = [];
 let total = 0;
 
@@ -31,7 +42,7 @@ export function tableQuery() {
   const state = current();
   const descending = state.sort.startsWith("-");
   const query = { sort: state.sort.replace(/^-/, ""), descending: String(descending), page: state.page };
-  for (const key of ["text", ...RANGES.flatMap((name) => [`${name}_min`, `${name}_max`])]) {
+  for (const key of ["text", "end", ...RANGES.flatMap((name) => [`${name}_min`, `${name}_max`])]) {
     if (state[key]) {
       query[key] = state[key];
     }
@@ -52,6 +63,9 @@ export function buildTable() {
     el("label", { class: "wide" }, "Text in prompt or completion",
       el("input", { type: "search", name: "text", maxlength: "200", autocomplete: "off" })),
     ...RANGES.map(range),
+    el("label", { class: "choice", "data-of": "end" }, "An episode",
+      el("select", { name: "end" }, el("option", { value: "" }, "any"),
+        ...ENDS.map((end) => el("option", { value: end }, ENDED[end])))),
     el("button", { type: "button", id: "clear", onclick: clear }, "Clear"),
   );
   form.addEventListener("change", (event) => change({ [event.target.name]: event.target.value, page: null }));
@@ -64,10 +78,11 @@ function range(name) {
   const bound = (end) =>
     el("input", {
       type: "number", step: "any", name: `${name}_${end}`, placeholder: end,
-      "aria-label": `${name}, ${end === "min" ? "at least" : "at most"}`,
+      "aria-label": `${name.replaceAll("_", " ")}, ${end === "min" ? "at least" : "at most"}`,
     });
-  const legend = el("legend", {}, name[0].toUpperCase() + name.slice(1));
-  return el("fieldset", {}, legend, bound("min"), el("span", { "aria-hidden": "true" }, "–"), bound("max"));
+  const words = name.replaceAll("_", " ");
+  const legend = el("legend", {}, words[0].toUpperCase() + words.slice(1));
+  return el("fieldset", { "data-of": name }, legend, bound("min"), el("span", { "aria-hidden": "true" }, "–"), bound("max"));
 }
 
 function clear() {
@@ -79,6 +94,18 @@ function turn(by) {
   change({ page: String(Number(current().page) + by) });
 }
 
+/** What only episodes of several turns have is shown where the run has any. */
+export function showEpisodes(any) {
+  episodes = any;
+  for (const filter of byId("filters").querySelectorAll("[data-of]")) {
+    filter.hidden = !any && OF_EPISODES.includes(filter.dataset.of);
+  }
+}
+
+function columns() {
+  return COLUMNS.filter(([name]) => episodes || !OF_EPISODES.includes(name));
+}
+
 /** Put the address's filters and sort into the controls. */
 export function showControls() {
   const state = current();
@@ -88,7 +115,7 @@ export function showControls() {
     }
   }
   const focused = document.activeElement?.dataset?.column;
-  byId("columns").replaceChildren(...COLUMNS.map((column) => heading(column, state.sort)));
+  byId("columns").replaceChildren(...columns().map((column) => heading(column, state.sort)));
   byId("columns").querySelector(`[data-column="${focused}"]`)?.focus();
 }
 
@@ -120,7 +147,7 @@ export function showRows({ rows, total: all, searched }) {
 function line(row) {
   const href = address({ group: String(row.group) });
   const link = el("a", { href, "data-group": row.group }, String(row.group));
-  const cells = COLUMNS.map(([name, , kind]) => {
+  const cells = columns().map(([name, , kind]) => {
     if (name === "group") {
       return el("td", { class: kind }, link);
     }

@@ -1,7 +1,8 @@
 // The tokens of a completion: one element each, coloured, with all numbers on hover and on focus.
 
-import { byId, counted, el } from "./dom.js";
+import { byId, counted, el, short } from "./dom.js";
 import { valuesOf } from "./quantities.js";
+import { worthOfTurn } from "./values.js";
 
 const FIRST = 3000; // tokens of a completion that are drawn before someone asks for the rest
 
@@ -15,7 +16,8 @@ export function tokenField(completion, step) {
   const drawn = (upTo) => {
     const from = field.querySelectorAll(".token").length;
     for (let i = from; i < upTo; i += 1) {
-      field.append(...token(completion, i));
+      field.append(...conversation(completion, i));
+      place(field, completion, i).append(...token(completion, i));
     }
   };
   drawn(Math.min(count, FIRST));
@@ -42,14 +44,43 @@ export function tokenField(completion, step) {
   return [field, more];
 }
 
+/** What stands before the first token of a conversation: its place, and the prompt behind it. */
+function conversation(completion, i) {
+  const place = completion.segments.findIndex(({ begin }) => begin === i);
+  if (place < 0) {
+    return [];
+  }
+  const title = `conversation ${place + 1} of ${completion.segments.length}`;
+  return [el("details", { class: "conversation" },
+    el("summary", {}, title),
+    el("pre", { class: "prompt" }, completion.segments[place].prompt))];
+}
+
+/** What token `i` is put into: the field, or its part of a conversation, which it may begin. */
+function place(field, completion, i) {
+  if (completion.turns.length < 2) {
+    return field;
+  }
+  const turn = turnOf(completion, i);
+  const begins = completion.segments.some(({ begin }) => begin === i);
+  if (i === 0 || begins || turn !== turnOf(completion, i - 1)) {
+    const head = el("div", { class: "mark" }, turn < 0 ? "given" : turnName(completion, turn));
+    field.append(el("section", { class: turn < 0 ? "told" : "said" }, head, el("div", {})));
+  }
+  return field.lastElementChild.lastElementChild;
+}
+
 function token(completion, i) {
   const { tokens, guidance_length: guided } = completion;
+  const turn = turnOf(completion, i);
   const classes = ["token"];
   if (!tokens.in_loss[i]) {
     classes.push("masked");
   }
   if (i < guided) {
     classes.push("guided");
+  } else if (turn < 0) {
+    classes.push("given");
   }
   const element = el("span", { class: classes.join(" "), "data-index": i, tabindex: "-1" }, visible(tokens, i));
   const mark = (text) => el("span", { class: "mark" }, text);
@@ -58,6 +89,28 @@ function token(completion, i) {
     element,
     ...(guided > 0 && i === guided - 1 ? [mark(" sampled ")] : []),
   ];
+}
+
+/** Place of the turn that token `i` was sampled in; -1 where it was given. */
+function turnOf(completion, i) {
+  return completion.turns.findIndex(({ begin, end }) => begin <= i && i < end);
+}
+
+/** What stands above a turn: its place, its reward, the credit of its tokens in all, and what it was
+ * worth where that was measured. */
+function turnName(completion, turn) {
+  const { begin, end, reward, finish, calls, failed } = completion.turns[turn];
+  const credit = completion.tokens.advantage?.slice(begin, end).reduce((sum, value) => sum + (value ?? 0), 0);
+  const worth = worthOfTurn(completion, turn);
+  const facts = [
+    ...(calls ? [counted(calls, "tool call")] : []),
+    ...(failed ? [`${failed} failed`] : []),
+    ...(finish === "length" ? ["cut"] : []),
+    ...(reward === null ? [] : [`reward ${short(reward)}`]),
+    ...(credit === undefined ? [] : [`credit ${credit > 0 ? "+" : ""}${short(credit)}`]),
+    ...(worth === null ? [] : [`measured ${worth}`]),
+  ];
+  return [`turn ${turn + 1}`, ...facts].join(" · ");
 }
 
 /** What is drawn for a token: its text, line ends marked, or its id where there is no text. */

@@ -1,0 +1,191 @@
+"""What a group asks for after the verdicts of its first completions: `algorithm.rollout.follow_up`.
+
+    refine    G others behind the best of the drafts, whatever it was worth (iGRPO)
+    hint      G others behind a hint, where no completion was right (Guide)
+    branches  K continuations from some tokens of every completion (VinePPO, SPO)
+
+A rule is a pure function of the first completions, one of these or `package.module:name`. It runs
+in a generator, since tokens never pass through the coordinator. `follow_ups` makes requests of what
+it asks for. The staleness bound holds as it is: what is sampled later has no older weights than
+those under which the group was dispatched.
+
+Sources: arXiv 2602.09000 (iGRPO), 2506.13923 (Guide), 2410.01679 (VinePPO), 2505.23564 (SPO).
+Evidence: [P] paper, [I] interpretation.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pyarrow as pa
+
+from actors.data.contexts import filled_in
+from common.config.contexts import HOLE
+from common.config.follow_up import BranchConfig, FollowUpConfig
+from common.config.names import import_named
+from common.record.parts import PROBE, REPLACES
+from common.trajectory import GroupRequest
+
+
+@dataclass(frozen=True)
+class Said:
+    """A completion that has been judged."""
+
+    index: int
+    text: str
+    token_ids: list[int]
+    logprobs: list[float]
+    reward: float | None
+    accuracy: float | None
+
+
+@dataclass(frozen=True)
+class Texts:
+    """How texts become tokens, and tokens texts."""
+
+    fill: Callable[[str], list[int]]
+    """(draft) -> `GroupRequest.follow_up_ids` with the draft in their hole."""
+    decode: Callable[[list[int]], str]
+
+
+def follow_up_texts(request: GroupRequest, tokenizer: Any) -> Texts:
+    """Texts and tokens of a request's follow-ups, by a Hugging Face tokenizer."""
+
+    def fill(draft: str) -> list[int]:
+        return filled_in(request.follow_up_ids, draft, tokenizer, request.max_tokens)
+
+    def decode(token_ids: list[int]) -> str:
+        plain = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
+        return str(tokenizer.decode(token_ids, **plain))
+
+    return Texts(fill, decode)
+
+
+Rule = Callable[[GroupRequest, FollowUpConfig, Sequence[Said], Texts], list[GroupRequest]]
+
+
+def said(batches: Sequence[pa.RecordBatch]) -> list[Said]:
+    """The completions of judged batches, by index."""
+    names = ("completion_index", "text", "token_ids", "behaviour_logprobs", "reward", "accuracy")
+    rows = [
+        Said(*row)
+        for batch in batches
+        for row in zip(*(batch.column(name).to_pylist() for name in names), strict=True)
+    ]
+    return sorted(rows, key=lambda each: each.index)
+
+
+def follow_ups(request: GroupRequest, first: Sequence[Said], texts: Texts) -> list[GroupRequest]:
+    """What is asked for now; nothing where the first part is not whole.
+
+    Each is a request for completions of one kind that begin alike, with their place in the group.
+    """
+    config = request.follow_up
+    if config is None or len(first) < request.num_completions:
+        return []
+    asked, index = [], request.num_completions
+    for each in rule_of(config)(request, config, first, texts):
+        asked.append(replace(each, first_index=index, greedy=False, follow_up=None))
+        index += each.num_completions
+    return asked
+
+
+def rule_of(config: FollowUpConfig) -> Rule:
+    """The rule that `kind` names; raises `UserError` for one that cannot be imported."""
+    if config.kind in RULES:
+        return RULES[config.kind]
+    own: Rule = import_named("algorithm.rollout.follow_up.kind", config.kind, tuple(RULES))
+    return own
+
+
+def refine(
+    request: GroupRequest, config: FollowUpConfig, first: Sequence[Said], texts: Texts
+) -> list[GroupRequest]:
+    """G completions behind the draft of highest reward, the first of equals [P; first: I].
+
+    It may be wrong: all drafts being wrong is no reason not to refine [P]. Without any reward there
+    is nothing to choose by, and the group fails as one that nobody could judge.
+    """
+    judged = [(draft.reward, draft) for draft in first if draft.reward is not None]
+    if not judged:
+        return []
+    _, best = max(judged, key=lambda pair: (pair[0], -pair[1].index))
+    return [_behind(request, config, texts.fill(best.text), texts)]
+
+
+def hint(
+    request: GroupRequest, config: FollowUpConfig, first: Sequence[Said], texts: Texts
+) -> list[GroupRequest]:
+    """G completions behind the hint in place of those without it, where all of these failed [P].
+
+    A completion that nobody could judge has not failed. A question without a hint stays as it is.
+    """
+    failed = all(each.accuracy is not None and each.accuracy <= 0 for each in first)
+    if not failed or request.follow_up_ids == (HOLE,):
+        return []
+    return [_behind(request, config, list(request.follow_up_ids), texts)]
+
+
+def branches(
+    request: GroupRequest, config: FollowUpConfig, first: Sequence[Said], texts: Texts
+) -> list[GroupRequest]:
+    """K continuations from the start of each completion, and from tokens that `branch.at` names."""
+    return [
+        replace(
+            request,
+            part=PROBE,
+            continues=one.index,
+            num_completions=config.branch.samples,
+            guidance_ids=tuple(one.token_ids[:at]),
+            num_guided=config.branch.samples if at else 0,
+            mask_guidance=True,
+        )
+        for one in first
+        for at in branch_points(one, config.branch, texts.decode)
+    ]
+
+
+def branch_points(one: Said, config: BranchConfig, decode: Callable[[list[int]], str]) -> list[int]:
+    """Numbers of first tokens behind which a completion is continued, ascending, 0 first."""
+    count = len(one.token_ids)
+    if config.at == "every":
+        found = list(range(config.every, count, config.every))
+    elif config.at == "probability":
+        unsure = [t for t in range(count) if one.logprobs[t] < math.log(config.below)]
+        found = unsure[config.every - 1 :: config.every]
+    else:
+        found = [t + 1 for t in range(count) if config.separator in decode([one.token_ids[t]])]
+    # A prefix that the text does not begin with has a part of what ended the completion.
+    inside = [t for t in found if 0 < t < count and one.text.startswith(decode(one.token_ids[:t]))]
+    points = [0, *inside] if count else []
+    if len(points) <= config.most:
+        return points
+    last = len(points) - 1
+    return sorted({points[round(i * last / max(1, config.most - 1))] for i in range(config.most)})
+
+
+def _behind(
+    request: GroupRequest, config: FollowUpConfig, prompt_ids: list[int], texts: Texts
+) -> GroupRequest:
+    """The learner's completions of the group, sampled behind another prompt."""
+    asked = replace(request, part=REPLACES, num_completions=request.num_follow_up)
+    if not config.behind_own:
+        return replace(asked, sampled_behind=tuple(prompt_ids))
+    return replace(asked, prompt_ids=prompt_ids, prompt_text=texts.decode(prompt_ids))
+
+
+def _nothing(
+    request: GroupRequest, config: FollowUpConfig, first: Sequence[Said], texts: Texts
+) -> list[GroupRequest]:
+    return []
+
+
+RULES: Mapping[str, Rule] = {
+    "none": _nothing,
+    "refine": refine,
+    "hint": hint,
+    "branches": branches,
+}

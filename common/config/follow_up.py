@@ -1,0 +1,125 @@
+"""More completions of a group, asked for after the verdicts of the first: `common.record.parts`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+from common.config.bounds import Count, PositiveShare
+from common.config.contexts import follow_up_template
+from common.config.names import Names
+from common.errors import UserError
+
+
+@dataclass
+class BranchConfig:
+    """Where completions are continued anew, to measure what their first tokens are worth."""
+
+    at: Literal["probability", "every", "separator"] = "probability"
+    """Rule that says which tokens have a branch before them, besides the first. `every` takes each
+    n-th, `probability` each n-th of those less probable than `below` (SPO), `separator` those
+    behind a token with a `separator` (VinePPO)."""
+    every: Count = 5
+    """Number n of the rules `every` and `probability`."""
+    below: PositiveShare = 0.9
+    """Probability under which a token counts for the rule `probability`."""
+    separator: str = "."
+    """Text that a token has for the rule `separator`."""
+    samples: Count = 9
+    """Continuations of each branch."""
+    most: Count = 20
+    """Most branches of a completion, that at its start included. Of more, as many are kept, evenly
+    apart."""
+
+
+@dataclass
+class FollowUpConfig:
+    """More completions of a group, asked for after the verdicts of the first."""
+
+    kind: Annotated[str, Names("none", "refine", "hint", "branches")] = "none"
+    """What is asked for (`actors.generation.follow_ups`). `refine`: the first completions are
+    drafts, and `batch.group_size` others are sampled behind the best of them (iGRPO). `hint`: where
+    no completion of a group is right, others take their place that were sampled behind a hint
+    (Guide). `branches`: continuations from inside of the completions, which measure what their
+    first tokens are worth and are not trained on (VinePPO, SPO)."""
+    drafts: Count = 4
+    """Drafts of a group under `refine`."""
+    hint: Literal["solution", "answer"] = "solution"
+    """What `hint` shows: what `data.solution_column` has, or the right answer."""
+    template: str | None = None
+    """Text of the prompt of a follow-up, with `{prompt}` and `{draft}` or `{hint}`. Null takes one
+    of `common.config.contexts`."""
+    train_behind: Literal["own", "prompt"] | None = None
+    """Prompt that follow-ups are trained behind: the one that they were sampled behind (`own`), or
+    that of the group. Null is `own` under `refine`, `prompt` under `hint`."""
+    branch: BranchConfig = field(default_factory=BranchConfig)
+
+    @property
+    def text(self) -> str:
+        """The template of a follow-up's prompt; empty where it has the group's."""
+        if self.kind not in ("refine", "hint"):
+            return ""
+        return follow_up_template(self.slot, self.template)
+
+    @property
+    def slot(self) -> str:
+        """What the template has a place for, besides the prompt."""
+        return "draft" if self.kind == "refine" else "hint"
+
+    @property
+    def behind_own(self) -> bool:
+        """Whether follow-ups are trained behind the prompt that they were sampled behind."""
+        return (self.train_behind or {"hint": "prompt"}.get(self.kind, "own")) == "own"
+
+    def most_of(self, group_size: int) -> int:
+        """Most completions of a part of a group of `group_size`, under a rule of ours."""
+        if self.kind == "branches":
+            return group_size * self.branch.samples * self.branch.most
+        return max(group_size, self.first_of(group_size))
+
+    def first_of(self, group_size: int) -> int:
+        """Completions that are asked for first in a group of `group_size`."""
+        return self.drafts if self.kind == "refine" else group_size
+
+
+def check_follow_up(config: Any) -> None:
+    """Refuse follow-ups beside what cannot be under them.
+
+    Args:
+        config: the whole configuration (`common.config.sections.Config`).
+
+    Raises: `UserError`.
+    """
+    follow_up, rollout = config.algorithm.rollout.follow_up, config.algorithm.rollout
+    if config.algorithm.advantage.kind == "branch_values" and follow_up.kind != "branches":
+        raise UserError(
+            "algorithm.advantage.kind=branch_values goes by branches, and "
+            f"algorithm.rollout.follow_up.kind={follow_up.kind} samples none: set it to branches"
+        )
+    if follow_up.kind == "none":
+        return
+    key = f"algorithm.rollout.follow_up.kind={follow_up.kind}"
+    _ = follow_up.text
+    environment, elsewhere = config.environment, bool(follow_up.text) and not follow_up.behind_own
+    advantage, objective = config.algorithm.advantage, config.algorithm.objective
+    wrong = {
+        f"environment.name={environment.name}": environment.name is not None,
+        "environment.command": environment.command is not None,
+        f"algorithm.rollout.guidance.ratio={rollout.guidance.ratio:g}": rollout.guidance.ratio > 0,
+        "algorithm.rollout.greedy=true": rollout.greedy,
+        f"algorithm.advantage.context={advantage.context}": (
+            advantage.scorer is not None and advantage.context != "prompt"
+        ),
+        # Both compare with log-probabilities of the sampler, which read another prompt.
+        f"algorithm.advantage.scorer={advantage.scorer} against the sampler": (
+            elsewhere and advantage.scorer is not None and advantage.against != "policy"
+        ),
+        "algorithm.objective.kl_in=reward": (
+            elsewhere and objective.kl > 0 and objective.kl_in == "reward"
+        ),
+    }
+    if found := [name for name, is_wrong in wrong.items() if is_wrong]:
+        raise UserError(
+            f"{key} and {found[0]} do not go together: follow-ups are of single answers, each "
+            "begun by the policy, and scored behind its own prompt. Set one of them off"
+        )

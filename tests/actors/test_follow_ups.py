@@ -1,0 +1,322 @@
+"""Follow-ups: what rules ask for after the verdicts, and how a generator samples it."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+from byte_tokenizers import byte_tokenizer
+from judged_groups import judged, request, said
+
+from actors.data.contexts import filled_in
+from actors.data.prompts import PromptSource, build_prompt_source
+from actors.generation.engine import Completion
+from actors.generation.follow_ups import Said, Texts, branch_points, follow_ups
+from actors.generation.follow_ups import said as read
+from actors.generation.generator import Generator
+from actors.generation.texts import Texts as Decoder
+from common.config.contexts import HOLE
+from common.config.follow_up import BranchConfig, FollowUpConfig
+from common.config.load import load_config
+from common.config.sections import DataConfig, GeneratorConfig, ModelConfig
+from common.errors import UserError
+from common.record.parts import PROBE, REPLACES
+from common.trajectory import GroupRequest
+
+TEXTS = Texts(lambda draft: [50, *map(ord, draft), 51], lambda ids: ",".join(map(str, ids)))
+
+
+def drafts(*rewards: float | None) -> list[Said]:
+    return [
+        Said(i, f"d{i}", [i, i, i], [-0.1] * 3, reward, reward) for i, reward in enumerate(rewards)
+    ]
+
+
+def refining(**changes: Any) -> GroupRequest:
+    config = FollowUpConfig(kind="refine", **changes)
+    return request(follow_up=config, follow_up_ids=(50, HOLE, 51), num_follow_up=3)
+
+
+@pytest.mark.parametrize(
+    ("rewards", "best"),
+    [((0.0, 1.0), "d1"), ((1.0, 1.0), "d0"), ((None, 0.0), "d1"), ((0.0, 0.0), "d0")],
+)
+def test_the_best_draft_is_refined_and_the_first_of_equals(
+    rewards: tuple[float | None, ...], best: str
+) -> None:
+    (asked,) = follow_ups(refining(), drafts(*rewards), TEXTS)
+    assert (asked.part, asked.num_completions, asked.first_index) == (REPLACES, 3, 2)
+    assert asked.prompt_ids == [50, *map(ord, best), 51]
+    assert asked.prompt_text == TEXTS.decode(asked.prompt_ids)
+    assert asked.sampled_behind == ()
+    assert asked.follow_up is None
+
+
+def test_what_is_trained_behind_the_plain_prompt_is_only_sampled_behind_the_other() -> None:
+    (asked,) = follow_ups(refining(train_behind="prompt"), drafts(0.0, 1.0), TEXTS)
+    assert asked.prompt_ids == [1, 2]
+    assert list(asked.sampled_behind) == [50, *map(ord, "d1"), 51]
+
+
+def test_drafts_that_nobody_could_judge_are_not_refined() -> None:
+    assert follow_ups(refining(), drafts(None, None), TEXTS) == []
+
+
+def test_a_first_part_that_was_cut_short_has_no_follow_up() -> None:
+    assert follow_ups(refining(), drafts(1.0), TEXTS) == []
+
+
+@pytest.mark.parametrize(
+    ("rewards", "hint_ids", "asks"),
+    [
+        ((0.0, 0.0), (50, 51), True),
+        ((0.0, 1.0), (50, 51), False),
+        ((0.0, None), (50, 51), False),
+        ((0.0, 0.0), (HOLE,), False),
+    ],
+)
+def test_a_hint_is_given_where_all_have_failed_and_there_is_one(
+    rewards: tuple[float | None, ...], hint_ids: tuple[int, ...], asks: bool
+) -> None:
+    config = FollowUpConfig(kind="hint")
+    group = request(follow_up=config, follow_up_ids=hint_ids, num_follow_up=2)
+    found = follow_ups(group, drafts(*rewards), TEXTS)
+    assert [(each.part, each.sampled_behind, each.prompt_ids) for each in found] == (
+        [(REPLACES, (50, 51), [1, 2])] if asks else []
+    )
+
+
+def test_branches_are_at_the_start_and_inside_and_begin_as_their_completion() -> None:
+    config = FollowUpConfig(kind="branches", branch=BranchConfig(at="every", every=2, samples=4))
+    first = [
+        Said(0, "10,11,12,13", [10, 11, 12, 13], [-1.0] * 4, 1.0, 1.0),
+        Said(1, "20", [20], [-1.0], 0.0, 0.0),
+    ]
+    found = follow_ups(request(follow_up=config), first, TEXTS)
+    assert [(each.continues, each.guidance_ids, each.num_guided) for each in found] == [
+        (0, (), 0),
+        (0, (10, 11), 4),
+        (1, (), 0),
+    ]
+    assert all(each.part == PROBE and each.num_completions == 4 for each in found)
+    assert [each.first_index for each in found] == [2, 6, 10]
+
+
+LIKELY = [math.log(p) for p in (0.5, 0.95, 0.5, 0.95, 0.5, 0.5)]
+
+
+@pytest.mark.parametrize(
+    ("config", "points"),
+    [
+        (BranchConfig(at="every", every=2), [0, 2, 4]),
+        (BranchConfig(at="probability", every=1), [0, 2, 4, 5]),
+        (BranchConfig(at="probability", every=2), [0, 2, 5]),
+        (BranchConfig(at="separator", separator="3"), [0, 4]),
+        (BranchConfig(at="every", every=1, most=3), [0, 2, 5]),
+        (BranchConfig(at="every", every=1, most=1), [0]),
+    ],
+)
+def test_where_branches_are(config: BranchConfig, points: list[int]) -> None:
+    one = Said(0, "0,1,2,3,4,5", [0, 1, 2, 3, 4, 5], LIKELY, 1.0, 1.0)
+    assert branch_points(one, config, TEXTS.decode) == points
+
+
+def test_no_branch_is_inside_of_what_ended_the_completion() -> None:
+    """The text ends before a stop text, whose tokens are there all the same."""
+    one = Said(0, "0,1,2", [0, 1, 2, 3, 4, 5], LIKELY, 1.0, 1.0)
+    assert branch_points(one, BranchConfig(at="every", every=1), TEXTS.decode) == [0, 1, 2, 3]
+
+
+def test_a_completion_without_tokens_has_no_branch() -> None:
+    assert branch_points(Said(0, "", [], [], 1.0, 1.0), BranchConfig(), TEXTS.decode) == []
+
+
+class Engine:
+    """Says the number of its prompt's tokens, twice."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[list[int], dict[str, Any]]] = []
+
+    async def generate(
+        self, request_id: str, prompt_ids: list[int], sampling: dict[str, Any]
+    ) -> Completion:
+        self.asked.append((prompt_ids, sampling))
+        return said([len(prompt_ids)] * 2)
+
+
+class Tokenizer:
+    def decode(self, token_ids: list[int], **_: bool) -> str:
+        return " ".join(map(str, token_ids))
+
+
+def sampled(group: GroupRequest, first: pa.RecordBatch) -> tuple[int, list[Any], Engine]:
+    """How many completions were said to come, their rows, and what the engine was asked."""
+    generator = Generator("g", ModelConfig(path="x"), GeneratorConfig(), "object_store", 0, 0, None)
+    engine = Engine()
+    generator._engine = engine  # type: ignore[assignment]
+    generator._tokenizer = Tokenizer()
+    generator._texts = Decoder(Tokenizer(), [], [])
+
+    async def collect() -> tuple[int, list[Any]]:
+        stream = generator.follow_up(group, first)
+        count = await anext(stream)
+        batches = [await generator.take_batch(number) async for number in stream]
+        return count, [row for batch in batches for row in batch.to_pylist()]
+
+    return *asyncio.run(collect()), engine
+
+
+def test_a_generator_samples_probes_behind_what_they_continue_under_seeds_of_their_own() -> None:
+    config = FollowUpConfig(kind="branches", branch=BranchConfig(at="every", every=2, samples=2))
+    group = request(follow_up=config, seed=100)
+    first = judged(group, {0: said([10, 11, 12]), 1: said([20])}, [1.0, 0.0])
+    count, rows, engine = sampled(group, first)
+    assert count == len(rows) == 6
+    assert [row["completion_index"] for row in rows] == [0, 0, 0, 0, 1, 1]
+    assert [row["guidance_length"] for row in rows] == [0, 0, 2, 2, 0, 0]
+    assert [row["token_ids"] for row in rows][:3] == [[2, 2], [2, 2], [10, 11, 4, 4]]
+    assert all(row["part"] == PROBE for row in rows)
+    assert [prompt for prompt, _ in engine.asked][2] == [1, 2, 10, 11]
+    assert [sampling["max_tokens"] for _, sampling in engine.asked] == [8, 8, 6, 6, 8, 8]
+    assert "seed" not in engine.asked[0][1]  # asynchronous: nobody seeds
+
+
+def test_a_generator_that_has_nothing_to_ask_says_so() -> None:
+    group = request(follow_up=FollowUpConfig(kind="hint"), follow_up_ids=(50, 51), num_follow_up=2)
+    first = judged(group, {0: said([10]), 1: said([20])}, [1.0, 0.0])
+    assert sampled(group, first)[:2] == (0, [])
+
+
+def test_hinted_completions_carry_both_prompts() -> None:
+    group = request(
+        follow_up=FollowUpConfig(kind="hint"), follow_up_ids=(50, 51, 52), num_follow_up=2
+    )
+    first = judged(group, {0: said([10]), 1: said([20])}, [0.0, 0.0])
+    count, rows, engine = sampled(group, first)
+    assert count == 2
+    assert [prompt for prompt, _ in engine.asked] == [[50, 51, 52]] * 2
+    assert [(row["prompt_ids"], row["sampled_behind"]) for row in rows] == [
+        ([1, 2], [50, 51, 52])
+    ] * 2
+    assert [row["completion_index"] for row in rows] == [2, 3]
+
+
+def test_judged_batches_are_read_in_the_order_of_the_group() -> None:
+    group = request()
+    one = judged(group, {1: said([20])}, [0.5])
+    other = judged(replace(group), {0: said([10, 11])}, [None])
+    found = read([one, other])
+    assert [(each.index, each.token_ids, each.reward) for each in found] == [
+        (0, [10, 11], None),
+        (1, [20], 0.5),
+    ]
+
+
+FOLLOW = "algorithm.rollout.follow_up"
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ((f"{FOLLOW}.kind=refine", f"{FOLLOW}.template=improve"), r"\{prompt\} 0 times"),
+        ((f"{FOLLOW}.kind=hint", FOLLOW + ".template='{prompt} {draft}'"), r"\{hint\} 0 times"),
+        ((f"{FOLLOW}.kind=refined",), "did you mean refine"),
+        ((f"{FOLLOW}.kind=branches", "algorithm.rollout.greedy=true"), "do not go together"),
+        (
+            (
+                f"{FOLLOW}.kind=branches",
+                "data.solution_column=s",
+                "data.source=file",
+                "data.path=x",
+                "algorithm.rollout.guidance.ratio=0.5",
+            ),
+            "do not go together",
+        ),
+        ((f"{FOLLOW}.kind=branches", "environment.name=guess"), "single answers"),
+        (("algorithm.advantage.kind=branch_values",), "set it to branches"),
+        (
+            (
+                f"{FOLLOW}.kind=hint",
+                "algorithm.objective.kl=0.1",
+                "algorithm.objective.kl_in=reward",
+            ),
+            "kl_in=reward do not go together",
+        ),
+        (
+            (
+                f"{FOLLOW}.kind=hint",
+                "algorithm.advantage.kind=distill",
+                "algorithm.advantage.scorer=reference",
+            ),
+            "against the sampler do not go together",
+        ),
+        ((f"{FOLLOW}.branch.samples=0", f"{FOLLOW}.kind=branches"), "branch.samples"),
+    ],
+)
+def test_what_follow_ups_cannot_do_is_refused(keys: tuple[str, ...], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        load_config([], ["model.path=none", *keys])
+
+
+def test_a_rule_of_the_users_own_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "my_parts.py").write_text(
+        "from dataclasses import replace\n"
+        "def again(request, config, first, texts):\n"
+        "    return [replace(request, part='joins', num_completions=len(first))]\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    group = request(follow_up=FollowUpConfig(kind="my_parts:again"))
+    (asked,) = follow_ups(group, drafts(0.0, 1.0), TEXTS)
+    assert (asked.part, asked.first_index, asked.num_completions) == ("joins", 2, 2)
+
+
+def prompts(config: FollowUpConfig, limit: int, rows: str, tmp_path: Path) -> PromptSource:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(rows)
+    data = DataConfig(source="file", path=str(path), solution_column="solution", max_bad_rows=0.9)
+    return build_prompt_source(
+        data, 0, 0, byte_tokenizer(), limit, follow_up=config, draft_tokens=10
+    )
+
+
+ROW = '{"prompt": "%s", "answer": "2", "solution": "count"}\n'
+
+
+def test_a_prompt_has_that_of_its_follow_up_beside_it(tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer()
+    config = FollowUpConfig(kind="hint", template="{prompt}|{hint}")
+    first = prompts(config, 500, ROW % "1 + 1", tmp_path).next()
+    assert "1 + 1|count" in tokenizer.decode(list(first.follow_up_ids))
+    config = FollowUpConfig(kind="refine", template="{prompt}|{draft}!")
+    first = prompts(config, 500, ROW % "1 + 1", tmp_path).next()
+    filled = filled_in(first.follow_up_ids, "a draft", tokenizer)
+    assert "1 + 1|a draft!" in tokenizer.decode(filled)
+    cut = filled_in(first.follow_up_ids, "a draft", tokenizer, most=3)
+    assert "1 + 1|a d!" in tokenizer.decode(cut)
+
+
+def test_a_row_whose_follow_up_may_not_fit_goes_to_quarantine(tmp_path: Path) -> None:
+    config = FollowUpConfig(kind="refine", template="{prompt}|{draft}")
+    rows = ROW % "1 + 1" + ROW % ("9" * 20)
+    plain = len(prompts(config, 500, rows, tmp_path).next().token_ids)
+    longest = max(prompts(FollowUpConfig(), 500, rows, tmp_path).lengths)
+    kept = prompts(config, longest + 10, rows, tmp_path)  # one token less than it needs
+    assert kept.size == 1
+    assert kept.lengths == [min(plain, longest)]
+    assert prompts(config, longest + 11, rows, tmp_path).size == 2
+
+
+def test_a_row_without_a_solution_has_no_hint_and_its_answer_is_none(tmp_path: Path) -> None:
+    config = FollowUpConfig(kind="hint", template="{prompt}|{hint}")
+    rows = '{"prompt": "1 + 1", "answer": "2", "solution": ""}\n' + ROW % "2 + 2"
+    source = prompts(config, 500, rows, tmp_path)
+    found = {p.question: p.follow_up_ids for p in (source.next(), source.next())}
+    assert found["1 + 1"] == (HOLE,)
+    assert len(found["2 + 2"]) > 1
+    with pytest.raises(UserError, match=r"set data\.solution_column, or another"):
+        prompts(config, 500, '{"prompt": "1 + 1", "answer": "2", "solution": ""}\n', tmp_path)

@@ -1,0 +1,105 @@
+"""Parts of a group: what is folded, what the learner gets, and that every completion is counted."""
+
+from __future__ import annotations
+
+import pyarrow as pa
+import pytest
+from judged_groups import judged, request, said
+
+from common.record.ledger import Outcome, outcomes_of
+from common.record.parts import PROBE, REPLACES, folded, learnt, logged_tokens
+from common.record.schema import NEWER, current, trajectory_schema
+from common.record.writer import receipt
+
+FIRST = judged(request(), {0: said([4, 5, 6]), 1: said([7])}, [1.0, 0.0])
+
+
+def probes(of: int, at: int, rewards: list[float | None]) -> pa.RecordBatch:
+    parent = FIRST.column("token_ids").to_pylist()[of]
+    asked = request(
+        part=PROBE,
+        continues=of,
+        num_completions=len(rewards),
+        guidance_ids=tuple(parent[:at]),
+        num_guided=len(rewards) if at else 0,
+        first_index=2,
+    )
+    return judged(asked, {i: said([9, 9]) for i in range(len(rewards))}, rewards)
+
+
+def whole(*parts: pa.RecordBatch) -> pa.RecordBatch:
+    return pa.concat_batches(parts).sort_by("completion_index")
+
+
+def test_probes_become_branches_and_their_values_are_means_over_those_with_a_reward() -> None:
+    group = folded(
+        whole(FIRST, probes(0, 2, [1.0, None, 0.0]), probes(0, 0, [1.0, 1.0]), probes(1, 0, [None]))
+    )
+    assert group.drop_columns(["branches"]).equals(FIRST.drop_columns(["branches"]))
+    names = ("at", "value", "error", "count", "probes", "tokens", "newest")
+    assert [
+        [tuple(branch[name] for name in names) for branch in row]
+        for row in group.column("branches").to_pylist()
+    ] == [[(0, 1.0, 0.0, 2, 2, 4, 3), (2, 0.5, 0.5, 2, 3, 6, 3)], [(0, None, None, 0, 1, 2, 3)]]
+
+
+def test_a_group_without_follow_ups_is_left_as_it_is() -> None:
+    assert folded(FIRST) is FIRST
+    assert learnt(FIRST) is FIRST
+
+
+def test_what_replaces_the_first_makes_drafts_of_them() -> None:
+    later = judged(
+        request(part=REPLACES, first_index=2, prompt_ids=[1, 2, 4], num_completions=3),
+        {i: said([8] * (i + 1)) for i in range(3)},
+        [0.0, 1.0, None],
+    )
+    group = folded(whole(FIRST, later))
+    assert learnt(group).equals(later)
+    assert group.num_rows == 5
+
+
+@pytest.mark.parametrize("outcome", ["trained", "filtered", "failed", "stale"])
+def test_every_completion_and_token_of_a_group_has_one_outcome(outcome: Outcome) -> None:
+    later = judged(
+        request(part=REPLACES, first_index=2), {0: said([8, 8]), 1: said([8] * 5)}, [1.0, None]
+    )
+    for parts, sampled, tokens in (
+        ((FIRST,), 2, 4),
+        ((FIRST, later), 4, 11),
+        ((FIRST, probes(0, 2, [1.0, None]), probes(1, 0, [0.0])), 5, 10),
+    ):
+        logged = folded(whole(*parts))
+        assert logged_tokens(logged) == tokens  # which the account and `prune` hold it against
+        found = receipt(logged, None)
+        booked = outcomes_of(found, outcome)
+        assert sum(count for count, _ in booked.values()) == sampled == found.every.completions
+        assert sum(count for _, count in booked.values()) == tokens == found.every.tokens
+
+
+def test_a_receipt_is_of_what_the_learner_gets() -> None:
+    later = judged(
+        request(part=REPLACES, first_index=2), {0: said([8, 8]), 1: said([8])}, [1.0, 1.0]
+    )
+    found = receipt(folded(whole(FIRST, later)), None)
+    assert (found.num_completions, found.num_tokens) == (2, 3)
+    assert found.rewards_equal
+    assert (found.drafts.completions, found.drafts.tokens) == (2, 4)
+
+
+def test_the_version_of_a_probe_is_that_of_its_group() -> None:
+    """A value that was measured under a version which a kill took back is not trained on."""
+    late = probes(0, 2, [1.0])
+    rows = late.to_pylist()
+    rows[0]["weight_versions"] = [3, 3, 3, 9]
+    late = pa.RecordBatch.from_pylist(rows, schema=late.schema)
+    assert receipt(FIRST, None).max_version == 3
+    assert receipt(folded(whole(FIRST, late)), None).max_version == 9
+
+
+def test_a_group_from_before_there_were_parts_is_read_as_one_without() -> None:
+    old = FIRST.drop_columns(["part", "sampled_behind", "branches"])
+    old = old.replace_schema_metadata({b"grpo_lambda.schema_version": b"7"})
+    assert learnt(old) is old
+    assert current(old).equals(FIRST.cast(trajectory_schema(["rule"])))
+    assert set(NEWER) <= set(FIRST.schema.names)
