@@ -115,10 +115,10 @@ def test_an_average_of_adapters_is_as_small_and_a_critic_has_frozen_weights_of_i
 
 
 def test_what_is_planned_for_adapters_is_what_a_process_takes(tmp_path: Path) -> None:
-    """Private memory of a rank at its peak, against the plan: within a tenth.
+    """Memory that a rank asks for at its peak, against the plan: within a tenth.
 
-    Where a processor has no bfloat16, torch widens the matrices of a product first. The plan does
-    not count that: 7 to 14 % here, as threads and the heap have it.
+    Where a processor has no bfloat16, torch widens the matrices of a product first: a tenth more,
+    which the plan does not count. Nor does it count holes between used pieces of the heap.
     """
     config = LlamaConfig(
         vocab_size=4096,
@@ -141,5 +141,7 @@ def test_what_is_planned_for_adapters_is_what_a_process_takes(tmp_path: Path) ->
     planned = kept - memory.PROCESS_BYTES["learner"] + step.activations + step.head
     script = Path(__file__).parents[1] / "support" / "learner_peak.py"
     taken = json.loads(run_python(str(script), str(tmp_path), "8", timeout_s=280).stdout)
-    assert taken == pytest.approx(planned, rel=0.1 if cpu_multiplies_bfloat16() else 0.2)
-    assert taken < 0.3 * memory.estimate(run, parameters).learner
+    widened = 0.0 if cpu_multiplies_bfloat16() else 0.1
+    assert taken["allocated"] == pytest.approx(planned, rel=0.1 + widened)
+    assert taken["private"] == pytest.approx(planned, rel=0.2 + widened)
+    assert taken["private"] < 0.3 * memory.estimate(run, parameters).learner

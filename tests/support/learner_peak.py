@@ -1,11 +1,14 @@
-"""Private memory that a learner rank takes for one step: `python learner_peak.py FOLDER RANK`.
+"""Memory that a learner rank takes for a step: `python learner_peak.py FOLDER RANK`.
 
-Prints bytes beyond what the process held after the same with a tiny model, so that libraries and
-arenas are not counted. Pages of files are not either: the system takes them back when it likes.
+Prints two peaks: `allocated`, what was asked for and not yet freed, and `private`, the pages that
+the process held for it. Private is more: freed pieces lie between used ones. Both are bytes beyond
+what the process held after the same with a tiny model, so libraries are not counted. Pages of files
+are not either: the system takes them back when it likes.
 """
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import json
 import sys
@@ -29,17 +32,45 @@ def private() -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
 
 
+class HeapAccount(ctypes.Structure):
+    """`struct mallinfo2` of glibc."""
+
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in (
+            *("arena", "ordblks", "smblks", "hblks", "hblkhd"),
+            *("usmblks", "fsmblks", "uordblks", "fordblks", "keepcost"),
+        )
+    ]
+
+
+LIBC = ctypes.CDLL("libc.so.6")
+LIBC.mallinfo2.restype = HeapAccount
+
+
+def allocated() -> int:
+    """Bytes that were asked for and not freed, in all heaps of this process."""
+    account = LIBC.mallinfo2()
+    return int(account.uordblks + account.hblkhd)
+
+
 class Peak(threading.Thread):
-    """The most that was held, looked at every other millisecond."""
+    """The most that was held of each, looked at every other millisecond."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
-        self.most, self.running = private(), True
+        self.before = {"allocated": allocated(), "private": private()}
+        self.most, self.running = dict(self.before), True
 
     def run(self) -> None:
         while self.running:
-            self.most = max(self.most, private())
+            held = {"allocated": allocated(), "private": private()}
+            self.most = {name: max(most, held[name]) for name, most in self.most.items()}
             time.sleep(0.002)
+
+    def beyond(self) -> dict[str, int]:
+        """Bytes beyond what was held before."""
+        return {name: most - self.before[name] for name, most in self.most.items()}
 
 
 def train(folder: Path, rank: int) -> None:
@@ -56,12 +87,12 @@ def main() -> None:
         train(save_tiny_model(Path(tiny)), rank)
     gc.collect()
     release_freed_memory()
-    before, peak = private(), Peak()
+    peak = Peak()
     peak.start()
     train(folder, rank)
     peak.running = False
     peak.join()
-    print(json.dumps(peak.most - before))
+    print(json.dumps(peak.beyond()))
 
 
 if __name__ == "__main__":
