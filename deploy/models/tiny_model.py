@@ -80,14 +80,15 @@ def build_teacher(folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def build_tiny(folder: Path, seed: int = 0, terms: int = 3) -> None:
+def build_tiny(folder: Path, seed: int = 0, terms: int = 3, times: int = 1) -> None:
     """Write the warm-started model and its tokenizer into `folder`; about a minute on one core.
 
     Args:
         terms: digits of the sums that it is warm-started on.
+        times: how much longer than usual it is warm-started.
     """
     tokenizer = build_tokenizer()
     model = build_model(tokenizer, seed)
-    warm_start(model, tokenizer, seed, terms)
+    warm_start(model, tokenizer, seed, terms, times=times)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
