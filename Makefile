@@ -63,7 +63,7 @@ soak: setup
 
 # Five hours on two cores; what is finished, or on record in tests/bench/results, is not run again.
 compare: setup
-	$(RUN) tests/bench/compare.py guess updates staleness long guidance epochs recipes --keep $(ARGS)
+	PYTHONPATH=.:tests/bench $(RUN) tests/bench/compare.py guess letters updates staleness long guidance epochs recipes --keep $(ARGS)
 
 # Which rule's credit points at the tokens that matter: exact truths, and values by branches.
 credit-study: setup

@@ -26,6 +26,11 @@ have the group alone, VAPO a critic, which has ten of the 60 steps to itself ins
 is paid for, but what decided it is a guess of some turn. Credit goes to turns by the decay of a
 trace, or by an advantage of each turn. MT-GRPO's has rewards of turns: a guess that was ruled out
 costs a quarter, and the last turn gives it back.
+
+`letters` is of the tasks of the study of credit (`credit_tasks.py`), whose true credit is known: of
+eight letters an early, a middle, or a late one decides. Traces have no clamp there. VinePPO has the
+values that four continuations of every token measure, sampled beside as many answers as the others
+have. Held-out accuracy is greedy there: a letter that is right or not, for four prompts.
 """
 
 from __future__ import annotations
@@ -34,6 +39,8 @@ import json
 import random
 from dataclasses import dataclass, replace
 from pathlib import Path
+
+from credit_tasks import LENGTH, PLACES, build
 
 from deploy.models.tiny_model import build_teacher, build_tiny
 from deploy.models.warm_start import solution
@@ -66,6 +73,8 @@ def rows_of(table: str, runs: Path) -> list[Row]:
         return _teachers(runs / "teacher")
     if table == "guess":
         return _turns()
+    if table == "letters":
+        return _letters(runs / "letters")
     if table == "guidance":
         task = _worked_sums(runs / "five-digits.jsonl", 5)
         guided = "algorithm.rollout.guidance"
@@ -85,7 +94,17 @@ def rows_of(table: str, runs: Path) -> list[Row]:
     raise SystemExit(f"no table {table!r}: use one of {', '.join(TABLES)}")
 
 
-TABLES = ("teachers", "guess", "guidance", "staleness", "long", "epochs", "updates", "recipes")
+TABLES = (
+    "teachers",
+    "guess",
+    "letters",
+    "guidance",
+    "staleness",
+    "long",
+    "epochs",
+    "updates",
+    "recipes",
+)
 
 
 def _cut_traces() -> list[Row]:
@@ -145,6 +164,39 @@ def _teachers(folder: Path) -> list[Row]:
         Row("TEMPO", "tempo"),
         Row("KTAE", "ktae"),
         Row("VAPO", "vapo", ("algorithm.advantage.critic.pretrain_steps=10",)),
+    ]
+
+
+def _letters(folder: Path) -> list[Row]:
+    """Rules on tasks whose credit is known, each with the place of the letter that decides."""
+    if not (folder / "tokenizer.json").is_file():
+        build(folder)
+    branch = "algorithm.rollout.follow_up.branch"
+    every_token = (f"{branch}.at=every", f"{branch}.every=1", f"{branch}.samples=4")
+    trace = ("algorithm.baseline.min_advantage=null", "algorithm.credit.lambda_=0.99")
+    rules = (
+        ("GRPO", "grpo", ()),
+        ("trace, λ = 0.99", "grpo_lambda_recent", trace),
+        ("terminal trace, λ = 0.99", "grpo_lambda_terminal", trace),
+        ("TEMPO", "tempo", ()),
+        ("VinePPO", "vineppo", every_token),
+    )
+    return [
+        Row(
+            f"{name} letter: {label}",
+            recipe,
+            (
+                f"model.path={folder}",
+                f"verifier.rules=[{{name: credit_tasks:decided_by, args: {{place: {place}}}}}]",
+                f"generator.max_completion_tokens={LENGTH}",
+                "generator.max_staleness=0",
+                "steps=30",
+                "eval.prompts=4",
+                *more,
+            ),
+        )
+        for name, place in PLACES.items()
+        for label, recipe, more in rules
     ]
 
 

@@ -42,9 +42,15 @@ def draw(axes: Axes, curves: Curves, colour: str, label: str) -> None:
 
 
 def plot(curves: dict[str, Curves], out: Path, name: str) -> None:
-    """Write `name`.png; rows without a finished run are left out."""
+    """Write `name`.png; rows without a finished run are left out.
+
+    Rows of one task, which stands before a colon, have a first row of their own to be held against.
+    """
     curves = {label: runs for label, runs in curves.items() if runs}
-    (first, base), *others = curves.items()
+    firsts = dict[str, str]()
+    for label in curves:
+        firsts.setdefault(_task(label), label)
+    others = [(label, runs) for label, runs in curves.items() if firsts[_task(label)] != label]
     if not others:
         return
     columns = min(COLUMNS, len(others))
@@ -60,7 +66,8 @@ def plot(curves: dict[str, Curves], out: Path, name: str) -> None:
     for axes in grid.flat[len(others) :]:
         axes.set_visible(False)
     for axes, (label, runs) in zip(grid.flat, others, strict=False):
-        draw(axes, base, GREY, first)
+        first = firsts[_task(label)]
+        draw(axes, curves[first], GREY, first)
         draw(axes, runs, INK, label)
         axes.set_title(label, fontsize=9)
         axes.grid(alpha=0.25)
@@ -69,3 +76,8 @@ def plot(curves: dict[str, Curves], out: Path, name: str) -> None:
     figure.supylabel(f"training accuracy, % (mean of {WINDOW} steps)", fontsize=9)
     figure.savefig(out / f"{name}.png", dpi=110)
     plt.close(figure)
+
+
+def _task(label: str) -> str:
+    """What stands before a colon; nothing where there is none."""
+    return label.rpartition(": ")[0]
