@@ -5,7 +5,8 @@ common/README.md is made from it by `python tests/support/metric_table.py`. Test
 name in the code stands here, and that each name here stands in the code of its writer.
 
 A step's record has the metrics that were measured in that step. Step 0, before training, has the
-evaluation, the canary and the policy's version alone.
+evaluation, the canary and the policy's version alone. The first record of a run, also of one that
+goes on, has what its start took.
 """
 
 from __future__ import annotations
@@ -55,6 +56,9 @@ _LOG = "common/record/writer.py"
 _EPISODES = "common/record/episodes.py"
 _METRICS = "common/record/metrics.py"
 _CONSISTENCY = "learner/training/consistency.py"
+_RUN = "deploy/run/coordinator.py"
+_ASSEMBLY = "deploy/run/assembly.py"
+_START = "deploy/run/start_times.py"
 
 METRICS: dict[str, Metric] = {
     # What was sampled, and how good it was.
@@ -296,6 +300,21 @@ METRICS: dict[str, Metric] = {
     ),
     "time/generate": Metric("seconds", "Mean time to sample a group of the step.", _LOOP),
     "time/eval": Metric("seconds", "The evaluation, beside the next step.", _EVALUATION),
+    "time/start/process": Metric(
+        "seconds", "From the start of the process until it has read its configuration.", _START
+    ),
+    "time/start/inputs": Metric("seconds", "Found model and prompts, and checked them.", _RUN),
+    "time/start/ray": Metric("seconds", "Started Ray, or joined it, and asked for actors.", _RUN),
+    "time/start/generators": Metric("seconds", "Until all generators could sample.", _ASSEMBLY),
+    "time/start/learner": Metric(
+        "seconds", "Until the learner could train, beside the generators.", _ASSEMBLY
+    ),
+    "time/start/verifiers": Metric(
+        "seconds", "Until the verifiers could judge, beside the generators.", _ASSEMBLY
+    ),
+    "time/start/weights": Metric(
+        "seconds", "Published the first weights, and proved them.", _ASSEMBLY
+    ),
     "sinks/dropped": Metric("count", "Records that a slow or broken sink did not get.", _METRICS),
 }
 """By name, in the order of the reference."""

@@ -38,6 +38,7 @@ from deploy.run.actors import Actors
 from deploy.run.directory import LEDGER, RunDirectory
 from deploy.run.inputs import Inputs, Notify
 from deploy.run.replacements import Replacements
+from deploy.run.start_times import StartTimes
 from learner.training.ranks import LearnerRanks
 from learner.weights.canary import Canary, CanaryProof
 from learner.weights.publish import Publisher
@@ -69,6 +70,7 @@ class Assembly:
         replacements: Replacements,
         waits: Waits,
         notify: Notify,
+        times: StartTimes,
     ) -> None:
         self._inputs, self._config = inputs, inputs.config
         self._run = run
@@ -77,6 +79,7 @@ class Assembly:
         self._replacements = replacements
         self._waits = waits
         self._notify = notify
+        self._times = times
 
     @asynccontextmanager
     async def parts(self, *, used: bool) -> AsyncIterator[Parts]:
@@ -97,7 +100,8 @@ class Assembly:
                 publisher = await self._publisher(learner, generators, proof)
                 # Generators that sleep have given their weights away.
                 loaded = not used and not self._config.transport.shares_devices
-                await publisher.begin(self._inputs.first_step, loaded=loaded)
+                with self._times.part("time/start/weights"):
+                    await publisher.begin(self._inputs.first_step, loaded=loaded)
                 teachers = self._teachers()
                 yield Parts(generators, verifiers, learner, self._log, rollout, publisher, teachers)
 
@@ -123,14 +127,16 @@ class Assembly:
 
     async def _verifiers_up(self, deadline_s: float) -> None:
         """They can judge; those on other machines say what walls stand there."""
-        found = await warm_up_verifiers(self._actors.verifiers, self._waits, deadline_s)
+        with self._times.part("time/start/verifiers"):
+            found = await warm_up_verifiers(self._actors.verifiers, self._waits, deadline_s)
         if self._config.ray.address != "local":  # else it was said before anything started
             for line in walls_there(found):
                 self._notify(line)
 
     async def _set_up(self, learner: LearnerRanks) -> dict[str, Any]:
         """Set the learner up, and say how it computes."""
-        facts = await learner.setup(self._config.learner.start_timeout_s)
+        with self._times.part("time/start/learner"):
+            facts = await learner.setup(self._config.learner.start_timeout_s)
         for note in facts["notes"]:
             self._notify(note)
         return facts
@@ -146,14 +152,17 @@ class Assembly:
             if used:
                 await shared_devices.sleep(generators, waits, deadline_s)
             else:
-                await shared_devices.start_asleep(config, generators, waits, self._notify)
+                with self._times.part("time/start/generators"):
+                    await shared_devices.start_asleep(config, generators, waits, self._notify)
             return await self._set_up(learner)
         if used:
             return await self._set_up(learner)
-        facts, _ = await asyncio.gather(
-            self._set_up(learner), start_generators(generators, waits, deadline_s)
-        )
+        facts, _ = await asyncio.gather(self._set_up(learner), self._generators_up(deadline_s))
         return facts
+
+    async def _generators_up(self, deadline_s: float) -> None:
+        with self._times.part("time/start/generators"):
+            await start_generators(self._actors.generators, self._waits, deadline_s)
 
     def _proof(self, learner: LearnerRanks, reach: int) -> CanaryProof:
         weights = self._config.weights

@@ -36,6 +36,7 @@ from deploy.run.preemption import Preemption
 from deploy.run.replacements import Replacements
 from deploy.run.restart_budget import RestartBudget
 from deploy.run.service import Service
+from deploy.run.start_times import StartTimes
 from learner.loop import LearnerLoop, Record, Schedule
 from learner.training.guards import check_logprob_gap
 
@@ -60,6 +61,7 @@ class Run:
         self._restarts = restarts
         self._display = make_display(config.steps, service.waits)
         self._notify = self._display.event
+        self._times = StartTimes()
         place = config.checkpoint.mirror
         self._mirror = Mirror(place) if place is not None else None
         if self._mirror is not None:
@@ -67,15 +69,19 @@ class Run:
 
     async def main(self) -> dict[str, float]:
         """Find what the run begins from, start what is missing, train; the last step's metrics."""
+        if self._service.is_new:
+            self._times.process()
         with self._display:
             self._notify(f"run directory {self._run.path}")
             for note in notes(self._config):
                 self._notify(note)
-            inputs = find_inputs(self._config, self._run, self._notify)
+            with self._times.part("time/start/inputs"):
+                inputs = find_inputs(self._config, self._run, self._notify)
             job = learner_job(inputs.config, inputs.origin)
-            actors, used = await self._service.open(
-                inputs.config, job, inputs.first_step, inputs.origin, self._notify
-            )
+            with self._times.part("time/start/ray"):
+                actors, used = await self._service.open(
+                    inputs.config, job, inputs.first_step, inputs.origin, self._notify
+                )
             self._preemption.listen()
             try:
                 return await self._train(inputs, actors, used)
@@ -92,7 +98,9 @@ class Run:
         replacements = Replacements(self._service.factory, self._run, self._restarts, self._notify)
         writer = start_log(config.verifier, self._run.path)
         log = TrajectoryLogClient(writer, waits, config.verify_timeout_s, replacements.log())
-        assembly = Assembly(inputs, self._run, actors, log, replacements, waits, self._notify)
+        assembly = Assembly(
+            inputs, self._run, actors, log, replacements, waits, self._notify, self._times
+        )
         try:
             async with assembly.parts(used=used) as parts:
                 self._notify("all parts are up")
@@ -142,6 +150,7 @@ class Run:
 
     def _recorder(self, metrics: Metrics) -> Record:
         def record(step: int, values: dict[str, float]) -> None:
+            values = values | self._times.once()
             metrics.write(step, values)
             self._display.step(step, values)
             if "logprob_gap/mean" in values and not values["steps/skipped"]:

@@ -51,6 +51,11 @@ class Service:
         self._factory: ActorFactory | None = None
 
     @property
+    def is_new(self) -> bool:
+        """Whether nothing was started yet."""
+        return self._factory is None
+
+    @property
     def factory(self) -> ActorFactory:
         """What makes more actors like those that are open."""
         assert self._factory is not None

@@ -25,6 +25,7 @@ from deploy.run.actors import Actors
 from deploy.run.assembly import Assembly
 from deploy.run.service import _check
 from deploy.run.shared_devices import plan_on
+from deploy.run.start_times import StartTimes
 from learner.training.memory import OtherModels
 
 PRESETS = sorted(CONFIGS.glob("*.yaml"))
@@ -185,7 +186,8 @@ def start(folder: Path, device_gib: float, *overrides: str, used: bool = False) 
     config = load_config([], [f"model.path={folder}", "model.dtype=bfloat16", *overrides])
     nothing: Any = None
     inputs: Any = SimpleNamespace(config=config)
-    assembly = Assembly(inputs, nothing, actors, nothing, nothing, Waits(), lambda _: None)
+    waits, times = Waits(), StartTimes()
+    assembly = Assembly(inputs, nothing, actors, nothing, nothing, waits, lambda _: None, times)
     learner: Any = Learner(calls)
     assert asyncio.run(assembly._members_up(learner, used)) == 7
     return [call for call in calls if not call.startswith("v ")]
@@ -199,7 +201,8 @@ def test_the_canary_goes_past_the_range_that_the_learner_says(tmp_path: Path) ->
     source = SimpleNamespace(some_prompts=lambda count: prompts)
     nothing: Any = None
     inputs: Any = SimpleNamespace(config=config, source=source)
-    assembly = Assembly(inputs, nothing, nothing, nothing, nothing, Waits(), lambda _: None)
+    waits, times = Waits(), StartTimes()
+    assembly = Assembly(inputs, nothing, nothing, nothing, nothing, waits, lambda _: None, times)
     assert [len(ids) for ids in assembly._proof(nothing, 7).canary.sequences] == [3, 2, 9]
     assert [len(ids) for ids in assembly._proof(nothing, 0).canary.sequences] == [3, 2]
 

@@ -17,6 +17,7 @@ import pytest
 from run_process import finish, inspect, leftovers, run_python, start
 
 from common.config.load import load_config
+from common.record.metric_names import METRICS
 from common.record.metrics import read_metrics
 from common.record.trajectory_log import read_log, segments
 
@@ -76,6 +77,14 @@ def test_held_out_accuracy_rises_and_every_step_is_on_record(run: Path) -> None:
     before, after = records[0]["eval/accuracy"], records[-1]["eval/accuracy"]
     assert after >= before + 0.1, f"{before} -> {after}"
     assert list((run / "tensorboard").glob("events.*"))
+
+
+def test_the_first_record_says_what_the_start_took(run: Path) -> None:
+    first, *others = read_metrics(run / "metrics.jsonl")
+    start = {name: value for name, value in first.items() if name.startswith("time/start/")}
+    assert set(start) == {name for name in METRICS if name.startswith("time/start/")}
+    assert all(value > 0 for value in start.values())
+    assert not any(name.startswith("time/start/") for record in others for name in record)
 
 
 def test_the_canary_held_at_every_publish(run: Path) -> None:
