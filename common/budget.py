@@ -47,6 +47,11 @@ class StalenessBudget:
         self.in_use += 1
         return True
 
+    def acquire_free(self) -> int:
+        """Take all slots that are free; returns how many."""
+        free, self.in_use = self.capacity - self.in_use, self.capacity
+        return free
+
     def release(self, slots: int) -> None:
         """Give slots back. Raises `ValueError` when more are given back than were taken."""
         if not 0 <= slots <= self.in_use:
@@ -62,30 +67,41 @@ class GroupWindow:
         self._prompts_per_step = prompts_per_step
         self._dispatched: dict[int, int] = {}  # group id -> dispatch version, not yet complete
         self._complete: dict[int, GroupReceipt] = {}
+        # How many groups there are of each dispatch version, and how many of these are complete.
+        # `missing` is asked for with every group that ends, so it must not count them anew.
+        self._held: Counter[int] = Counter()
+        self._ready: Counter[int] = Counter()
 
     def dispatch(self, group_id: int, version: int) -> None:
         """A group was sent out while the generators held `version`."""
         self._dispatched[group_id] = version
+        self._held[version] += 1
 
     def complete(self, receipt: GroupReceipt) -> None:
         """A group is verified and logged."""
-        del self._dispatched[receipt.group_id]
+        _take_one(self._held, self._dispatched.pop(receipt.group_id))
         self._complete[receipt.group_id] = receipt
+        self._held[receipt.dispatch_version] += 1
+        self._ready[receipt.dispatch_version] += 1
 
     def drop(self, group_id: int) -> None:
         """A group left without being trained on (failed or filtered)."""
-        if self._dispatched.pop(group_id, None) is None:
-            del self._complete[group_id]
+        if (version := self._dispatched.pop(group_id, None)) is None:
+            self._leave(self._complete[group_id])
+        else:
+            _take_one(self._held, version)
+
+    def _leave(self, receipt: GroupReceipt) -> None:
+        del self._complete[receipt.group_id]
+        _take_one(self._held, receipt.dispatch_version)
+        _take_one(self._ready, receipt.dispatch_version)
 
     def missing(self, version: int) -> int:
         """How many more groups must complete before the learner at `version` may take a step."""
-        held_since = Counter(self._dispatched.values())
-        held_since.update(group.dispatch_version for group in self._complete.values())
-        ready_since = Counter(group.dispatch_version for group in self._complete.values())
-        missing = self._prompts_per_step - len(self._complete)
-        for held in held_since:
-            older = sum(count for since, count in held_since.items() if since <= held)
-            ready = sum(count for since, count in ready_since.items() if since <= held)
+        missing, older, ready = self._prompts_per_step - len(self._complete), 0, 0
+        for held in sorted(self._held):
+            older += self._held[held]
+            ready += self._ready[held]
             places_left = (held + self._max_staleness - version) * self._prompts_per_step
             missing = max(missing, older - places_left - ready)
         return max(missing, 0)
@@ -96,7 +112,7 @@ class GroupWindow:
             return None
         taken = _oldest_first(self._complete.values())[: self._prompts_per_step]
         for receipt in taken:
-            del self._complete[receipt.group_id]
+            self._leave(receipt)
         return taken
 
     @property
@@ -128,6 +144,12 @@ def in_time(
         if version + len(kept) // prompts_per_step <= receipt.dispatch_version + max_staleness:
             kept.append(receipt)
     return kept
+
+
+def _take_one(counts: Counter[int], version: int) -> None:
+    counts[version] -= 1
+    if not counts[version]:
+        del counts[version]
 
 
 def _oldest_first(receipts: Iterable[GroupReceipt]) -> list[GroupReceipt]:

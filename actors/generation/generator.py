@@ -10,7 +10,7 @@ import asyncio
 import math
 import os
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +27,7 @@ from actors.generation.episodes import Episode, Player
 from actors.generation.follow_ups import follow_up_texts, follow_ups, said
 from actors.generation.rows import is_greedy, rollout_batch, with_guidance
 from actors.generation.texts import Texts, ending_tokens
+from actors.generation.under_way import WHOLE, Batches, UnderWay
 from common.config.sections import DataConfig, EnvironmentConfig, GeneratorConfig, ModelConfig
 from common.record.parts import learnt
 from common.supervision.calls import Handle
@@ -88,8 +89,7 @@ class Generator:
         self._host: EnvironmentHost | EnvironmentClient | Agents | None = None
         self._player: Player | Agents | None = None
         self._scored = 0
-        self._batches: dict[int, pa.RecordBatch] = {}  # by number, until they are taken
-        self._num_batches = 0
+        self._under_way = UnderWay()
         self._update_began = 0.0
 
     async def device_bytes(self) -> int:
@@ -171,40 +171,41 @@ class Generator:
             raise RuntimeError(f"{self._name} was used before start()")
         return self._engine
 
-    async def generate_group(self, request: GroupRequest) -> AsyncIterator[int]:
-        """Sample the first part of a group; yields the number of each batch as completions end.
+    async def generate_group(self, request: GroupRequest) -> tuple[pa.RecordBatch | None, int]:
+        """Sample the first part of a group: its first batch, and the number of what is behind it.
 
-        `take_batch` gives the batch of a number. Ray hands what is yielded over with its content,
-        and the tokens are not for the coordinator.
+        `actors.generation.under_way` says what the number means. `more_of` gives the rest.
 
         A batch holds completions that ended within two seconds of each other. So a straggler holds
         up the verification of no other, and a group of equal lengths is one batch. Completions not
         done after `request.cap_s` are aborted and are in no batch.
         """
-        async for number in self._sample_all([request]):
-            yield number
+        return await self.more_of(self._under_way.begin(self._sample_all([request])))
 
-    async def follow_up(self, request: GroupRequest, *judged: pa.RecordBatch) -> AsyncIterator[int]:
-        """Sample what a group asks for after its verdicts: first how many completions that are.
+    async def more_of(self, number: int) -> tuple[pa.RecordBatch | None, int]:
+        """The next batch of a group that is under way, and the number of what is behind it."""
+        return await self._under_way.next_of(number)
 
-        Then as `generate_group`, under a cap of its own.
+    async def follow_up(self, request: GroupRequest, *judged: pa.RecordBatch) -> tuple[int, int]:
+        """What a group asks for after its verdicts: how many completions, and their number.
+
+        `more_of` samples them, under a cap of their own. Without any the number is `WHOLE`.
 
         Args:
             judged: the batches of the first part.
         """
         asked = follow_ups(request, said(judged), follow_up_texts(request, self._tokenizer))
-        yield sum(each.num_completions for each in asked)
-        async for number in self._sample_all(asked):
-            yield number
+        count = sum(each.num_completions for each in asked)
+        return count, self._under_way.begin(self._sample_all(asked)) if count else WHOLE
 
-    async def _sample_all(self, asked: Sequence[GroupRequest]) -> AsyncIterator[int]:
+    async def _sample_all(self, asked: Sequence[GroupRequest]) -> Batches:
         """Sample the completions of requests of one group, side by side."""
         tasks = {
             asyncio.create_task(self._sample(request, index)): (place, index)
             for place, request in enumerate(asked)
             for index in range(request.num_completions)
         }
-        cap_s = asked[0].cap_s if asked else None
+        cap_s = asked[0].cap_s
         ends = math.inf if cap_s is None else time.monotonic() + cap_s
         pending = set(tasks)
         try:
@@ -213,17 +214,11 @@ class Generator:
                 sampled = {tasks[task]: task.result() for task in done}
                 if sampled:
                     reached("completion sampled")
-                    self._num_batches += 1
                     batch = self._batch(asked, dict(sorted(sampled.items())))
-                    self._batches[self._num_batches] = batch
-                    yield self._num_batches
+                    yield batch, bool(pending) and time.monotonic() < ends
         finally:
             for task in pending:
                 task.cancel()
-
-    async def take_batch(self, number: int) -> pa.RecordBatch:
-        """Give a finished batch away (`common.record.schema.rollout_schema`), once."""
-        return self._batches.pop(number)
 
     async def _sample(self, request: GroupRequest, index: int) -> Completion:
         """Completion `index`; the last `num_guided` ones begin with the guidance.

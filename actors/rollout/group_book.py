@@ -1,7 +1,7 @@
 """The book of groups: where each one is between dispatch and learner, and what became of it.
 
-    slot        waits until the staleness budget lets another group out
-    dispatched  it is on its way                            ledger, window
+    slots       waits until the staleness budget lets other groups out
+    dispatched  they are on their way                           ledger, window
     followed_up more of it is on its way                    ledger
     verified    it is in the trajectory log                 ledger
     settle      it is ready for the learner, or dropped     window, or ledger and its slot is free
@@ -17,7 +17,7 @@ the disk, for a resume. They change together, in here.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 from common.budget import GroupWindow, StalenessBudget, in_time
@@ -59,21 +59,25 @@ class GroupBook:
 
     # The generation loop's side
 
-    async def slot(self) -> None:
-        """Returns when one more group may go out; its slot is taken."""
-        await until(self._changed, self._budget.try_acquire)
+    async def slots(self) -> int:
+        """Returns when more groups may go out, and how many; their slots are taken."""
+        free: int = await until(self._changed, lambda: self._budget.acquire_free() or None)
+        return free
 
     def new_group_id(self) -> int:
         """A number that no group of the run has had."""
         self._next_group_id += 1
         return self._next_group_id - 1
 
-    def dispatched(self, request: GroupRequest) -> None:
-        """A group is about to go out."""
-        self._counts["groups/dispatched"] += 1
-        self._ledger.dispatched(request)
-        self._window.dispatch(request.group_id, request.dispatch_version)
-        reached("group dispatched")
+    def dispatched(self, requests: Sequence[GroupRequest]) -> None:
+        """Groups are about to go out."""
+        self._counts["groups/dispatched"] += len(requests)
+        with self._ledger.together():
+            for request in requests:
+                self._ledger.dispatched(request)
+        for request in requests:
+            self._window.dispatch(request.group_id, request.dispatch_version)
+            reached("group dispatched")
 
     def followed_up(self, request: GroupRequest, more: int) -> GroupRequest:
         """`more` completions of a group are about to go out; the request for all of them."""
@@ -82,11 +86,15 @@ class GroupBook:
         reached("group followed up")
         return whole
 
-    def verified(self, receipt: GroupReceipt) -> None:
-        """A group is in the trajectory log."""
-        reached("group in the log")
-        self._ledger.verified(receipt.group_id, receipt.every.tokens)
-        reached("group verified")
+    def verified(self, receipts: Sequence[GroupReceipt]) -> None:
+        """Groups are in the trajectory log."""
+        for _ in receipts:
+            reached("group in the log")
+        with self._ledger.together():
+            for receipt in receipts:
+                self._ledger.verified(receipt.group_id, receipt.every.tokens)
+        for _ in receipts:
+            reached("group verified")
 
     async def settle(self, request: GroupRequest, receipt: GroupReceipt | None) -> None:
         """A group is over: ready for the learner, or dropped, and another takes its slot.

@@ -1,6 +1,6 @@
 """The generation loop: prompts become groups, groups become batches for the learner.
 
-    run      waits for a slot of the budget, takes a prompt, dispatches its group; for ever
+    run      waits for slots of the budget, takes prompts, dispatches their groups; for ever
     _group   one group's way, a task of its own: sampled, judged, followed up, logged, settled
 
 A group that cannot be trained on is dropped: it has no usable reward, or no difference in reward
@@ -56,11 +56,14 @@ class RolloutLoop:
         """Dispatch groups for ever; an error in any group ends the loop with that error."""
         async with asyncio.TaskGroup() as groups:
             while True:
-                await self._book.slot()
-                groups.create_task(self._group(self._dispatch(self._source.next())))
+                free = await self._book.slots()
+                requests = [self._request(self._source.next()) for _ in range(free)]
+                self._book.dispatched(requests)
+                for request in requests:
+                    groups.create_task(self._group(request))
 
-    def _dispatch(self, prompt: Prompt) -> GroupRequest:
-        request = self._episodes.request(
+    def _request(self, prompt: Prompt) -> GroupRequest:
+        return self._episodes.request(
             prompt,
             self._sampling,
             group_id=self._book.new_group_id(),
@@ -69,16 +72,13 @@ class RolloutLoop:
             ),
             seed=group_seed(self._seed, prompt.ticket),
         )
-        self._book.dispatched(request)
-        return request
 
     async def _group(self, request: GroupRequest) -> None:
         receipt = None
         if refs := await self._episodes.run(request):
             if request.follow_up is not None:
                 request, refs = await self._followed_up(request, refs)
-            receipt = await self._log.append(request.group_id, refs)
-            self._book.verified(receipt)
+            receipt = await self._log.append(request.group_id, refs, self._book.verified)
             await self._check_judged(receipt)
         await self._book.settle(request, receipt)
 

@@ -7,13 +7,13 @@ A pool sends work to the member with the least of it under way. Every answer is 
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Generic, Protocol, Self, TypeVar
 
 from ray.exceptions import RayActorError
 
+from actors.rollout.loads import Loads
 from common.supervision.calls import Call, Handle, call
 from common.supervision.replacement import Replacement, is_own_death
 from common.supervision.waits import Waits
@@ -86,7 +86,7 @@ class Pool(Generic[M]):
         self._replacement = replacement
         self._min_live = len(handles) if min_live is None else min_live
         self._to_come = list(to_come)
-        self._load: Counter[str] = Counter()
+        self._loads = Loads(handles)
         self._coming: dict[str, asyncio.Task[None]] = {}
 
     async def __aenter__(self) -> Self:
@@ -101,12 +101,12 @@ class Pool(Generic[M]):
     @contextmanager
     def least_loaded(self) -> Iterator[str]:
         """The name of the member with the least under way; one more is, inside the context."""
-        name = min(self.handles, key=self._load.__getitem__)
-        self._load[name] += 1
+        name = self._loads.least()
+        self._loads.add(name, 1)
         try:
             yield name
         finally:
-            self._load[name] -= 1
+            self._loads.add(name, -1)
 
     async def call_all(
         self, asked: Call[M, R], *, owner: str, deadline_s: float, fewest: int | None = None
@@ -157,6 +157,7 @@ class Pool(Generic[M]):
             raise error
         if self.handles.get(name) is dead:
             del self.handles[name]
+            self._loads.leave(name)
             self._coming[name] = asyncio.create_task(self._replace(name, dead, error))
         await self._until_live(1)
 
@@ -205,6 +206,7 @@ class Pool(Generic[M]):
             else:
                 break
         self.handles[name] = handle  # nothing was awaited since it had the newest weights
+        self._loads.join(name)
         del self._coming[name]
 
     async def _prepare(self, name: str, handle: Handle[M], deadline_s: float) -> None:

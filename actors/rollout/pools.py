@@ -9,15 +9,16 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import pyarrow as pa
 from ray.exceptions import RayActorError
 
 from actors.generation.generator import Generator
+from actors.generation.under_way import NONE, WHOLE
 from actors.rollout.pool import Pool, all_answer
 from actors.verifiers.worker import VerifierWorker
-from common.supervision.calls import Call, Handle, Ref, ask, ask_pair, call, resolved, stream
+from common.supervision.calls import Call, Handle, Ref, ask, ask_pair, call, resolved
 from common.supervision.replacement import Replacement, is_own_death
 from common.supervision.waits import Waits
 from common.trajectory import GroupRequest
@@ -27,6 +28,11 @@ if TYPE_CHECKING:
     from common.weights.transport import StoredBucket
 
 R = TypeVar("R")
+
+_Part = tuple[Ref[pa.RecordBatch], Ref[int]]
+"""A batch of a group that is to come, and the number of what is behind it."""
+_On = Callable[[Awaitable[Any]], Awaitable[Any]]
+"""Awaits under the deadline of a group."""
 
 
 class GroupLostError(Exception):
@@ -98,16 +104,15 @@ class GeneratorPool(Pool[Generator]):
     ) -> AsyncIterator[Ref[pa.RecordBatch]]:
         """References to rollout batches of one group, as its completions end.
 
-        The stream says only which batch is ready; the batch is the result of a call of its own
-        and stays where it was made. A reference *inside* a streamed item would not do: Ray does
-        not count it, and the object may be gone before it is read (ray#58080).
+        A batch is the result of a call and stays where it was made. What the coordinator fetches
+        is the number beside it (`actors.generation.under_way`).
 
         Raises:
             GroupLostError: the generator died; another is in its place.
         """
 
-        def begin(handle: Handle[Generator]) -> AsyncIterator[Ref[int]]:
-            return stream(handle, Generator.generate_group, request)
+        async def begin(handle: Handle[Generator], on: _On) -> _Part | None:
+            return ask_pair(handle, Generator.generate_group, request)
 
         async for ref in self._batches(request, begin, deadline_s):
             yield ref
@@ -129,23 +134,25 @@ class GeneratorPool(Pool[Generator]):
             GroupLostError: the generator died; another is in its place.
         """
 
-        def begin(handle: Handle[Generator]) -> AsyncIterator[Ref[int]]:
-            return stream(handle, Generator.follow_up, request, *map(resolved, judged))
+        async def begin(handle: Handle[Generator], on: _On) -> _Part | None:
+            batches = map(resolved, judged)
+            more, number = await on(ask(handle, Generator.follow_up, request, *batches))
+            asked(more)
+            return ask_pair(handle, Generator.more_of, number) if more else None
 
-        async for ref in self._batches(request, begin, deadline_s, asked):
+        async for ref in self._batches(request, begin, deadline_s):
             yield ref
 
     async def _batches(
         self,
         request: GroupRequest,
-        begin: Callable[[Handle[Generator]], AsyncIterator[Ref[int]]],
+        begin: Callable[[Handle[Generator], _On], Awaitable[_Part | None]],
         deadline_s: float,
-        first: Callable[[int], None] | None = None,
     ) -> AsyncIterator[Ref[pa.RecordBatch]]:
-        """What a member streams: batches by their number, behind a first item for `first`."""
+        """The batches of what `begin` asks a member for."""
         ends = time.monotonic() + deadline_s
 
-        async def on(waited: Awaitable[R]) -> R:
+        async def on(waited: Awaitable[Any]) -> Any:
             return await self.waits.on(
                 waited,
                 owner=f"group {request.group_id}",
@@ -157,11 +164,13 @@ class GeneratorPool(Pool[Generator]):
         with self.least_loaded() as name:
             handle = self.handles[name]
             try:
-                ready = begin(handle)
-                if first is not None:
-                    first(await on(await on(anext(ready))))
-                while (item := await on(anext(ready, None))) is not None:
-                    yield ask(handle, Generator.take_batch, await on(item))
+                part = await begin(handle, on)
+                while part is not None:
+                    batch, behind = part
+                    number = await on(behind)
+                    if number != NONE:
+                        yield batch
+                    part = ask_pair(handle, Generator.more_of, number) if number > WHOLE else None
             except RayActorError as error:
                 lost = error
             else:

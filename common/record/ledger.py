@@ -277,12 +277,26 @@ class Ledger:
         self._db.close()
 
     @contextmanager
+    def together(self) -> Iterator[None]:
+        """What is written inside is committed at its end: all of it, or nothing.
+
+        A commit costs more than what is written of a group. Nobody may act on what is inside before
+        the end: only a commit survives the death of the process.
+        """
+        with self._explained(), self._transaction():
+            yield
+
+    @contextmanager
     def _transaction(self) -> Iterator[None]:
+        if self._db.in_transaction:
+            yield  # a part of `together`
+            return
         self._db.execute("BEGIN IMMEDIATE")
         try:
             yield
         except BaseException:
-            self._db.execute("ROLLBACK")
+            if self._db.in_transaction:  # SQLite itself ends it where the disk is full
+                self._db.execute("ROLLBACK")
             raise
         self._db.execute("COMMIT")
 

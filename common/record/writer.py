@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
@@ -42,6 +43,9 @@ _RECOVER_S = 600.0
 _FETCH_S = 60.0
 
 R = TypeVar("R")
+
+Logged = Callable[[Sequence[GroupReceipt]], None]
+"""Is told of groups that are in the log."""
 
 
 class TrajectoryLogWriter:
@@ -214,8 +218,14 @@ class TrajectoryLogClient:
         self._calling = asyncio.Lock()
         self._replacing = asyncio.Lock()
 
-    async def append(self, group_id: int, refs: list[Ref[pa.RecordBatch]]) -> GroupReceipt:
+    async def append(
+        self, group_id: int, refs: list[Ref[pa.RecordBatch]], logged: Logged = lambda receipts: None
+    ) -> GroupReceipt:
         """Log a verified group, in one batch or several, and return once it is written.
+
+        Args:
+            logged: is told of all groups that went in one call, before any `append` of them
+                returns. It is the same for every group.
 
         Raises:
             StallError: the deadline passed.
@@ -225,7 +235,7 @@ class TrajectoryLogClient:
         async with self._calling:
             if group in self._ready:
                 sent, self._ready = self._ready, []
-                await self._send(sent)
+                await self._send(sent, logged)
         if group.receipt is None:
             raise StallError(f"group {group_id} was in a call to the trajectory log that failed")
         return group.receipt
@@ -251,7 +261,7 @@ class TrajectoryLogClient:
         except RayActorError as error:
             await self._replace(writer, error)
 
-    async def _send(self, groups: list[_Unlogged]) -> None:
+    async def _send(self, groups: list[_Unlogged], tell: Logged) -> None:
         while groups:
             batches = [resolved(ref) for group in groups for ref in group.refs]
             sizes = [len(group.refs) for group in groups]
@@ -264,10 +274,11 @@ class TrajectoryLogClient:
                 await self._replace(writer, error)
                 found = await self.recover([group.group_id for group in groups])
                 logged = {made.group_id: made for made in found}
-            for group in groups:
-                if made := logged.get(group.group_id):
-                    ref = made.batch_ref or group.refs[0]
-                    group.receipt = replace(made, batch_ref=ref)
+            done = [group for group in groups if group.group_id in logged]
+            whole = [_with_ref(logged[group.group_id], group.refs[0]) for group in done]
+            tell(whole)
+            for group, made in zip(done, whole, strict=True):
+                group.receipt = made
             groups = [group for group in groups if group.receipt is None]
 
     async def _call(
@@ -293,6 +304,11 @@ class TrajectoryLogClient:
         async with self._replacing:
             if self.writer is dead:
                 self.writer = await self._replacement.replace("the trajectory log", dead, error)
+
+
+def _with_ref(made: GroupReceipt, ref: Ref[pa.RecordBatch]) -> GroupReceipt:
+    """The receipt with a reference to its group, `ref` where it has none of its own."""
+    return made if made.batch_ref is not None else replace(made, batch_ref=ref)
 
 
 @dataclass(eq=False)

@@ -4,7 +4,6 @@
     start_actor  makes one
     ask          calls a method; the answer is a `Ref`
     ask_pair     the same for a method whose two results are fetched apart
-    stream       the same for a method that yields its results
     Call         a method with its arguments, to be asked of several actors
     Ref          a value in Ray's object store, or one that is to come
 
@@ -16,7 +15,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import AsyncIterator, Callable, Coroutine, Generator, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Concatenate, Generic, ParamSpec, Protocol, TypeVar, cast, overload
 
@@ -152,17 +151,6 @@ def ask_pair(
     """Call a method that returns two values, to be fetched or passed on apart."""
     first, second = _submit(handle, method, args, kwargs, num_returns=2)
     return first, second
-
-
-def stream(
-    handle: Handle[T],
-    method: Callable[Concatenate[T, P], AsyncIterator[R]],
-    *args: P.args,
-    **kwargs: P.kwargs,
-) -> AsyncIterator[Ref[R]]:
-    """Call a method that yields its results; each comes as soon as it is there."""
-    results = _submit(handle, method, args, kwargs, num_returns="streaming")
-    return cast("AsyncIterator[Ref[R]]", results)
 
 
 def _submit(

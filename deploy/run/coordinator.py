@@ -21,7 +21,7 @@ from common.record.metrics import Metrics
 from common.record.writer import TrajectoryLogClient
 from common.supervision.calls import get_all
 from common.supervision.heartbeat import beat
-from common.supervision.loops import first_cause, until_it_ends
+from common.supervision.loops import first_cause, old_objects_settled, until_it_ends
 from common.trajectory import GroupReceipt, batch_refs
 from deploy.predict.notes import notes
 from deploy.run.actors import Actors, learner_job, start_log
@@ -127,9 +127,9 @@ class Run:
                 scorer=parts.teachers,
                 score_timeout_s=config.teacher.score_timeout_s,
             )
-            return await until_it_ends(
-                learning.run(), generation_loop(config, parts).run(), heartbeat(config, parts)
-            )
+            generation, beating = generation_loop(config, parts).run(), heartbeat(config, parts)
+            with old_objects_settled():
+                return await until_it_ends(learning.run(), generation, beating)
 
     def _checkpoints(self, config: Config, parts: Parts) -> Checkpoints:
         return Checkpoints(

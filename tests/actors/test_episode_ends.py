@@ -9,6 +9,7 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
+from generator_batches import batches_behind
 from run_process import ROOT
 from scripted_rollout import Append, Source, Writer, rollout_of
 
@@ -64,7 +65,7 @@ async def generator(config: EnvironmentConfig, says: Callable[[str], str]) -> Ge
 
 
 async def batches_of(made: Generator, asked: GroupRequest) -> list[pa.RecordBatch]:
-    return [await made.take_batch(number) async for number in made.generate_group(asked)]
+    return await batches_behind(made, made.generate_group(asked))
 
 
 def test_the_cap_of_a_group_ends_episodes_in_their_environment() -> None:

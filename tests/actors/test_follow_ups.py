@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 from byte_tokenizers import byte_tokenizer
+from generator_batches import batches_behind
 from judged_groups import judged, request, said
 
 from actors.data.contexts import filled_in
@@ -163,9 +164,9 @@ def sampled(group: GroupRequest, first: pa.RecordBatch) -> tuple[int, list[Any],
     generator._texts = Decoder(Tokenizer(), [], [])
 
     async def collect() -> tuple[int, list[Any]]:
-        stream = generator.follow_up(group, first)
-        count = await anext(stream)
-        batches = [await generator.take_batch(number) async for number in stream]
+        count, number = await generator.follow_up(group, first)
+        assert not engine.asked, "sampled before the ledger could know"
+        batches = await batches_behind(generator, generator.more_of(number)) if count else []
         return count, [row for batch in batches for row in batch.to_pylist()]
 
     return *asyncio.run(collect()), engine

@@ -11,6 +11,7 @@ import judged_groups
 import numpy as np
 import pytest
 from chat_templates import FAMILIES
+from generator_batches import batches_behind
 
 from actors.generation.engine import Completion
 from actors.generation.generator import Generator
@@ -62,12 +63,8 @@ def batches_of(group: GroupRequest, engine: FakeEngine) -> list[Any]:
     generator._engine = engine  # type: ignore[assignment]
     generator._texts = Texts(FakeTokenizer(), [], [])
 
-    async def collect() -> list[Any]:
-        numbers = [number async for number in generator.generate_group(group)]
-        return [await generator.take_batch(number) for number in numbers]
-
-    batches = asyncio.run(collect())
-    assert generator._batches == {}
+    batches = asyncio.run(batches_behind(generator, generator.generate_group(group)))
+    assert len(generator._under_way) == 0
     return batches
 
 

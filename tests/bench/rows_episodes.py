@@ -23,6 +23,8 @@ from harness import CONFIGS, Row, emit
 from transformers import AutoTokenizer
 
 os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"
+from whole_groups import batches_behind
+
 from actors.data.chat import Template
 from actors.environments.guess import tasks
 from actors.environments.host import EnvironmentHost
@@ -32,7 +34,7 @@ from actors.generation.generator import Generator
 from actors.rendering.renderer import Renderer
 from common.config.load import load_config
 from common.config.sections import Config
-from common.supervision.calls import Handle, ask, get_all, start_actor, stream
+from common.supervision.calls import Handle, ask, ask_pair, get_all, start_actor
 from common.trajectory import GroupRequest
 from deploy.models.resolve import ModelLocation, resolve_model
 from deploy.placement.cpu_runtime import preload_libraries
@@ -118,9 +120,8 @@ def play(
 ) -> tuple[float, list[pa.RecordBatch]]:
     """Seconds until the batches are in the object store, and the batches."""
     started = time.perf_counter()
-    streams: list[Any] = [stream(generator, Generator.generate_group, request) for request in asked]
-    numbers = [number for each in [list(each) for each in streams] for number in ray.get(each)]
-    stored = [ask(generator, Generator.take_batch, number) for number in numbers]
+    begun = [ask_pair(generator, Generator.generate_group, request) for request in asked]
+    stored = batches_behind(generator, begun, 600)
     ray.wait(stored, num_returns=len(stored), timeout=60, fetch_local=False)
     return time.perf_counter() - started, ray.get(stored)
 

@@ -10,7 +10,6 @@ import statistics
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import ray
@@ -18,9 +17,11 @@ from harness import CONFIGS, Row, emit
 from workload import without_end
 
 os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"
+from whole_groups import Begun, batches_behind
+
 from actors.generation.generator import Generator
 from common.config.load import load_config
-from common.supervision.calls import Handle, ask, get_all, put, start_actor, stream
+from common.supervision.calls import Handle, ask, ask_pair, get_all, put, start_actor
 from common.trajectory import GroupRequest
 from common.weights.buckets import pack_tensors
 from deploy.models.resolve import ModelLocation, resolve_model
@@ -125,10 +126,10 @@ class Offline:
         return tokens / (time.perf_counter() - started)
 
 
-def ask_groups(generator: Handle[Generator], prompts: list[list[int]], first: int) -> list[Any]:
-    """Every group asked for at once, as the loop does; streams of batches."""
+def ask_groups(generator: Handle[Generator], prompts: list[list[int]], first: int) -> list[Begun]:
+    """Every group asked for at once, as the loop does."""
     return [
-        stream(
+        ask_pair(
             generator,
             Generator.generate_group,
             GroupRequest(
@@ -142,9 +143,7 @@ def ask_groups(generator: Handle[Generator], prompts: list[list[int]], first: in
 def actor_rate(generator: Handle[Generator], prompts: list[list[int]], repeat: int) -> float:
     """Tokens a second, until the batches are in the object store."""
     started = time.perf_counter()
-    ready = [list(each) for each in ask_groups(generator, prompts, GROUPS * repeat)]
-    numbers = [number for group in ready for number in ray.get(group)]
-    stored = [ask(generator, Generator.take_batch, number) for number in numbers]
+    stored = batches_behind(generator, ask_groups(generator, prompts, GROUPS * repeat), 600)
     ray.wait(stored, num_returns=len(stored), timeout=60, fetch_local=False)
     taken = time.perf_counter() - started
     batches = ray.get(stored)
@@ -166,11 +165,10 @@ def publish_stalls(
     stored = [bucket.at(put(bucket.buffer)) for bucket in buckets]
     stalls, copies = [], []
     for version in range(1, REPEATS + 2):
-        streams = ask_groups(generator, prompts, 1000 * version)
+        begun = ask_groups(generator, prompts, 1000 * version)
         time.sleep(0.3)
         (stall,) = get_all([ask(generator, Generator.update_weights, stored, version)], 120)
-        for each in streams:
-            list(each)
+        batches_behind(generator, begun, 600)
         started = time.perf_counter()
         for bucket in buckets:
             np.array(np.frombuffer(bucket.buffer, np.uint8))

@@ -18,10 +18,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import matplotlib as mpl
 import numpy as np
@@ -36,6 +35,7 @@ import matplotlib.pyplot as plt
 from actors.data.prompts import Prompt
 from actors.generation.engine import Completion
 from actors.generation.rows import rollout_batch
+from actors.generation.under_way import WHOLE
 from actors.rollout.episodes import Episodes, GroupSampling
 from actors.rollout.group_book import GroupBook
 from actors.rollout.guidance import Guidance
@@ -48,9 +48,12 @@ from common.config.algorithm import GuidanceConfig
 from common.record.ledger import Ledger
 from common.record.writer import TrajectoryLogClient, TrajectoryLogWriter
 from common.supervision.calls import Handle, start_actor
+from common.supervision.loops import old_objects_settled
 from common.supervision.waits import Waits
 from common.trajectory import GroupRequest
-from common.weights.transport import StoredBucket
+
+if TYPE_CHECKING:
+    from common.weights.transport import StoredBucket
 
 STEPS, SKIPPED, PROMPTS = 14, 4, 64
 """With a staleness of 1, 128 groups under way: two for each of 64 generators."""
@@ -63,18 +66,12 @@ class ScriptedGenerator:
     """A group of `length` tokens a completion, at once."""
 
     def __init__(self, length: int) -> None:
-        self._batches: dict[int, pa.RecordBatch] = {}
         self._completion = Completion([5] * length, [-0.5] * length, [0] * length, "stop")
 
-    async def generate_group(self, request: GroupRequest) -> AsyncIterator[int]:
+    async def generate_group(self, request: GroupRequest) -> tuple[pa.RecordBatch, int]:
         count = request.num_completions
         sampled = dict.fromkeys(range(count), self._completion)
-        batch = rollout_batch(request, sampled, [""] * count, "scripted")
-        self._batches[request.group_id] = batch
-        yield request.group_id
-
-    async def take_batch(self, number: int) -> pa.RecordBatch:
-        return self._batches.pop(number)
+        return rollout_batch(request, sampled, [""] * count, "scripted"), WHOLE
 
     async def update_weights(self, buckets: list[StoredBucket], version: int) -> float:
         return 0.0
@@ -175,7 +172,7 @@ def measure_here(group_size: int, tokens: int, generators: int) -> Point:
     """In this process, which has done nothing else: its memory is this point's."""
     ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     try:
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory() as folder, old_objects_settled():
             return asyncio.run(measure(group_size, Path(folder), generators, tokens))
     finally:
         ray.shutdown()

@@ -215,6 +215,56 @@ def test_oldest_first() -> None:
     assert [group.group_id for group in taken] == [1, 3]
 
 
+def counted_anew(window: GroupWindow, version: int, staleness: int, prompts: int) -> int:
+    """`GroupWindow.missing` by its definition, over all groups."""
+    ready = [group.dispatch_version for group in window._complete.values()]
+    held = [*window._dispatched.values(), *ready]
+    missing = [prompts - len(ready)]
+    for edge in set(held):
+        older = sum(since <= edge for since in held)
+        places_left = (edge + staleness - version) * prompts
+        missing.append(older - places_left - sum(since <= edge for since in ready))
+    return max(*missing, 0)
+
+
+@given(
+    staleness=st.integers(0, 4),
+    prompts=st.integers(1, 4),
+    acts=st.lists(
+        st.tuples(st.sampled_from(["dispatch", "complete", "drop", "take"]), st.integers(0, 9))
+    ),
+)
+def test_what_is_missing_is_counted_as_groups_come_and_go(
+    staleness: int, prompts: int, acts: list[tuple[str, int]]
+) -> None:
+    window, version, dispatched = GroupWindow(staleness, prompts), 0, 0
+    for act, number in acts:
+        out, complete = list(window._dispatched), list(window._complete)
+        if act == "dispatch":
+            window.dispatch(dispatched, number)
+            dispatched += 1
+        elif act == "complete" and out:
+            # Of whatever version its receipt says that it was dispatched at.
+            window.complete(receipt(out[number % len(out)], number % 3, 0))
+        elif act == "drop" and (known := out + complete):
+            window.drop(known[number % len(known)])
+        elif act == "take":
+            expected = counted_anew(window, number, staleness, prompts) == 0
+            assert (window.take(number) is not None) == expected
+        for version in range(12):
+            assert window.missing(version) == counted_anew(window, version, staleness, prompts)
+
+
+def test_all_free_slots_are_taken_at_once() -> None:
+    budget = StalenessBudget(1, 3)
+    assert budget.try_acquire()
+    assert budget.acquire_free() == 5
+    assert budget.acquire_free() == 0
+    assert not budget.try_acquire()
+    budget.release(2)
+    assert budget.acquire_free() == 2
+
+
 def test_slots_cannot_be_given_back_twice() -> None:
     budget = StalenessBudget(0, 2)
     assert budget.try_acquire()

@@ -11,8 +11,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 ACTOR = """
 from __future__ import annotations
-from collections.abc import AsyncIterator
-from common.supervision.calls import Handle, ask, ask_pair, call, resolved, start_actor, stream
+from common.supervision.calls import Handle, ask, ask_pair, call, resolved, start_actor
 
 class Base:
     async def begin(self) -> None: ...
@@ -22,7 +21,6 @@ class Actor(Base):
     def step(self, version: int, *, log: str = "") -> dict[str, float]: return {}
     async def score(self, sequences: list[list[int]]) -> list[float]: return []
     async def pair(self) -> tuple[str, int]: return "", 0
-    async def groups(self, count: int) -> AsyncIterator[bytes]: yield b""
 
 actor = start_actor(Actor, {}, 0)
 base: Handle[Base] = actor
@@ -33,7 +31,6 @@ REVEALED = {
     "ask(actor, Actor.score, [[1]])": "Ref[list[float]]",
     "ask(actor, Base.begin)": "Ref[None]",
     "ask_pair(actor, Actor.pair)": "tuple[Ref[str], Ref[int]]",
-    "stream(actor, Actor.groups, 2)": "AsyncIterator[Ref[bytes]]",
     "call(Actor.score, [[1]]).to(actor)": "Ref[list[float]]",
     "resolved(ask(actor, Actor.step, 1))": "dict[str, float]",
 }

@@ -27,10 +27,12 @@ from made_up_groups import receipt, request
 from prompt_sources import small_source
 from scripted_rollout import Verifiers, rollout_of
 
+from actors.rollout.group_book import GroupBook
 from common.budget import in_time
 from common.errors import RunError, UserError
 from common.record.ledger import Ledger, Outcomes, outcomes_of
 from common.record.parts import NOTHING, Aside
+from common.supervision.waits import Waits
 from common.trajectory import GroupReceipt, GroupRequest
 from deploy.inspector.account import account_of, inspect_ledger, log_problems
 from deploy.run.directory import LEDGER
@@ -136,12 +138,62 @@ def test_a_full_disk_is_an_error_that_says_so(tmp_path: Path) -> None:
     ledger = ledger_at(tmp_path)
     ledger._db.execute("PRAGMA max_page_count = 1")
 
-    def fill() -> None:
-        for group_id in range(10_000):
+    def fill(first: int = 0) -> None:
+        for group_id in range(first, first + 10_000):
             ledger.dispatched(request(group_id, group_id))
 
     with pytest.raises(RunError, match="database or disk is full"):
         fill()
+    with pytest.raises(RunError, match="database or disk is full"), ledger.together():
+        fill(10_000)
+
+
+def test_what_is_written_together_is_there_together_or_not_at_all(tmp_path: Path) -> None:
+    """Another process sees what a kill would leave."""
+    ledger = ledger_at(tmp_path)
+
+    def groups_on_record() -> int:
+        with sqlite3.connect(tmp_path / LEDGER) as db:
+            (count,) = db.execute("SELECT count(*) FROM groups").fetchone()
+        return int(count)
+
+    with ledger.together():
+        for group_id in range(3):
+            ledger.dispatched(request(group_id, group_id))
+        assert groups_on_record() == 0
+    assert groups_on_record() == 3
+    with pytest.raises(RunError, match="closed twice"), ledger.together():
+        ledger.dispatched(request(3, 3))
+        ledger.close_group(0, {"abandoned": (2, 0)}, again=True)
+        ledger.close_group(0, {"abandoned": (2, 0)}, again=True)
+    assert groups_on_record() == 3
+    assert [group.group_id for group in ledger.open_groups()] == [0, 1, 2]
+    assert account_of(tmp_path / LEDGER).problems == []
+
+
+def test_nothing_goes_out_or_on_before_the_ledger_has_it(tmp_path: Path) -> None:
+    """A group is on record at each of its points; those that change together cost one commit."""
+    ledger = ledger_at(tmp_path)
+    commits: list[str] = []
+    ledger._db.set_trace_callback(lambda said: commits.append(said) if said == "COMMIT" else None)
+    seen: list[tuple[str, list[str]]] = []
+
+    def at(point: str) -> bool:
+        with sqlite3.connect(tmp_path / LEDGER) as db:
+            seen.append((point, [state for (state,) in db.execute("SELECT state FROM groups")]))
+        return False
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("actors.rollout.group_book.reached", at)
+        book = GroupBook(ledger, Waits(), max_staleness=0, groups_per_step=2)
+        book.dispatched([request(0, 0), request(1, 1)])
+        book.verified([receipt(0, 0, 0), receipt(1, 0, 0)])
+    assert seen == [
+        *[("group dispatched", ["dispatched"] * 2)] * 2,
+        *[("group in the log", ["dispatched"] * 2)] * 2,
+        *[("group verified", ["verified"] * 2)] * 2,
+    ]
+    assert len(commits) == 2
 
 
 def test_a_resume_keeps_to_the_bound() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING
 
 import pyarrow as pa
@@ -25,14 +24,14 @@ class Mortal:
     async def warm_up(self) -> None:
         self.version = 0
 
-    async def generate_group(self, request: GroupRequest) -> AsyncIterator[int]:
+    async def generate_group(self, request: GroupRequest) -> tuple[pa.RecordBatch, int]:
         assert self.version >= 0, "asked before it was up"
-        yield 0
-        if request.prompt_text == "die":
-            os.kill(os.getpid(), signal.SIGKILL)
+        batch = pa.record_batch({"version": [self.version] * 20_000})
+        return batch, 1 if request.prompt_text == "die" else 0
 
-    async def take_batch(self, number: int) -> pa.RecordBatch:
-        return pa.record_batch({"version": [self.version] * 20_000})
+    async def more_of(self, number: int) -> tuple[pa.RecordBatch | None, int]:
+        os.kill(os.getpid(), signal.SIGKILL)
+        return None, -1
 
     async def update_weights(self, buckets: list[str], version: int) -> float:
         if buckets == ["deadly"] and self.version == 0:

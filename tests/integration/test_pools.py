@@ -1,16 +1,16 @@
-"""What Ray's streaming calls do between a generator and the coordinator, on real Ray."""
+"""A group's batches between a generator and the coordinator, call after call, on real Ray."""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
 from typing import Any
 
 import pyarrow as pa
 import pytest
 import ray
 
+from actors.generation.under_way import Batches, UnderWay
 from actors.rollout.pools import GeneratorPool
 from common.errors import StallError
 from common.supervision.calls import Handle, start_actor
@@ -22,19 +22,23 @@ class Scripted:
     """Makes `num_completions` batches; the prompt says what then goes wrong."""
 
     def __init__(self) -> None:
-        self._batches: list[pa.RecordBatch] = []
+        self._under_way = UnderWay()
 
-    async def generate_group(self, request: GroupRequest) -> AsyncIterator[int]:
-        for index in range(request.num_completions):
-            self._batches.append(pa.record_batch({"tokens": [[index] * 1000]}))
-            yield len(self._batches) - 1
+    async def generate_group(self, request: GroupRequest) -> tuple[pa.RecordBatch | None, int]:
+        return await self.more_of(self._under_way.begin(self._batches(request)))
+
+    async def more_of(self, number: int) -> tuple[pa.RecordBatch | None, int]:
+        return await self._under_way.next_of(number)
+
+    async def _batches(self, request: GroupRequest) -> Batches:
+        for left in reversed(range(request.num_completions)):
+            index = request.num_completions - 1 - left
+            batch = pa.record_batch({"tokens": [[index] * 1000]})
+            yield batch, left > 0 or request.prompt_text != ""
         if request.prompt_text == "raises":
             raise ValueError("no such prompt")
         if request.prompt_text == "hangs":
             await asyncio.sleep(60)
-
-    async def take_batch(self, number: int) -> pa.RecordBatch:
-        return self._batches[number]
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +57,7 @@ async def received(actor: Any, asked: GroupRequest, deadline_s: float = 30.0) ->
 
 def test_batches_are_there_however_late_they_are_read(scripted: Handle[Scripted]) -> None:
     async def many() -> list[list[Any]]:
-        groups = [received(scripted, request("?", 20)) for _ in range(20)]
+        groups = [received(scripted, request(text, 20)) for text in ["", "nothing more"] * 10]
         begun = asyncio.gather(*groups)
         await asyncio.sleep(0)
         time.sleep(1.0)  # a busy coordinator: the actor is long done when it looks

@@ -25,7 +25,7 @@ from actors.verifiers.worker import with_verdicts
 from common.errors import RunError, StallError, WeightsError
 from common.record.trajectory_log import read_log
 from common.record.writer import TrajectoryLogClient, TrajectoryLogWriter
-from common.supervision.calls import Handle, ask, start_actor
+from common.supervision.calls import Handle, ask_pair, start_actor
 from common.supervision.faults import MARK, VARIABLE
 from common.supervision.replacement import Replacement
 from common.supervision.waits import Waits
@@ -263,7 +263,8 @@ def test_completions_that_died_with_their_generator_are_the_groups_loss() -> Non
         dead = actor()
         dead.kill()
         with pytest.raises(GroupLostError):
-            await verifiers.score(0, ask(dead, Mortal.take_batch, 0), 30.0)
+            batch, _ = ask_pair(dead, Mortal.more_of, 0)
+            await verifiers.score(0, batch, 30.0)
 
     asyncio.run(main())
 
