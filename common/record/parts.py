@@ -72,19 +72,16 @@ def drafts(group: pa.RecordBatch) -> Aside:
 
 def probes(group: pa.RecordBatch) -> Aside:
     """The continuations that the branches of a group were made of."""
-    if "branches" not in group.schema.names:
+    if (found := _branches(group)) is None:
         return NOTHING
-    flat = group.column("branches").flatten()
-    sums = (pc.sum(pc.struct_field(flat, name)).as_py() or 0 for name in ("probes", "tokens"))
-    return Aside(*sums)
+    return Aside(*(pc.sum(pc.struct_field(found, name)).as_py() for name in ("probes", "tokens")))
 
 
 def newest_probe(group: pa.RecordBatch) -> int:
     """The newest version that a probe of a group was sampled with; -1 without any."""
-    if "branches" not in group.schema.names:
+    if (found := _branches(group)) is None:
         return -1
-    newest = pc.max(pc.struct_field(group.column("branches").flatten(), "newest")).as_py()
-    return -1 if newest is None else int(newest)
+    return int(pc.max(pc.struct_field(found, "newest")).as_py())
 
 
 def logged_tokens(group: pa.RecordBatch) -> int:
@@ -137,6 +134,17 @@ def _branch(at: int, probed: list[_Probe]) -> dict[str, Any]:
         "tokens": sum(probe.tokens for probe in probed),
         "newest": max(probe.newest for probe in probed),
     }
+
+
+def _branches(group: pa.RecordBatch) -> pa.Array | None:
+    """All branches of a group; None where it has none, as most, of which nothing is to be summed.
+
+    A call of `pyarrow.compute` costs more than all the rest of such a group.
+    """
+    if "branches" not in group.schema.names:  # logged before there were any
+        return None
+    found = group.column("branches").flatten()
+    return found if len(found) else None
 
 
 def _parts(group: pa.RecordBatch) -> npt.NDArray[Any]:
