@@ -39,9 +39,9 @@ class Assumptions:
     reload_layer_s: float = 0.02
     """Seconds of vLLM's reload for each layer, which Python goes through."""
     request_s: float = 1e-4
-    coordinate_s: float = 0.0055
-    """Seconds a group, measured on cores slower than a cluster's, as
-    `tests/bench/results/scaling.md` has it."""
+    coordinate_s: float = 0.0025
+    """Seconds a group, measured on cores slower than a cluster's, as the section "Predictions" of
+    `tests/bench/results/README.md` has it."""
     verify_s: float = 0.02
     log_group_s: float = 2e-3
     step_overhead_s: float = 0.5
