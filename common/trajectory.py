@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from itertools import groupby
+from typing import TYPE_CHECKING, NamedTuple
 
 from common.config.follow_up import FollowUpConfig
 from common.record.episodes import EpisodeSums
@@ -41,6 +42,16 @@ class Begun:
     gone on with where it has no such reason."""
     seed: int
     """Seed of the environment in which it was played."""
+
+
+class Behind(NamedTuple):
+    """What a completion is sampled behind in the place of its group's prompt."""
+
+    token_ids: tuple[int, ...] = ()
+    """Empty: the group's prompt."""
+    text: str = ""
+    """The same as a text, where the completion is trained behind it; empty: it is trained behind
+    the group's prompt."""
 
 
 @dataclass(frozen=True)
@@ -94,8 +105,25 @@ class GroupRequest:
     """Index of the completion that probes continue."""
     sampled_behind: tuple[int, ...] = ()
     """What is sampled behind where that is not `prompt_ids`, behind which is trained."""
+    behind: tuple[Behind, ...] = ()
+    """What each completion is sampled behind, by its index, where they differ."""
     begun: Begun | None = None
     """How every episode of the group begins, in an environment that is brought there again."""
+
+    def apart(self) -> list[GroupRequest]:
+        """A request for every stretch of completions that are sampled behind the same."""
+        if not any(each.token_ids for each in self.behind):
+            return [self]
+        found, first = [], self.first_index
+        for prompt, same in groupby(self.behind):
+            one = replace(self, num_completions=len(list(same)), first_index=first, behind=())
+            if prompt.text:
+                one = replace(one, prompt_ids=list(prompt.token_ids), prompt_text=prompt.text)
+            else:
+                one = replace(one, sampled_behind=prompt.token_ids)
+            found.append(one)
+            first += one.num_completions
+        return found
 
 
 @dataclass(frozen=True)

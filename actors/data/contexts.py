@@ -7,12 +7,12 @@ sampling has a hole in its place.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from actors.data.chat import Template
 from actors.data.controls import Controls, control_tokens
-from actors.data.schemas import Row
+from actors.data.schemas import Message, Row
 from common.config.algorithm import AdvantageConfig
 from common.config.contexts import FILLED_LATER, HOLE, context_template
 from common.config.follow_up import FollowUpConfig
@@ -29,7 +29,7 @@ class Contexts:
         self,
         template: Template,
         text: str,
-        slot: str,
+        slots: Sequence[str],
         source: str,
         key: str,
         *,
@@ -38,13 +38,14 @@ class Contexts:
         """Keep the template of turns and that of the question.
 
         Args:
-            text: has `{prompt}` and the slot in braces.
-            source: what fills the slot: `solution`, `answer`, or one of `FILLED_LATER`.
+            text: has `{prompt}` and the slots in braces.
+            source: what fills the slot: `solution`, `answer`, or one of `FILLED_LATER`, under which
+                every slot has a hole.
             key: the key that asks for it and its value, for an error.
             or_answer: the right answer stands for a solution that a row does not have.
         """
         self._template, self._text = template, text
-        self._slot, self._source, self._key = slot, source, key
+        self._slots, self._source, self._key = slots, source, key
         self._or_answer = or_answer
 
     @classmethod
@@ -52,15 +53,15 @@ class Contexts:
         """What a scorer reads, as `algorithm.advantage.context` says."""
         name = config.context
         text = context_template(name, config.context_template)
-        return cls(template, text, name, name, f"algorithm.advantage.context={name}")
+        return cls(template, text, [name], name, f"algorithm.advantage.context={name}")
 
     @classmethod
     def of_follow_up(cls, template: Template, config: FollowUpConfig) -> Contexts:
         """What later completions of a group are sampled behind."""
-        source = "draft" if config.slot == "draft" else config.hint
+        source = "draft" if "draft" in config.slots else config.hint
         key = f"algorithm.rollout.follow_up.kind={config.kind}"
         # The answer must not slip into a hint that was to be a solution.
-        return cls(template, config.text, config.slot, source, key, or_answer=False)
+        return cls(template, config.text, config.slots, source, key, or_answer=False)
 
     def check(self, rows: Sequence[Row]) -> None:
         """Raise `UserError` where no row has what shall be shown."""
@@ -77,23 +78,50 @@ class Contexts:
     def of(self, row: Row) -> tuple[int, ...]:
         """Token ids; a hole alone where the row has nothing that helps."""
         helping = _MARK if self._source in FILLED_LATER else self._known(row)
-        if not helping:
-            return (HOLE,)
-        *before, asked = row.conversation
-        # Not str.format: a template may hold other braces, and so may the question.
-        first, second = ("{prompt}", asked["content"]), (f"{{{self._slot}}}", helping)
-        text = _filled(self._text, dict((first, second)))
-        head, *tails = self._template.encode_around([*before, {**asked, "content": text}], _MARK)
-        ids = list(head)
-        for tail in tails:
-            ids += [HOLE, *tail]
-        return tuple(ids)
+        return showing(self._template, row, self._text, dict.fromkeys(self._slots, helping))
+
+    def longest(self, row: Row, room: Mapping[str, int]) -> int:
+        """Tokens of the longest prompt that later completions of a row can have; 0: there are none.
+
+        Args:
+            room: the most tokens of what fills a slot later.
+        """
+        ids = self.of(row)
+        if ids == (HOLE,):
+            return 0
+        holes = ids.count(HOLE)
+        return len(ids) - holes + (sum(room[slot] for slot in self._slots) if holes else 0)
 
     def _known(self, row: Row) -> str:
         """What the row itself has to show; empty where it has nothing."""
         if self._source == "solution" and (row.solution or not self._or_answer):
             return row.solution or ""
         return _answer(row)
+
+
+def showing(template: Template, row: Row, text: str, shown: Mapping[str, str]) -> tuple[int, ...]:
+    """Token ids of a row's turns, the question in a template; a hole alone where it shows nothing.
+
+    Args:
+        text: has `{prompt}` and the slots in braces.
+        shown: what fills them, by slot.
+    """
+    if not all(shown.values()):
+        return (HOLE,)
+    turns = asked_as(row, text, shown)
+    head, *tails = template.encode_around(turns, _MARK)
+    ids = list(head)
+    for tail in tails:
+        ids += [HOLE, *tail]
+    return tuple(ids)
+
+
+def asked_as(row: Row, text: str, shown: Mapping[str, str]) -> list[Message]:
+    """A row's turns with the question in a template: see `showing`."""
+    *before, asked = row.conversation
+    # Not str.format: a template may hold other braces, and so may the question.
+    values = {"{prompt}": asked["content"], **{f"{{{slot}}}": shown[slot] for slot in shown}}
+    return [*before, {**asked, "content": _filled(text, values)}]
 
 
 def with_feedback(context_ids: Sequence[int], said: str, tokenizer: Any) -> list[int]:
@@ -104,7 +132,7 @@ def with_feedback(context_ids: Sequence[int], said: str, tokenizer: Any) -> list
 def filled_in(
     context_ids: Sequence[int], said: str, tokenizer: Any, most: int | None = None
 ) -> list[int]:
-    """Token ids with those of a text in their hole; as they are where they have none.
+    """Token ids with those of a text in their first hole; as they are where they have none.
 
     Args:
         most: tokens of the text that are kept, the first ones; None keeps all.

@@ -13,9 +13,9 @@ from __future__ import annotations
 import hashlib
 import random
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import groupby
 from typing import Any
 
@@ -23,17 +23,19 @@ from actors.data.chat import Template, Tokenizer
 from actors.data.contexts import Contexts
 from actors.data.mixture import Mixture
 from actors.data.quarantine import Quarantine
+from actors.data.rubrics import check_feedback, check_rubrics, of_source
+from actors.data.scaffold import Scaffold
 from actors.data.schemas import Row
+from actors.data.screen import Screen
 from actors.data.sources import Rows, load_rows, together
 from actors.verifiers.registry import reference_checks
 from common.config.algorithm import AdvantageConfig
-from common.config.contexts import HOLE
 from common.config.environment import ENVIRONMENT_RULE
 from common.config.follow_up import FollowUpConfig
+from common.config.scaffold import ScaffoldConfig
 from common.config.sections import Config, DataConfig, PromptOrder, VerifierSpec
 from common.errors import UserError
-
-_CHECK_BATCH = 512
+from common.trajectory import Behind
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,7 @@ class PromptSource:
         weights: Mapping[str, float] | None = None,
         contexts: Contexts | None = None,
         follow_ups: Contexts | None = None,
+        scaffold: Scaffold | None = None,
     ) -> None:
         """`weights`: of several data sets by name, in the order in which their rows stand.
 
@@ -101,8 +104,9 @@ class PromptSource:
             contexts: makes what a scorer reads; None where it reads the prompts.
             follow_ups: makes what later completions of a group are sampled behind; None where that
                 is the prompts.
+            scaffold: makes what each completion of a group is sampled behind; None likewise.
         """
-        self.rows = rows
+        self.rows, self._scaffold = rows, scaffold
         self._rows, self._held_out = rows.train, rows.held_out
         self._template, self._contexts, self._follow_ups = template, contexts, follow_ups
         self._seed, self._how = seed, order
@@ -143,6 +147,17 @@ class PromptSource:
     def first(self) -> Prompt:
         """The prompt of the first ticket, without serving it."""
         return self._at(0)
+
+    def behind(self, prompt: Prompt, version: int, group_size: int) -> tuple[Behind, ...]:
+        """What each completion of a group is sampled behind; empty where that is the prompt.
+
+        Args:
+            version: of the weights that sample.
+        """
+        if self._scaffold is None:
+            return ()
+        row = self._rows[prompt.index]
+        return self._scaffold.behind(row, prompt.ticket, version, group_size)
 
     def encode(self, solution: str) -> list[int]:
         """Token ids of a reference solution."""
@@ -209,6 +224,8 @@ def build_prompt_source(
     scorer: AdvantageConfig | None = None,
     follow_up: FollowUpConfig | None = None,
     draft_tokens: int = 0,
+    scaffold: ScaffoldConfig | None = None,
+    steps: int = 1,
 ) -> PromptSource:
     """The prompts of a run, every one checked against `max_prompt_tokens` and by `rules`: an answer
     that a rule would not accept when it is given back goes to quarantine.
@@ -219,18 +236,33 @@ def build_prompt_source(
         follow_up: says what later completions are sampled behind; None: there are none. A row of
             which that does not fit goes to quarantine as well.
         draft_tokens: the most that a draft has.
+        scaffold: says what completions are sampled behind; None: the prompts. As for `follow_up`.
+        steps: those of the run, over which a scaffold decays.
 
     Raises: `UserError` for anything wrong with the data or the template.
     """
-    template = Template(config, tokenizer, tools)
+    template, names = Template(config, tokenizer, tools), [one.name for one in config.each]
     quarantine = Quarantine(config.max_bad_rows)
-    follow_ups = None
+    follow_ups = made = None
     if follow_up is not None and follow_up.text:
+        if follow_up.kind == "critique":
+            check_feedback("algorithm.rollout.follow_up.kind=critique", rules, names)
         follow_ups = Contexts.of_follow_up(template, follow_up)
-    screen = _Screen(template, max_prompt_tokens, quarantine, follow_ups, draft_tokens)
+    if scaffold is not None and scaffold.kind != "none":
+        if scaffold.kind == "rubric":
+            check_rubrics("algorithm.rollout.scaffold.kind=rubric", rules, names)
+        made = Scaffold(template, scaffold, rules, seed, steps)
+    room = {"draft": draft_tokens, "feedback": follow_up.feedback_tokens if follow_up else 0}
+    lengths: dict[str, int] = {}
     each: dict[str, Rows] = {}
     for one, held_out in zip(config.each, config.held_out(eval_prompts), strict=True):
-        own = [rule for rule in rules if not rule.sources or one.name in rule.sources]
+        own = of_source(rules, one.name)
+        others: dict[str, Callable[[Row], int]] = {}
+        if follow_ups is not None:
+            others["algorithm.rollout.follow_up"] = partial(follow_ups.longest, room=room)
+        if made is not None:
+            others["algorithm.rollout.scaffold"] = partial(made.longest, rules=own)
+        screen = Screen(template, max_prompt_tokens, quarantine, others)
         each[one.name] = load_rows(
             one,
             held_out,
@@ -240,6 +272,7 @@ def build_prompt_source(
             screen,
             answerless=bool(own) and all(rule.name == ENVIRONMENT_RULE for rule in own),
         )
+        lengths |= screen.lengths
     quarantine.check()
     rows = together(each)
     weights = {one.name: one.weight for one in config.each}
@@ -250,9 +283,9 @@ def build_prompt_source(
     if follow_ups is not None:
         follow_ups.check(rows.train)
     source = PromptSource(
-        rows, template, seed, config.order, quarantine, weights, contexts, follow_ups
+        rows, template, seed, config.order, quarantine, weights, contexts, follow_ups, made
     )
-    source.lengths = [screen.lengths[row.place] for row in rows.train]
+    source.lengths = [lengths[row.place] for row in rows.train]
     return source
 
 
@@ -271,6 +304,8 @@ def prompt_source_of(
         config.algorithm.advantage,
         config.algorithm.rollout.follow_up,
         config.generator.max_completion_tokens,
+        config.algorithm.rollout.scaffold,
+        config.steps,
     )
 
 
@@ -287,64 +322,6 @@ def _data_sets(rows: Sequence[Row]) -> list[_DataSet]:
         found.append(_DataSet(name, first, size))
         first += size
     return found
-
-
-class _Screen:
-    """Lets the rows through that a prompt can be made of; `lengths` has their tokens by place."""
-
-    def __init__(
-        self,
-        template: Template,
-        limit: int,
-        quarantine: Quarantine,
-        follow_ups: Contexts | None = None,
-        draft_tokens: int = 0,
-    ) -> None:
-        self._template, self._limit, self._quarantine = template, limit, quarantine
-        self._follow_ups, self._draft_tokens = follow_ups, draft_tokens
-        self.lengths: dict[str, int] = {}
-
-    def __call__(self, rows: list[Row]) -> list[Row]:
-        """The rows that fit; all others go to quarantine.
-
-        Raises: `UserError` when the template leaves out what a row says.
-        """
-        for start in range(0, len(rows), _CHECK_BATCH):
-            some = rows[start : start + _CHECK_BATCH]
-            for row in some:
-                if row.messages:
-                    self._template.check_turns(row.conversation, row.place)
-            token_ids = self._template.encode_asked([row.conversation for row in some])
-            for row, ids in zip(some, token_ids, strict=True):
-                self._note(row, len(ids), self._later(row))
-        return [row for row in rows if row.place in self.lengths]
-
-    def _later(self, row: Row) -> int:
-        """Tokens of the longest prompt that later completions of the row can have."""
-        if self._follow_ups is None:
-            return 0
-        ids = self._follow_ups.of(row)
-        if ids == (HOLE,):  # it has nothing to be shown, so there is no later one
-            return 0
-        return len(ids) + ids.count(HOLE) * (self._draft_tokens - 1)
-
-    def _note(self, row: Row, length: int, later: int) -> None:
-        if 0 < length <= self._limit and later <= self._limit:
-            self.lengths[row.place] = length
-            return
-        said = f"the prompt has {length} tokens"
-        if 0 < length <= self._limit:
-            said = (
-                f"the prompt of a follow-up (algorithm.rollout.follow_up) may have {later} tokens"
-            )
-        error = UserError(
-            f"{row.place}: {said} and at most {self._limit} fit "
-            "(model.max_length less generator.max_completion_tokens): raise "
-            "model.max_length, lower generator.max_completion_tokens, or drop the row"
-            if length
-            else f"{row.place}: the prompt has no tokens"
-        )
-        self._quarantine.add(row.place, error, row.question)
 
 
 def _difficulty(row: Row) -> float:

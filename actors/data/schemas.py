@@ -81,6 +81,12 @@ class Row:
         return [{"role": role, "content": content} for role, content in turns]
 
     @property
+    def record(self) -> dict[str, Any]:
+        """What the verifiers are given."""
+        found: dict[str, Any] = json.loads(self.reference)
+        return found
+
+    @property
     def key(self) -> str:
         """What makes two questions the same: the text of all turns, white space aside. Tasks
         without an answer are the same where their other columns are, too."""

@@ -2,6 +2,7 @@
 
     refine    G others behind the best of the drafts, whatever it was worth (iGRPO)
     hint      G others behind a hint, where no completion was right (Guide)
+    critique  the last of G, behind the best of the others and what it lacks (RGR-GRPO)
     branches  K continuations from some tokens of every completion (VinePPO, SPO)
 
 A rule is a pure function of the first completions, one of these or `package.module:name`. It runs
@@ -9,8 +10,8 @@ in a generator, since tokens never pass through the coordinator. `follow_ups` ma
 it asks for. The staleness bound holds as it is: what is sampled later has no older weights than
 those under which the group was dispatched.
 
-Sources: arXiv 2602.09000 (iGRPO), 2506.13923 (Guide), 2410.01679 (VinePPO), 2505.23564 (SPO).
-Evidence: [P] paper, [I] interpretation.
+Sources: arXiv 2602.09000 (iGRPO), 2506.13923 (Guide), 2511.12344 (RGR-GRPO), 2410.01679
+(VinePPO), 2505.23564 (SPO). Evidence: [P] paper, [3P] third parties, [I] interpretation.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from actors.data.contexts import filled_in
 from common.config.contexts import HOLE
 from common.config.follow_up import BranchConfig, FollowUpConfig
 from common.config.names import import_named
-from common.record.parts import PROBE, REPLACES
+from common.record.parts import JOINS, PROBE, REPLACES
 from common.trajectory import GroupRequest
 
 
@@ -40,22 +41,29 @@ class Said:
     logprobs: list[float]
     reward: float | None
     accuracy: float | None
+    feedback: str = ""
+    """What its rules say that it lacks."""
 
 
 @dataclass(frozen=True)
 class Texts:
     """How texts become tokens, and tokens texts."""
 
-    fill: Callable[[str], list[int]]
-    """(draft) -> `GroupRequest.follow_up_ids` with the draft in their hole."""
+    fill: Callable[[Mapping[str, str]], list[int]]
+    """(text by slot) -> `GroupRequest.follow_up_ids` with these texts in their holes."""
     decode: Callable[[list[int]], str]
 
 
 def follow_up_texts(request: GroupRequest, tokenizer: Any) -> Texts:
     """Texts and tokens of a request's follow-ups, by a Hugging Face tokenizer."""
 
-    def fill(draft: str) -> list[int]:
-        return filled_in(request.follow_up_ids, draft, tokenizer, request.max_tokens)
+    def fill(said: Mapping[str, str]) -> list[int]:
+        ids, config = list(request.follow_up_ids), request.follow_up
+        assert config is not None, "a request without a follow-up"
+        for slot in config.slots:  # each has the first hole that is left
+            most = config.feedback_tokens if slot == "feedback" else request.max_tokens
+            ids = filled_in(ids, said[slot], tokenizer, most)
+        return ids
 
     def decode(token_ids: list[int]) -> str:
         plain = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
@@ -69,7 +77,10 @@ Rule = Callable[[GroupRequest, FollowUpConfig, Sequence[Said], Texts], list[Grou
 
 def said(batches: Sequence[pa.RecordBatch]) -> list[Said]:
     """The completions of judged batches, by index."""
-    names = ("completion_index", "text", "token_ids", "behaviour_logprobs", "reward", "accuracy")
+    names = (
+        *("completion_index", "text", "token_ids", "behaviour_logprobs"),
+        *("reward", "accuracy", "feedback"),
+    )
     rows = [
         Said(*row)
         for batch in batches
@@ -109,11 +120,27 @@ def refine(
     It may be wrong: all drafts being wrong is no reason not to refine [P]. Without any reward there
     is nothing to choose by, and the group fails as one that nobody could judge.
     """
-    judged = [(draft.reward, draft) for draft in first if draft.reward is not None]
-    if not judged:
+    best = _best(first)
+    if best is None:
         return []
-    _, best = max(judged, key=lambda pair: (pair[0], -pair[1].index))
-    return [_behind(request, config, texts.fill(best.text), texts)]
+    return [_behind(request, config, texts.fill({"draft": best.text}), texts)]
+
+
+def critique(
+    request: GroupRequest, config: FollowUpConfig, first: Sequence[Said], texts: Texts
+) -> list[GroupRequest]:
+    """The last completion of the group, behind the best so far and what it lacks [3P; first: I].
+
+    Where that lacks nothing, the last one is sampled as the others were [3P].
+    """
+    best = _best(first)
+    if best is None:
+        return []
+    last = replace(request, part=JOINS, num_completions=request.num_follow_up - len(first))
+    if not best.feedback:
+        return [last]
+    shown = {"draft": best.text, "feedback": best.feedback}
+    return [_sampled_behind(last, config, texts.fill(shown), texts)]
 
 
 def hint(
@@ -172,9 +199,21 @@ def _behind(
 ) -> GroupRequest:
     """The learner's completions of the group, sampled behind another prompt."""
     asked = replace(request, part=REPLACES, num_completions=request.num_follow_up)
+    return _sampled_behind(asked, config, prompt_ids, texts)
+
+
+def _sampled_behind(
+    asked: GroupRequest, config: FollowUpConfig, prompt_ids: list[int], texts: Texts
+) -> GroupRequest:
     if not config.behind_own:
         return replace(asked, sampled_behind=tuple(prompt_ids))
     return replace(asked, prompt_ids=prompt_ids, prompt_text=texts.decode(prompt_ids))
+
+
+def _best(first: Sequence[Said]) -> Said | None:
+    """The completion of highest reward, the first of equals; None where none was judged."""
+    judged = [(one.reward, one) for one in first if one.reward is not None]
+    return max(judged, key=lambda pair: (pair[0], -pair[1].index))[1] if judged else None
 
 
 def _nothing(
@@ -187,5 +226,6 @@ RULES: Mapping[str, Rule] = {
     "none": _nothing,
     "refine": refine,
     "hint": hint,
+    "critique": critique,
     "branches": branches,
 }

@@ -180,7 +180,7 @@ class Generator:
         up the verification of no other, and a group of equal lengths is one batch. Completions not
         done after `request.cap_s` are aborted and are in no batch.
         """
-        return await self.more_of(self._under_way.begin(self._sample_all([request])))
+        return await self.more_of(self._under_way.begin(self._sample_all(request.apart())))
 
     async def more_of(self, number: int) -> tuple[pa.RecordBatch | None, int]:
         """The next batch of a group that is under way, and the number of what is behind it."""

@@ -79,6 +79,7 @@ def rollout_batch(
         "environment_reason": [each.environment_reason for each in episodes],
         "environment_reward": [each.environment_reward for each in episodes],
         "environment_s": [each.environment_s for each in episodes],
+        "feedback": [""] * count,  # a verifier's
         "generator": [generator] * count,
         "dispatch_version": [request.dispatch_version] * count,
         "dispatched_s": [request.dispatched_s] * count,

@@ -24,7 +24,7 @@ from actors.rollout.guidance import UNGUIDED, GuidedStart
 from actors.rollout.pools import GeneratorPool, GroupLostError, VerifierPool
 from common.config.follow_up import FollowUpConfig
 from common.supervision.calls import Ref
-from common.trajectory import Begun, GroupRequest
+from common.trajectory import Begun, Behind, GroupRequest
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,11 @@ class Episodes:
         self._sample_timeout_s = sample_timeout_s
         self._judge_timeout_s = judge_timeout_s
 
+    @property
+    def version(self) -> int:
+        """The weights with which a group is sampled that is asked for now."""
+        return self._generators.version
+
     def request(
         self,
         prompt: Prompt,
@@ -71,12 +76,14 @@ class Episodes:
         group_id: int,
         guided: GuidedStart = UNGUIDED,
         begun: Begun | None = None,
+        behind: tuple[Behind, ...] = (),
         seed: int | None = None,
     ) -> GroupRequest:
         """What `run` takes: sample `prompt` now, with the weights that the generators hold.
 
         Args:
             begun: what the group's episodes go on from; None: from the prompt.
+            behind: what each completion is sampled behind; empty: all behind the prompt.
             seed: of the group's samples; None leaves them to the engine's random state.
         """
         return GroupRequest(
@@ -92,7 +99,7 @@ class Episodes:
             num_completions=sampling.num_completions,
             max_tokens=sampling.max_tokens,
             temperature=sampling.temperature,
-            dispatch_version=self._generators.version,
+            dispatch_version=self.version,
             dispatched_s=time.time(),
             guidance_ids=guided.token_ids,
             num_guided=guided.num_completions,
@@ -105,6 +112,7 @@ class Episodes:
             follow_up=sampling.follow_up,
             follow_up_ids=prompt.follow_up_ids,
             num_follow_up=sampling.group_size,
+            behind=behind,
             begun=begun,
         )
 

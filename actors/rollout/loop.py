@@ -11,6 +11,7 @@ another prompt goes out. All other slots come back from the learner's loop, thro
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 
 import pyarrow as pa
 
@@ -21,7 +22,7 @@ from actors.rollout.guidance import Guidance
 from common.errors import VerifierError
 from common.record.writer import TrajectoryLogClient
 from common.supervision.calls import Ref
-from common.trajectory import GroupReceipt, GroupRequest, group_seed
+from common.trajectory import Behind, GroupReceipt, GroupRequest, group_seed
 
 _UNJUDGED_LIMIT = 16
 """Groups in a row without a single reward that end the run."""
@@ -40,16 +41,20 @@ class RolloutLoop:
         guidance: Guidance,
         sampling: GroupSampling,
         seed: int | None,
+        behind: Callable[[Prompt, int], tuple[Behind, ...]] | None = None,
     ) -> None:
         """`seed`: a synchronous run's, which samples the same for a ticket in whatever process it
-        is served. None leaves the samples to the engines' random state."""
+        is served. None leaves the samples to the engines' random state.
+
+        `behind`: (prompt, version) -> what each completion of its group is sampled behind. None:
+        the prompt."""
         self._source = source
         self._episodes = episodes
         self._book = book
         self._log = log
         self._guidance = guidance
         self._sampling = sampling
-        self._seed = seed
+        self._seed, self._behind = seed, behind
         self._unjudged_in_a_row = 0
 
     async def run(self) -> None:
@@ -70,6 +75,7 @@ class RolloutLoop:
             guided=self._guidance.start(
                 prompt, self._source.encode, self._sampling.num_completions
             ),
+            behind=self._behind(prompt, self._episodes.version) if self._behind else (),
             seed=group_seed(self._seed, prompt.ticket),
         )
 

@@ -23,10 +23,14 @@ class Verdict:
     reason: str = ""
     suspicious: str = ""
     """Walls that the completion's program touched, by kind, joined by commas; mostly empty."""
+    feedback: str = ""
+    """What the completion lacks, in words for a policy that is to do better; mostly empty."""
 
     def __post_init__(self) -> None:
         if self.kind not in (PASS, FAIL, ERROR, TIMEOUT, SKIPPED):
             raise ValueError(f"verdict {self.kind!r} is none of the kinds there are")
+        if not isinstance(self.feedback, str):
+            raise TypeError(f"feedback {self.feedback!r} is no text")
         if self.kind in (ERROR, TIMEOUT, SKIPPED):
             if self.reward is not None:
                 raise ValueError(f"verdict {self.kind} carries the reward {self.reward!r}")
@@ -34,5 +38,7 @@ class Verdict:
             raise ValueError(f"verdict {self.kind} carries the reward {self.reward!r}")
 
     @classmethod
-    def scored(cls, reward: float, reason: str = "", suspicious: str = "") -> Verdict:
-        return cls(PASS if reward > 0 else FAIL, float(reward), reason, suspicious)
+    def scored(
+        cls, reward: float, reason: str = "", suspicious: str = "", feedback: str = ""
+    ) -> Verdict:
+        return cls(PASS if reward > 0 else FAIL, float(reward), reason, suspicious, feedback)

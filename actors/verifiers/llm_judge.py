@@ -2,9 +2,10 @@
 
 The model is given a rubric, the question, the reference answer and the answer, and ends with
 `SCORE: n`; the reward is n / `scale`. With `criteria` it says yes or no to each, and the reward is
-the weight of the yes. What cannot be had or read is an `error`, and never a reward of 0. Requests
-are repeated after errors that pass (OpenAI's client does it: connection, 408, 409, 429, 5xx), and
-answers are kept, so that the same text is judged once.
+the weight of the yes; those with a no are the feedback (`actors.verifiers.rubric` can do more).
+What cannot be had or read is an `error`, and never a reward of 0. Requests are repeated after
+errors that pass (OpenAI's client does it: connection, 408, 409, 429, 5xx), and answers are kept, so
+that the same text is judged once.
 
 It needs `verifier.network=true`. A judge believes what it reads: the answer is handed over as a
 JSON string, so that it is seen where it ends, but it may still persuade.
@@ -14,7 +15,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -99,17 +100,56 @@ def score(text: str, reference: dict[str, Any], *, prompt: str = "", **args: Any
     Raises:
         VerifierError: there is no judgement.
     """
-    judge = Judge(**args)
-    said = _ask(judge.endpoint, _question(answer_part(text, prompt) or "", reference, judge))
+    judge, answer = Judge(**args), answer_part(text, prompt)
     if judge.criteria is not None:
-        return Verdict.scored(_share(said, judge.criteria), said[-200:])
+        held, said = true_of(judge, answer, reference, list(judge.criteria))
+        weights = judge.criteria.values()
+        share = sum(w for w, each in zip(weights, held, strict=True) if each) / sum(weights)
+        failed = [
+            f"- {each}" for each, is_so in zip(judge.criteria, held, strict=True) if not is_so
+        ]
+        return Verdict.scored(share, said[-200:], feedback="\n".join(failed))
+    task = f"Give a score from 0 to {judge.scale:g}. End with a line SCORE: and the number."
+    said = _ask(judge.endpoint, _question(answer, reference, judge.rubric, task))
     scores = _SCORE.findall(said)
     if not scores or not 0 <= float(scores[-1]) <= judge.scale:
         raise VerifierError(f"the judge gave no score from 0 to {judge.scale:g}: {said[-200:]!r}")
     return Verdict.scored(float(scores[-1]) / judge.scale, said[-200:])
 
 
-def _question(answer: str, reference: Mapping[str, Any], judge: Judge) -> str:
+def true_of(
+    judge: Judge, answer: str, reference: Mapping[str, Any], statements: Sequence[str]
+) -> tuple[list[bool], str]:
+    """Whether each statement is true of an answer, and all that the judge said.
+
+    Raises:
+        VerifierError: there is no judgement, or none of some statement.
+    """
+    lines = [f"{number}. {text}" for number, text in enumerate(statements, 1)]
+    head, tail = "Which of these are true?", "End with a line `N: yes|no` for each."
+    task = "\n".join([head, *lines, tail])
+    said = _ask(judge.endpoint, _question(answer, reference, judge.rubric, task))
+    found = {int(number): word.lower() == "yes" for number, word in _SAID.findall(said)}
+    numbers = range(1, len(statements) + 1)
+    if missing := [number for number in numbers if number not in found]:
+        raise VerifierError(f"the judge said nothing of {missing}: {said[-200:]!r}")
+    return [found[number] for number in numbers], said
+
+
+def number_of(judge: Judge, answer: str, reference: Mapping[str, Any], task: str) -> int:
+    """The whole number with which the judge ends, asked for as `SCORE:`.
+
+    Raises:
+        VerifierError: there is none.
+    """
+    said = _ask(judge.endpoint, _question(answer, reference, judge.rubric, task))
+    scores = _SCORE.findall(said)
+    if not scores or float(scores[-1]) % 1:
+        raise VerifierError(f"the judge gave no whole number: {said[-200:]!r}")
+    return int(float(scores[-1]))
+
+
+def _question(answer: str, reference: Mapping[str, Any], rubric: str, task: str) -> str:
     parts = {"question": "prompt", "reference answer": "answer"}
     given = [
         f"The {name}, as JSON: {json.dumps(reference[column], ensure_ascii=False)}"
@@ -117,23 +157,7 @@ def _question(answer: str, reference: Mapping[str, Any], judge: Judge) -> str:
         if reference.get(column) not in (None, "")
     ]
     given.append(f"The answer to judge, as JSON: {json.dumps(answer, ensure_ascii=False)}")
-    if judge.criteria is None:
-        task = f"Give a score from 0 to {judge.scale:g}. End with a line SCORE: and the number."
-    else:
-        lines = [f"{number}. {text}" for number, text in enumerate(judge.criteria, 1)]
-        head, tail = "Which of these are true?", "End with a line `N: yes|no` for each."
-        task = "\n".join([head, *lines, tail])
-    return "\n\n".join([judge.rubric, *given, task])
-
-
-def _share(said: str, criteria: Mapping[str, float]) -> float:
-    """The weight of what the judge said yes to; it has to have said something of each."""
-    found = {int(number): word.lower() == "yes" for number, word in _SAID.findall(said)}
-    if missing := [number for number in range(1, len(criteria) + 1) if number not in found]:
-        raise VerifierError(f"the judge said nothing of {missing}: {said[-200:]!r}")
-    weights = list(criteria.values())
-    held = sum(weight for number, weight in enumerate(weights, 1) if found[number])
-    return held / sum(weights)
+    return "\n\n".join([rubric, *given, task])
 
 
 @dataclass(frozen=True)

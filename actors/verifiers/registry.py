@@ -32,6 +32,7 @@ BUILTIN = (
         "choice",
         "code_tests",
         "llm_judge",
+        "rubric",
         "column",
     ),
 )
@@ -122,12 +123,17 @@ def voter(target: str) -> Callable[..., str | None] | None:
 
 def reference_checks(rules: Sequence[VerifierSpec]) -> list[ReferenceCheck]:
     """What built-in rules ask of a reference; your own are not run outside the sandbox."""
-    modules = [
-        importlib.import_module(f"actors.verifiers.{rule.name}")
-        for rule in rules
-        if rule.name in BUILTIN
-    ]
-    return [module.check_reference for module in modules if hasattr(module, "check_reference")]
+    found: list[ReferenceCheck] = []
+    for rule in rules:
+        if rule.name not in BUILTIN:
+            continue
+        module = importlib.import_module(f"actors.verifiers.{rule.name}")
+        if hasattr(module, "check_reference"):
+            found.append(module.check_reference)
+        if hasattr(module, "reference_check"):  # it goes by the arguments
+            _check_signature(rule.name, module.check_args, (), dict(rule.args))
+            found.append(module.reference_check(**rule.args))
+    return found
 
 
 def _told(score: Callable[..., object], args: dict[str, Any]) -> tuple[str, ...]:

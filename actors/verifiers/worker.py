@@ -33,6 +33,8 @@ T = TypeVar("T")
 
 _REASONS_KEPT = 100
 _SAID = ("verdict", "reason", "reward")
+_LONGEST_FEEDBACK = 10_000
+"""Characters."""
 
 
 class VerifierWorker:
@@ -114,6 +116,8 @@ def with_verdicts(
 ) -> pa.RecordBatch:
     """`batch`, and columns for what was said of it: a judgement a row, a verdict a name."""
     columns = list(batch.columns)
+    said = [_feedback(each) for each in judged]
+    columns[batch.schema.get_field_index("feedback")] = pa.array(said, pa.string())
     for rule in range(len(names)):
         verdicts = [each.verdicts[rule] for each in judged]
         columns.append(pa.array([verdict.reward for verdict in verdicts], pa.float32()))
@@ -127,6 +131,13 @@ def with_verdicts(
 def _first(judged: Judgement) -> Verdict:
     """The verdict of the first rule that was asked."""
     return next(verdict for verdict in judged.verdicts if verdict.kind != SKIPPED)
+
+
+def _feedback(judged: Judgement) -> str:
+    """What all rules say that a completion lacks, one behind the other."""
+    said = "\n".join(verdict.feedback for verdict in judged.verdicts if verdict.feedback)
+    # Half of a surrogate pair, which JSON can spell, is no text that Arrow takes.
+    return said[:_LONGEST_FEEDBACK].encode("utf-8", "replace").decode()
 
 
 def _suspicious(judged: Judgement) -> str:

@@ -22,6 +22,7 @@ from common.config.bounds import (
 from common.config.contexts import ContextName
 from common.config.follow_up import FollowUpConfig
 from common.config.names import Names
+from common.config.scaffold import ScaffoldConfig
 
 Args = dict[str, Any]
 """Arguments by name."""
@@ -212,6 +213,7 @@ class ObjectiveConfig:
             "kl_cov",
             "disco",
             "guide",
+            "rgr",
         ),
     ] = "ppo"
     """Objective of a token (`learner.algorithm.objectives`)."""
@@ -350,6 +352,7 @@ class RolloutConfig:
     trained on as without pruning; `batch.prompts_per_step` counts the prompts before."""
     guidance: GuidanceConfig = field(default_factory=GuidanceConfig)
     follow_up: FollowUpConfig = field(default_factory=FollowUpConfig)
+    scaffold: ScaffoldConfig = field(default_factory=ScaffoldConfig)
     consistency: ConsistencyConfig = field(default_factory=ConsistencyConfig)
 
 

@@ -15,8 +15,9 @@ from common.config.bounds import check_bounds
 from common.config.environment import BUILTIN_ENVIRONMENTS, ENVIRONMENT_RULE
 from common.config.follow_up import check_follow_up
 from common.config.names import check_name, check_names
+from common.config.scaffold import check_scaffold
 from common.config.scorers import check_scorer
-from common.config.sections import Config
+from common.config.sections import Config, VerifierSpec
 from common.errors import UserError, nearest
 from common.weights.registry import names_where
 
@@ -35,6 +36,7 @@ def check_config(config: Config) -> None:
     _check_guidance(config)
     _check_environment(config)
     check_follow_up(config)
+    check_scaffold(config)
     check_scorer(config)
     _check_critic(config)
     _check_memory(config)
@@ -140,11 +142,17 @@ def _check_groups(config: Config) -> None:
         )
 
 
+def _asks_an_endpoint(rule: VerifierSpec) -> bool:
+    mixed = rule.name in ("rubric", "right_prefix") and rule.args.get("judge") is not None
+    return rule.name == "llm_judge" or mixed
+
+
 def _check_rules(config: Config) -> None:
     rules, sets = config.verifier.rules, config.data.each
-    if not config.verifier.network and any(rule.name == "llm_judge" for rule in rules):
+    asking = [rule.name for rule in rules if _asks_an_endpoint(rule)]
+    if asking and not config.verifier.network:
         raise UserError(
-            "verifier.rules names llm_judge, which asks an endpoint: set verifier.network=true"
+            f"verifier.rules names {asking[0]}, which asks an endpoint: set verifier.network=true"
         )
     if rules and not any(rule.weight for rule in rules):
         raise UserError(

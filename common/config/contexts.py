@@ -8,7 +8,7 @@ nothing fills is none.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from common.errors import UserError
@@ -34,11 +34,17 @@ TEMPLATES: Mapping[str, str] = {
 FILLED_LATER = ("sibling", "feedback", "draft")
 """Contexts that are known only after sampling."""
 
-_FOLLOW_UPS: Mapping[str, str] = {
-    "draft": "{prompt}\n\nAn earlier attempt:\n{draft}\n\nGive a better answer.",
+_DRAFT = "{prompt}\n\nAn earlier attempt:\n{draft}\n\n%sGive a better answer."
+
+FOLLOW_UPS: Mapping[str, str] = {
+    "refine": _DRAFT % "",
+    "critique": _DRAFT % "What it lacks:\n{feedback}\n\n",
     "hint": "{prompt}\n\nA hint:\n{hint}\n\nSolve the problem in your own words.",
 }
-"""Prompts of completions that are asked for later in a group. The wording is ours."""
+"""Prompts of completions that are asked for later in a group, by what asks. The wording is ours."""
+
+RUBRIC = "{prompt}\n\nA good answer is such that:\n{rubric}"
+"""Prompt that shows criteria beforehand. The wording is ours."""
 
 
 def context_template(name: str, given: str | None) -> str:
@@ -54,16 +60,19 @@ def context_template(name: str, given: str | None) -> str:
     return text
 
 
-def follow_up_template(slot: str, given: str | None) -> str:
-    """The template of a follow-up's prompt; `given` is the user's own.
+def template_with(slots: Sequence[str], usual: str, given: str | None, key: str, by: str) -> str:
+    """A template with some slots; `given` is the user's own.
+
+    Args:
+        key: that of the template.
+        by: the key that needs the slots, and its value.
 
     Raises:
-        UserError: it leaves out the question, or the draft or hint that `slot` names.
+        UserError: it leaves out the question or one of the slots.
     """
-    text = _FOLLOW_UPS[slot] if given is None else given
-    key = "algorithm.rollout.follow_up"
-    kind = "refine" if slot == "draft" else "hint"
-    _check_slots(text, slot, f"{key}.template", f"{key}.kind={kind}")
+    text = usual if given is None else given
+    for slot in slots:
+        _check_slots(text, slot, key, by)
     return text
 
 

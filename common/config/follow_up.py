@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from common.config.bounds import Count, PositiveShare
-from common.config.contexts import follow_up_template
+from common.config.contexts import FOLLOW_UPS, template_with
 from common.config.names import Names
 from common.errors import UserError
 
@@ -36,40 +37,48 @@ class BranchConfig:
 class FollowUpConfig:
     """More completions of a group, asked for after the verdicts of the first."""
 
-    kind: Annotated[str, Names("none", "refine", "hint", "branches")] = "none"
+    kind: Annotated[str, Names("none", "refine", "hint", "critique", "branches")] = "none"
     """What is asked for (`actors.generation.follow_ups`). `refine`: the first completions are
     drafts, and `batch.group_size` others are sampled behind the best of them (iGRPO). `hint`: where
     no completion of a group is right, others take their place that were sampled behind a hint
-    (Guide). `branches`: continuations from inside of the completions, which measure what their
-    first tokens are worth and are not trained on (VinePPO, SPO)."""
+    (Guide). `critique`: the last completion of a group is sampled behind the best of the others and
+    what rules said that it lacks (RGR-GRPO). `branches`: continuations from inside of the
+    completions, which measure what their first tokens are worth and are not trained on (VinePPO,
+    SPO)."""
     drafts: Count = 4
     """Drafts of a group under `refine`."""
     hint: Literal["solution", "answer"] = "solution"
     """What `hint` shows: what `data.solution_column` has, or the right answer."""
     template: str | None = None
-    """Text of the prompt of a follow-up, with `{prompt}` and `{draft}` or `{hint}`. Null takes one
-    of `common.config.contexts`."""
+    """Text of the prompt of a follow-up, with `{prompt}` and what its kind shows: `{draft}`,
+    `{hint}`, or `{draft}` and `{feedback}` under `critique`. Null takes one of
+    `common.config.contexts`."""
+    feedback_tokens: Count = 256
+    """Most tokens of what rules said that `critique` shows; the first ones are kept."""
     train_behind: Literal["own", "prompt"] | None = None
     """Prompt that follow-ups are trained behind: the one that they were sampled behind (`own`), or
-    that of the group. Null is `own` under `refine`, `prompt` under `hint`."""
+    that of the group. Null is `own` under `refine`, else `prompt`."""
     branch: BranchConfig = field(default_factory=BranchConfig)
 
     @property
     def text(self) -> str:
         """The template of a follow-up's prompt; empty where it has the group's."""
-        if self.kind not in ("refine", "hint"):
+        if self.kind not in FOLLOW_UPS:
             return ""
-        return follow_up_template(self.slot, self.template)
+        key = "algorithm.rollout.follow_up"
+        usual, by = FOLLOW_UPS[self.kind], f"{key}.kind={self.kind}"
+        return template_with(_SHOWN[self.kind], usual, self.template, f"{key}.template", by)
 
     @property
-    def slot(self) -> str:
-        """What the template has a place for, besides the prompt."""
-        return "draft" if self.kind == "refine" else "hint"
+    def slots(self) -> list[str]:
+        """What the template has places for besides the prompt, in their order."""
+        return sorted(_SHOWN.get(self.kind, ()), key=lambda slot: self.text.find(f"{{{slot}}}"))
 
     @property
     def behind_own(self) -> bool:
         """Whether follow-ups are trained behind the prompt that they were sampled behind."""
-        return (self.train_behind or {"hint": "prompt"}.get(self.kind, "own")) == "own"
+        usual = "prompt" if self.kind in ("hint", "critique") else "own"
+        return (self.train_behind or usual) == "own"
 
     def most_of(self, group_size: int) -> int:
         """Most completions of a part of a group of `group_size`, under a rule of ours."""
@@ -79,7 +88,15 @@ class FollowUpConfig:
 
     def first_of(self, group_size: int) -> int:
         """Completions that are asked for first in a group of `group_size`."""
-        return self.drafts if self.kind == "refine" else group_size
+        return {"refine": self.drafts, "critique": group_size - 1}.get(self.kind, group_size)
+
+
+_SHOWN: Mapping[str, Sequence[str]] = {
+    "refine": ("draft",),
+    "critique": ("draft", "feedback"),
+    "hint": ("hint",),
+}
+"""What a follow-up's prompt shows besides the question, by its kind."""
 
 
 def check_follow_up(config: Any) -> None:
@@ -90,7 +107,7 @@ def check_follow_up(config: Any) -> None:
 
     Raises: `UserError`.
     """
-    follow_up, rollout = config.algorithm.rollout.follow_up, config.algorithm.rollout
+    follow_up = config.algorithm.rollout.follow_up
     if config.algorithm.advantage.kind == "branch_values" and follow_up.kind != "branches":
         raise UserError(
             "algorithm.advantage.kind=branch_values goes by branches, and "
@@ -99,8 +116,25 @@ def check_follow_up(config: Any) -> None:
     if follow_up.kind == "none":
         return
     key = f"algorithm.rollout.follow_up.kind={follow_up.kind}"
-    _ = follow_up.text
-    environment, elsewhere = config.environment, bool(follow_up.text) and not follow_up.behind_own
+    if follow_up.first_of(config.batch.group_size) < 1:
+        raise UserError(
+            f"{key} improves on the best of batch.group_size - 1 completions, and "
+            f"batch.group_size={config.batch.group_size} leaves none: use at least 2"
+        )
+    check_single_answers(config, key, elsewhere=bool(follow_up.text) and not follow_up.behind_own)
+
+
+def check_single_answers(config: Any, key: str, elsewhere: bool) -> None:
+    """Refuse what needs all completions of a group to begin and to be scored alike.
+
+    Args:
+        config: the whole configuration (`common.config.sections.Config`).
+        key: the key that has some sampled behind another prompt, and its value.
+        elsewhere: whether they are trained behind the group's all the same.
+
+    Raises: `UserError`.
+    """
+    environment, rollout = config.environment, config.algorithm.rollout
     advantage, objective = config.algorithm.advantage, config.algorithm.objective
     wrong = {
         f"environment.name={environment.name}": environment.name is not None,
@@ -120,6 +154,6 @@ def check_follow_up(config: Any) -> None:
     }
     if found := [name for name, is_wrong in wrong.items() if is_wrong]:
         raise UserError(
-            f"{key} and {found[0]} do not go together: follow-ups are of single answers, each "
+            f"{key} and {found[0]} do not go together: it is for single answers, each "
             "begun by the policy, and scored behind its own prompt. Set one of them off"
         )

@@ -29,8 +29,8 @@ from common.record.parts import BRANCH
 from common.record.segments import SEGMENT
 from common.record.turns import TURN
 
-SCHEMA_VERSION = 8
-READABLE = (5, 6, 7, SCHEMA_VERSION)
+SCHEMA_VERSION = 9
+READABLE = (5, 6, 7, 8, SCHEMA_VERSION)
 """Versions whose data `current` reads."""
 VERSION_KEY = b"grpo_lambda.schema_version"
 
@@ -81,6 +81,7 @@ _ROLLOUT_FIELDS: tuple[pa.Field, ...] = (
     pa.field("environment_reason", pa.string(), nullable=False),
     pa.field("environment_reward", pa.float32()),
     pa.field("environment_s", pa.float64(), nullable=False),
+    pa.field("feedback", pa.string(), nullable=False),  # of its rules, for who is to do better
     pa.field("generator", pa.string(), nullable=False),
     pa.field("dispatch_version", pa.int32(), nullable=False),
     pa.field("dispatched_s", pa.float64(), nullable=False),  # Unix time, seconds
@@ -94,6 +95,7 @@ NEWER: dict[str, Any] = {
     "context_ids": [],
     "answer_begin": 0,
     "answer_end": 0,
+    "feedback": "",
 }
 """Columns that an older version may lack, and what stands for them."""
 EVERY_LOG_HAS = tuple(field.name for field in _ROLLOUT_FIELDS if field.name not in NEWER)
@@ -162,8 +164,8 @@ def _is_of(found: pa.DataType, own: pa.DataType) -> bool:
 def current(batch: pa.RecordBatch) -> pa.RecordBatch:
     """`batch`, of any version that can be read, under today's.
 
-    Version 5 has no segments, version 6 no contexts, version 7 no parts. Turns from before tool
-    calls were counted have no number of them.
+    Version 5 has no segments, version 6 no contexts, version 7 no parts, version 8 no feedback.
+    Turns from before tool calls were counted have no number of them.
     """
     own = {field.name: field for field in _ROLLOUT_FIELDS}
     turns = batch.column("turns")

@@ -193,6 +193,7 @@ def generation_loop(config: Config, parts: Parts) -> RolloutLoop:
             config.batch.group_size,
         ),
         seed=config.sampling_seed,
+        behind=partial(rollout.source.behind, group_size=config.batch.group_size),
     )
 
 

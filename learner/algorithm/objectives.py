@@ -124,6 +124,26 @@ def _guide(terms: Terms, config: ObjectiveConfig, *, gamma_quantile: Share = 0.9
     )
 
 
+def _rgr(terms: Terms, config: ObjectiveConfig, *, gamma: ShareBelowOne = 0.1) -> Surrogate:
+    """PPO's surrogate, and A pi / (pi_old + gamma) for what was sampled behind another prompt.
+
+    RGR-GRPO, arXiv 2511.12344 [3P]. Both probabilities are behind the plain prompt, and there is no
+    clip. So the slope of a token's log-probability is A pi_old / (pi_old + gamma) at pi_old: a
+    token that the policy would not have said without help teaches little [D]. The value of gamma
+    was not found. With gamma = 0 it is A r.
+    """
+    found = _clipped(terms.log_ratio_N, terms.advantages_N, config)
+    if terms.elsewhere_B is None:
+        return found
+    elsewhere_N = terms.axis.spread(terms.elsewhere_B)
+    # pi / (pi_old + gamma) = r / (1 + gamma / pi_old), which does not divide by a 0 of float32.
+    shaped_N = bounded_exp(terms.log_ratio_N) / (1 + gamma * bounded_exp(-terms.anchor_N))
+    return Surrogate(
+        torch.where(elsewhere_N, shaped_N * terms.advantages_N, found.values_N),
+        found.clipped_N & ~elsewhere_N,
+    )
+
+
 @chooses(some_in_band)
 def _clip_cov(
     terms: Terms,
@@ -203,6 +223,7 @@ OBJECTIVES: Axis[Terms, ObjectiveConfig, Surrogate] = Axis(
         "disco": disco,
         "clip_cov": _clip_cov,
         "guide": _guide,
+        "rgr": _rgr,
         "kl_cov": _kl_cov,
     },
     cases=token_cases(_made_up),

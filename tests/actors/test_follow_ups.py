@@ -17,19 +17,28 @@ from judged_groups import judged, request, said
 from actors.data.contexts import filled_in
 from actors.data.prompts import PromptSource, build_prompt_source
 from actors.generation.engine import Completion
-from actors.generation.follow_ups import Said, Texts, branch_points, follow_ups
+from actors.generation.follow_ups import (
+    Said,
+    Texts,
+    branch_points,
+    follow_up_texts,
+    follow_ups,
+)
 from actors.generation.follow_ups import said as read
 from actors.generation.generator import Generator
 from actors.generation.texts import Texts as Decoder
 from common.config.contexts import HOLE
 from common.config.follow_up import BranchConfig, FollowUpConfig
 from common.config.load import load_config
-from common.config.sections import DataConfig, GeneratorConfig, ModelConfig
+from common.config.sections import DataConfig, GeneratorConfig, ModelConfig, VerifierSpec
 from common.errors import UserError
-from common.record.parts import PROBE, REPLACES
+from common.record.parts import JOINS, PROBE, REPLACES
 from common.trajectory import GroupRequest
 
-TEXTS = Texts(lambda draft: [50, *map(ord, draft), 51], lambda ids: ",".join(map(str, ids)))
+TEXTS = Texts(
+    lambda said: [50, *map(ord, "".join(said.values())), 51],
+    lambda ids: ",".join(map(str, ids)),
+)
 
 
 def drafts(*rewards: float | None) -> list[Said]:
@@ -70,6 +79,63 @@ def test_drafts_that_nobody_could_judge_are_not_refined() -> None:
 
 def test_a_first_part_that_was_cut_short_has_no_follow_up() -> None:
     assert follow_ups(refining(), drafts(1.0), TEXTS) == []
+
+
+def judged_drafts(*said: tuple[float | None, str]) -> list[Said]:
+    return [
+        replace(one, feedback=feedback)
+        for one, (_, feedback) in zip(drafts(*(reward for reward, _ in said)), said, strict=True)
+    ]
+
+
+def criticised(size: int = 3, **changes: Any) -> GroupRequest:
+    config = FollowUpConfig(kind="critique", **changes)
+    return request(
+        follow_up=config,
+        follow_up_ids=(50, HOLE, HOLE, 51),
+        num_completions=config.first_of(size),
+        num_follow_up=size,
+    )
+
+
+def test_the_last_completion_reads_the_best_of_the_others_and_what_it_lacks() -> None:
+    first = judged_drafts((0.0, "- all"), (0.5, "- why"))
+    (asked,) = follow_ups(criticised(), first, TEXTS)
+    assert (asked.part, asked.num_completions, asked.first_index) == (JOINS, 1, 2)
+    assert list(asked.sampled_behind) == [50, *map(ord, "d1- why"), 51]
+    assert (asked.prompt_ids, asked.prompt_text) == ([1, 2], "2 + 2 =")
+    (asked,) = follow_ups(criticised(train_behind="own"), first, TEXTS)
+    assert asked.sampled_behind == ()
+    assert asked.prompt_ids == [50, *map(ord, "d1- why"), 51]
+
+
+def test_where_nothing_is_lacking_the_group_is_that_of_grpo() -> None:
+    """The last completion is asked for as it would have been with the others, seed and all."""
+    (asked,) = follow_ups(criticised(), judged_drafts((1.0, ""), (0.0, "- all")), TEXTS)
+    plain = request(num_completions=3, num_follow_up=3, follow_up_ids=(50, HOLE, HOLE, 51))
+    later = replace(plain, num_completions=1, first_index=2, part=JOINS)
+    assert asked == later
+    # Of reward 1, and yet not as it should be: what is factual holds, something else does not.
+    (asked,) = follow_ups(criticised(), judged_drafts((1.0, "- why"), (0.0, "")), TEXTS)
+    assert list(asked.sampled_behind) == [50, *map(ord, "d0- why"), 51]
+
+
+def test_completions_that_nobody_could_judge_are_not_criticised() -> None:
+    assert follow_ups(criticised(), judged_drafts((None, ""), (None, "")), TEXTS) == []
+
+
+def test_a_critique_has_draft_and_feedback_in_their_places_and_within_their_room() -> None:
+    tokenizer = byte_tokenizer()
+    for template in ("{draft}>{feedback}|{prompt}", "{feedback}<{draft}|{prompt}"):
+        config = FollowUpConfig(kind="critique", template=template, feedback_tokens=5)
+        ids = tokenizer(template.replace("{draft}", "\0").replace("{feedback}", "\0")).input_ids
+        hole = tokenizer("\0", add_special_tokens=False).input_ids[0]
+        ids = tuple(HOLE if i == hole else i for i in ids)
+        group = request(follow_up=config, follow_up_ids=ids, max_tokens=3)
+        filled = follow_up_texts(group, tokenizer).fill({"draft": "draft", "feedback": "- all!"})
+        said = tokenizer.decode(filled, skip_special_tokens=True)
+        wanted = template.replace("{draft}", "dra").replace("{feedback}", "- all")
+        assert said.replace(" ", "") == wanted.replace(" ", "")
 
 
 @pytest.mark.parametrize(
@@ -226,6 +292,12 @@ FOLLOW = "algorithm.rollout.follow_up"
     [
         ((f"{FOLLOW}.kind=refine", f"{FOLLOW}.template=improve"), r"\{prompt\} 0 times"),
         ((f"{FOLLOW}.kind=hint", FOLLOW + ".template='{prompt} {draft}'"), r"\{hint\} 0 times"),
+        (
+            (f"{FOLLOW}.kind=critique", FOLLOW + ".template='{prompt} {draft}'"),
+            "{feedback} 0 times",
+        ),
+        ((f"{FOLLOW}.kind=critique", "batch.group_size=1"), "group_size"),
+        ((f"{FOLLOW}.kind=critique", "environment.name=guess"), "single answers"),
         ((f"{FOLLOW}.kind=refined",), "did you mean refine"),
         ((f"{FOLLOW}.kind=branches", "algorithm.rollout.greedy=true"), "do not go together"),
         (
@@ -276,12 +348,19 @@ def test_a_rule_of_the_users_own_is_asked(tmp_path: Path, monkeypatch: pytest.Mo
     assert (asked.part, asked.first_index, asked.num_completions) == ("joins", 2, 2)
 
 
-def prompts(config: FollowUpConfig, limit: int, rows: str, tmp_path: Path) -> PromptSource:
+RUBRIC = VerifierSpec(
+    name="rubric", args={"criteria": [{"text": "It says why.", "pattern": "because"}]}
+)
+
+
+def prompts(
+    config: FollowUpConfig, limit: int, rows: str, tmp_path: Path, rules: Any = (RUBRIC,)
+) -> PromptSource:
     path = tmp_path / "rows.jsonl"
     path.write_text(rows)
     data = DataConfig(source="file", path=str(path), solution_column="solution", max_bad_rows=0.9)
     return build_prompt_source(
-        data, 0, 0, byte_tokenizer(), limit, follow_up=config, draft_tokens=10
+        data, 0, 0, byte_tokenizer(), limit, rules, follow_up=config, draft_tokens=10
     )
 
 
@@ -299,6 +378,27 @@ def test_a_prompt_has_that_of_its_follow_up_beside_it(tmp_path: Path) -> None:
     assert "1 + 1|a draft!" in tokenizer.decode(filled)
     cut = filled_in(first.follow_up_ids, "a draft", tokenizer, most=3)
     assert "1 + 1|a d!" in tokenizer.decode(cut)
+
+
+def test_a_critique_needs_room_for_draft_and_feedback(tmp_path: Path) -> None:
+    config = FollowUpConfig(
+        kind="critique", template="{feedback}|{draft}|{prompt}", feedback_tokens=7
+    )
+    longest = max(prompts(FollowUpConfig(), 500, ROW % "1 + 1", tmp_path).lengths)
+    assert prompts(config, longest + 10 + 7 + 2, ROW % "1 + 1", tmp_path).size == 1
+    with pytest.raises(UserError, match=r"a prompt of algorithm\.rollout\.follow_up may have"):
+        prompts(config, longest + 10 + 7 + 1, ROW % "1 + 1", tmp_path)
+
+
+def test_a_critique_needs_a_rule_that_says_what_is_lacking(tmp_path: Path) -> None:
+    config = FollowUpConfig(kind="critique")
+    own, silent = VerifierSpec(name="mine:score"), VerifierSpec(name="math_answer")
+    judge = VerifierSpec(name="llm_judge", args={"criteria": {"It says why.": 1}})
+    for rules in ([own], [silent, judge]):
+        assert prompts(config, 900, ROW % "1 + 1", tmp_path, rules).size == 1
+    for rules in ([], [silent], [VerifierSpec(name="llm_judge")]):
+        with pytest.raises(UserError, match="none of verifier.rules does"):
+            prompts(config, 900, ROW % "1 + 1", tmp_path, rules)
 
 
 def test_a_row_whose_follow_up_may_not_fit_goes_to_quarantine(tmp_path: Path) -> None:
