@@ -6,7 +6,8 @@ an exception from there on is a wrong answer, where before it was an error of th
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 
 class _Blame:
@@ -30,3 +31,14 @@ def completion_is_to_blame() -> bool:
 def next_task(tell: Callable[[], None] | None = None) -> None:
     """A new task begins, and `tell` is called when its rule blames the completion."""
     _Blame.completion, _Blame.tell = False, tell
+
+
+@contextmanager
+def aside() -> Iterator[None]:
+    """What a rule blames that another one asks: it is forgotten when that one goes on."""
+    before = _Blame.completion, _Blame.tell
+    _Blame.completion, _Blame.tell = False, None
+    try:
+        yield
+    finally:
+        _Blame.completion, _Blame.tell = before

@@ -33,6 +33,7 @@ BUILTIN = (
         "code_tests",
         "llm_judge",
         "rubric",
+        "right_prefix",
         "column",
     ),
 )

@@ -89,6 +89,8 @@ def check_scaffold(config: Any) -> None:
             f"{_KEY}.kind={scaffold.kind} and {_KEY}.tags={scaffold.tags}: kind=tags needs some, "
             "and no other kind has any"
         )
+    if "" in scaffold.tags:
+        raise UserError(f"{_KEY}.tags holds an empty text: leave it out")
     if scaffold.kind == "none":
         return
     _ = scaffold.text

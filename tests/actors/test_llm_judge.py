@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import threading
 import time
-from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from judging_endpoint import Endpoint, failing, saying, send
 
 from actors.sandbox.sandbox import RuleSpec, Sandbox, Task
 from actors.verifiers.llm_judge import check_args, score
@@ -19,61 +18,11 @@ from common.errors import UserError, VerifierError
 REFERENCE = {"prompt": "What is 2 + 2?", "answer": "4"}
 
 
-class Endpoint:
-    """Answers each request with the next of its replies, and the last one for ever."""
-
-    def __init__(self) -> None:
-        self.replies: list[Callable[[BaseHTTPRequestHandler], None]] = []
-        self.asked: list[dict[str, Any]] = []
-        self.keys: list[str] = []
-        endpoint = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                body = self.rfile.read(int(self.headers["Content-Length"]))
-                endpoint.asked.append({"path": self.path, **json.loads(body)})
-                endpoint.keys.append(self.headers["Authorization"])
-                place = min(len(endpoint.asked), len(endpoint.replies)) - 1
-                endpoint.replies[place](self)
-
-            def log_message(self, *args: object) -> None:
-                """Say nothing."""
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
-
-
-def send(handler: BaseHTTPRequestHandler, status: int, body: bytes) -> None:
-    handler.send_response(status)
-    handler.send_header("Content-Type", "application/json")
-    handler.send_header("Content-Length", str(len(body)))
-    handler.end_headers()
-    handler.wfile.write(body)
-
-
-def saying(text: str) -> Callable[[BaseHTTPRequestHandler], None]:
-    message = {"role": "assistant", "content": text}
-    answer = {
-        "id": "1",
-        "object": "chat.completion",
-        "created": 0,
-        "model": "judge",
-        "choices": [{"index": 0, "finish_reason": "stop", "message": message}],
-    }
-    return lambda handler: send(handler, 200, json.dumps(answer).encode())
-
-
-def failing(status: int) -> Callable[[BaseHTTPRequestHandler], None]:
-    return lambda handler: send(handler, status, b'{"error": {"message": "not today"}}')
-
-
 @pytest.fixture
 def endpoint() -> Iterator[Endpoint]:
     endpoint = Endpoint()
     yield endpoint
-    endpoint.server.shutdown()
-    endpoint.server.server_close()
+    endpoint.close()
 
 
 def judged(endpoint: Endpoint, text: str = "four", **args: Any) -> float | None:
@@ -97,6 +46,18 @@ def test_what_the_judge_says_is_the_reward(
 ) -> None:
     endpoint.replies = [saying(said)]
     assert judged(endpoint, **args) == reward
+
+
+def test_criteria_that_do_not_hold_are_the_feedback(endpoint: Endpoint) -> None:
+    endpoint.replies = [saying("1: yes\n2: no\n3: no")]
+    verdict = score(
+        "four",
+        REFERENCE,
+        base_url=endpoint.url,
+        model="judge",
+        criteria={"It is right.": 2, "It is polite.": 1, "It says why.": 1},
+    )
+    assert (verdict.reward, verdict.feedback) == (0.5, "- It is polite.\n- It says why.")
 
 
 def test_the_judge_is_told_all_it_needs_and_thoughts_are_kept_from_it(endpoint: Endpoint) -> None:

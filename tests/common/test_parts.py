@@ -7,7 +7,7 @@ import pytest
 from judged_groups import judged, request, said
 
 from common.record.ledger import Outcome, outcomes_of
-from common.record.parts import PROBE, REPLACES, folded, learnt, logged_tokens
+from common.record.parts import JOINS, NOTHING, PROBE, REPLACES, folded, learnt, logged_tokens
 from common.record.schema import NEWER, current, trajectory_schema
 from common.record.writer import receipt
 
@@ -59,6 +59,20 @@ def test_what_replaces_the_first_makes_drafts_of_them() -> None:
     assert group.num_rows == 5
 
 
+def test_what_joins_the_first_is_learnt_beside_them() -> None:
+    later = judged(
+        request(part=JOINS, first_index=2, num_completions=1, sampled_behind=(7, 8)),
+        {0: said([8, 8])},
+        [0.5],
+    )
+    group = folded(whole(FIRST, later))
+    assert learnt(group) is group
+    found = receipt(group, None)
+    assert (found.num_completions, found.num_tokens) == (3, 6)
+    assert (found.drafts, found.probes) == (NOTHING, NOTHING)
+    assert outcomes_of(found, "trained") == {"trained": (3, 6)}
+
+
 @pytest.mark.parametrize("outcome", ["trained", "filtered", "failed", "stale"])
 def test_every_completion_and_token_of_a_group_has_one_outcome(outcome: Outcome) -> None:
     later = judged(
@@ -98,7 +112,7 @@ def test_the_version_of_a_probe_is_that_of_its_group() -> None:
 
 
 def test_a_group_from_before_there_were_parts_is_read_as_one_without() -> None:
-    old = FIRST.drop_columns(["part", "sampled_behind", "branches"])
+    old = FIRST.drop_columns(["part", "sampled_behind", "branches", "feedback"])
     old = old.replace_schema_metadata({b"grpo_lambda.schema_version": b"7"})
     assert learnt(old) is old
     assert current(old).equals(FIRST.cast(trajectory_schema(["rule"])))

@@ -12,7 +12,16 @@ from typing import Any
 
 import pytest
 
-from actors.verifiers import choice, equality, format_rules, math_answer, program, reasoning_gym
+from actors.verifiers import (
+    choice,
+    equality,
+    format_rules,
+    math_answer,
+    program,
+    reasoning_gym,
+    right_prefix,
+    rubric,
+)
 from actors.verifiers.base import Verdict
 from actors.verifiers.registry import BUILTIN, voter
 
@@ -66,11 +75,19 @@ GRADERS: dict[str, Callable[[str], Verdict]] = {
     "format_rules": lambda text: format_rules.score(text, {}, tags=["think", "answer", "x"]),
     "reasoning_gym": lambda text: reasoning_gym.score(text, GYM),
     "reasoning_gym last_line": lambda text: reasoning_gym.score(text, GYM, extract="last_line"),
+    "rubric": lambda text: rubric.score(
+        text, {"answer": "(3"}, [{"text": "It is {answer}.", "pattern": r"is\s+{answer}"}]
+    ),
+    # A wrong answer is worth something there: only a right one passes here.
+    "right_prefix": lambda text: Verdict.scored(
+        float(right_prefix.score(text, GYM, first_wrong="sums").reward == 1.0)
+    ),
     "code_tests": lambda text: Verdict.scored(float(program.find_program(text, False) == "x")),
 }
 GYM: dict[str, Any] = {
     "task": "chain_sum",
     "answer": "3",
+    "prompt": "1 + 2",
     "entry": {"question": "1 + 2", "answer": "3", "metadata": {}},
 }
 

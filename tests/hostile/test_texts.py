@@ -84,15 +84,17 @@ REFERENCES: dict[str, dict[str, Any]] = {
     "math_answer": {"answer": "x^2 + 1"},
     "format_rules": {},
     "choice": {"answer": "B"},
+    "rubric": {"answer": "B"},
     "code_tests": {"tests": {"kind": "script", "setup": "", "script": "assert f(1) == 2"}},
 }
 ARGS: dict[str, dict[str, Any]] = {
-    "format_rules": {"forbidden": ["import|chr|lambda|exec|environ"]}
+    "format_rules": {"forbidden": ["import|chr|lambda|exec|environ"]},
+    "rubric": {"criteria": [{"text": "It is {answer}.", "pattern": "^{answer}$"}]},
 }
 
 
-# One asks a model, the other reads no text.
-@pytest.mark.parametrize("name", [name for name in BUILTIN if name not in ("llm_judge", "column")])
+# One asks a model, one reads no text, and one gives a wrong answer something.
+@pytest.mark.parametrize("name", sorted(set(BUILTIN) - {"llm_judge", "column", "right_prefix"}))
 def test_no_grader_runs_a_text_and_each_blames_the_completion(name: str) -> None:
     rule = resolve(name, name, ARGS.get(name, {}))
     reference = REFERENCES[name]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -222,6 +223,54 @@ def guided(quantile: float, elsewhere: bool = True) -> tuple[torch.Tensor, torch
     config = ObjectiveConfig(kind="guide", args={"gamma_quantile": quantile})
     found = OBJECTIVES.rule(config)(terms)
     return found.values_N, torch.autograd.grad(found.values_N.sum(), x)[0]
+
+
+OLD = torch.tensor([0.01, 0.1, 0.5, 1.0], dtype=torch.float64)
+"""Probabilities before the first update."""
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.1, 0.9])
+def test_rgr_divides_a_probability_by_the_old_one_and_gamma(gamma: float) -> None:
+    """A pi / (pi_old + gamma), in which the prompt that it was sampled behind has no part."""
+    x = torch.tensor([0.5, -0.5, 0.2, 0.0], dtype=torch.float64, requires_grad=True)
+    config = ObjectiveConfig(kind="rgr", args={"gamma": gamma})
+    terms = Terms(
+        x,
+        OLD.log() + x.detach(),
+        torch.tensor([2.0], dtype=torch.float64),
+        PackedAxis(torch.tensor([4])),
+        torch.zeros_like(OLD),
+        anchor_logprobs_N=OLD.log(),
+        elsewhere_gap_N=torch.full_like(OLD, -3.0),
+        elsewhere_B=torch.tensor([True]),
+    )
+    found = OBJECTIVES.rule(config)(terms)
+    wanted = 2.0 * OLD * x.detach().exp() / (OLD + gamma)
+    assert found.values_N.tolist() == pytest.approx(wanted.tolist(), rel=1e-12)
+    slope = torch.autograd.grad(found.values_N.sum(), x)[0]  # of pi, by log pi
+    assert slope.tolist() == pytest.approx(wanted.tolist(), rel=1e-12)
+    assert not found.clipped_N.any()
+    plain = replace(terms, elsewhere_B=None, elsewhere_gap_N=None)
+    ppo = OBJECTIVES.rule(ObjectiveConfig(kind="ppo"))(plain)
+    assert torch.equal(OBJECTIVES.rule(config)(plain).values_N, ppo.values_N)
+
+
+def test_rgr_is_finite_where_a_token_was_out_of_the_question() -> None:
+    x = torch.zeros(2, requires_grad=True)
+    anchor = torch.tensor([-400.0, -1e-9])
+    terms = Terms(
+        x,
+        anchor,
+        torch.tensor([1.0]),
+        PackedAxis(torch.tensor([2])),
+        torch.zeros(2),
+        anchor_logprobs_N=anchor,
+        elsewhere_gap_N=torch.zeros(2),
+        elsewhere_B=torch.tensor([True]),
+    )
+    found = OBJECTIVES.rule(ObjectiveConfig(kind="rgr"))(terms)
+    assert found.values_N.tolist() == pytest.approx([0.0, 1 / 1.1], abs=1e-6)
+    assert torch.autograd.grad(found.values_N.sum(), x)[0].isfinite().all()
 
 
 def test_guide_shapes_what_was_sampled_behind_a_hint_and_is_ppo_elsewhere() -> None:
