@@ -50,8 +50,8 @@ class Behind(NamedTuple):
     token_ids: tuple[int, ...] = ()
     """Empty: the group's prompt."""
     text: str = ""
-    """The same as a text, where the completion is trained behind it; empty: it is trained behind
-    the group's prompt."""
+    """What it is trained behind as well, as a text; empty: it is trained behind the group's
+    prompt."""
 
 
 @dataclass(frozen=True)

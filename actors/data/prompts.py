@@ -23,7 +23,7 @@ from actors.data.chat import Template, Tokenizer
 from actors.data.contexts import Contexts
 from actors.data.mixture import Mixture
 from actors.data.quarantine import Quarantine
-from actors.data.rubrics import check_feedback, check_rubrics, of_source
+from actors.data.rubrics import check_feedback, of_source
 from actors.data.scaffold import Scaffold
 from actors.data.schemas import Row
 from actors.data.screen import Screen
@@ -241,35 +241,20 @@ def build_prompt_source(
 
     Raises: `UserError` for anything wrong with the data or the template.
     """
-    template, names = Template(config, tokenizer, tools), [one.name for one in config.each]
+    template = Template(config, tokenizer, tools)
     quarantine = Quarantine(config.max_bad_rows)
-    follow_ups = made = None
-    if follow_up is not None and follow_up.text:
-        if follow_up.kind == "critique":
-            check_feedback("algorithm.rollout.follow_up.kind=critique", rules, names)
-        follow_ups = Contexts.of_follow_up(template, follow_up)
-    if scaffold is not None and scaffold.kind != "none":
-        if scaffold.kind == "rubric":
-            check_rubrics("algorithm.rollout.scaffold.kind=rubric", rules, names)
-        made = Scaffold(template, scaffold, rules, seed, steps)
+    names = [one.name for one in config.each]
+    follow_ups = _follow_ups(template, follow_up, rules, names)
+    made = Scaffold.of(template, scaffold, rules, seed, steps, names)
     room = {"draft": draft_tokens, "feedback": follow_up.feedback_tokens if follow_up else 0}
-    lengths: dict[str, int] = {}
     each: dict[str, Rows] = {}
+    lengths: dict[str, int] = {}
     for one, held_out in zip(config.each, config.held_out(eval_prompts), strict=True):
         own = of_source(rules, one.name)
-        others: dict[str, Callable[[Row], int]] = {}
-        if follow_ups is not None:
-            others["algorithm.rollout.follow_up"] = partial(follow_ups.longest, room=room)
-        if made is not None:
-            others["algorithm.rollout.scaffold"] = partial(made.longest, rules=own)
+        others = _longest(follow_ups, room, made, own)
         screen = Screen(template, max_prompt_tokens, quarantine, others)
         each[one.name] = load_rows(
-            one,
-            held_out,
-            seed,
-            quarantine,
-            reference_checks(own),
-            screen,
+            *(one, held_out, seed, quarantine, reference_checks(own), screen),
             answerless=bool(own) and all(rule.name == ENVIRONMENT_RULE for rule in own),
         )
         lengths |= screen.lengths
@@ -287,6 +272,39 @@ def build_prompt_source(
     )
     source.lengths = [lengths[row.place] for row in rows.train]
     return source
+
+
+def _longest(
+    follow_ups: Contexts | None,
+    room: Mapping[str, int],
+    scaffold: Scaffold | None,
+    rules: Sequence[VerifierSpec],
+) -> dict[str, Callable[[Row], int]]:
+    """What gives the tokens of the longest other prompt of a row, by the key that asks for it."""
+    found: dict[str, Callable[[Row], int]] = {}
+    if follow_ups is not None:
+        found["algorithm.rollout.follow_up"] = partial(follow_ups.longest, room=room)
+    if scaffold is not None:
+        found["algorithm.rollout.scaffold"] = partial(scaffold.longest, rules=rules)
+    return found
+
+
+def _follow_ups(
+    template: Template,
+    config: FollowUpConfig | None,
+    rules: Sequence[VerifierSpec],
+    names: Sequence[str],
+) -> Contexts | None:
+    """What makes the prompts of later completions; None where they have the first ones'.
+
+    Args:
+        names: of the data sets.
+    """
+    if config is None or not config.text:
+        return None
+    if config.kind == "critique":
+        check_feedback("algorithm.rollout.follow_up.kind=critique", rules, names)
+    return Contexts.of_follow_up(template, config)
 
 
 def prompt_source_of(

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from actors.data.chat import Template
 from actors.data.contexts import asked_as, showing
-from actors.data.rubrics import of_source, rubric_of
+from actors.data.rubrics import check_rubrics, of_source, rubric_of
 from actors.data.schemas import Row
 from common.config.scaffold import ScaffoldConfig
 from common.config.sections import VerifierSpec
@@ -28,7 +28,31 @@ class Scaffold:
     rules: Sequence[VerifierSpec]
     seed: int
     steps: int
-    """Of the run."""
+    """Learner steps of the run."""
+
+    @classmethod
+    def of(
+        cls,
+        template: Template,
+        config: ScaffoldConfig | None,
+        rules: Sequence[VerifierSpec],
+        seed: int,
+        steps: int,
+        sources: Sequence[str],
+    ) -> Scaffold | None:
+        """The scaffold of a run; None where there is none.
+
+        Args:
+            sources: names of the data sets.
+
+        Raises:
+            UserError: the rules of a data set have no criteria to show.
+        """
+        if config is None or config.kind == "none":
+            return None
+        if config.kind == "rubric":
+            check_rubrics("algorithm.rollout.scaffold.kind=rubric", rules, sources)
+        return cls(template, config, rules, seed, steps)
 
     def longest(self, row: Row, rules: Sequence[VerifierSpec]) -> int:
         """Tokens of the longest prompt that a completion of the row can have.

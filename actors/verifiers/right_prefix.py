@@ -110,12 +110,12 @@ def score(
     if verdict.kind in (ERROR, TIMEOUT) or (verdict.reward or 0.0) >= 1.0:
         return verdict
     answer = answer_part(text, prompt)
+    place: object
     if judge is not None:
         place = _judged(_judge(judge), answer, reference, separator)
     else:
-        find = _finder(first_wrong)
-        place = find(answer, reference)
-    if type(place) is not int or not 0 <= place <= len(answer):
+        place = _finder(first_wrong)(answer, reference)
+    if not isinstance(place, int) or not 0 <= place <= len(answer):
         raise ValueError(f"{first_wrong} says {place!r}, which is no place in the answer")
     share = place / len(answer) if answer else 0.0
     reason = f"right up to character {place} of {len(answer)}"

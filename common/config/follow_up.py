@@ -50,9 +50,9 @@ class FollowUpConfig:
     hint: Literal["solution", "answer"] = "solution"
     """What `hint` shows: what `data.solution_column` has, or the right answer."""
     template: str | None = None
-    """Text of the prompt of a follow-up, with `{prompt}` and what its kind shows: `{draft}`,
-    `{hint}`, or `{draft}` and `{feedback}` under `critique`. Null takes one of
-    `common.config.contexts`."""
+    """Text of the prompt of a follow-up, with `{prompt}` and what its kind shows. That is `{draft}`
+    under `refine`, `{hint}` under `hint`, `{draft}` and `{feedback}` under `critique`. Null takes
+    one of `common.config.contexts`."""
     feedback_tokens: Count = 256
     """Most tokens of what rules said that `critique` shows; the first ones are kept."""
     train_behind: Literal["own", "prompt"] | None = None

@@ -26,7 +26,15 @@ def notes(config: Config, origins: Mapping[str, str] | None = None) -> list[str]
     Args:
         origins: where values came from, by key (`common.config.load.Loaded`), where that is known.
     """
-    rules = (_idle_clip, _fewer_updates, _length_preference, _follow_ups, _scorer, _critic)
+    rules = (
+        _idle_clip,
+        _fewer_updates,
+        _length_preference,
+        _follow_ups,
+        _scaffold,
+        _scorer,
+        _critic,
+    )
     found = [*(rule(config) for rule in rules), _adapter_rate(config, origins or {})]
     return [note for note in found if note is not None]
 
@@ -106,6 +114,11 @@ def _follow_ups(config: Config) -> str | None:
         )
     if follow_up.kind == "hint":
         return key + f"samples {size} completions more for every group that fails"
+    if follow_up.kind == "critique":
+        return key + (
+            f"asks for the last of every {size} completions when the others are judged: a group "
+            "is sampled in two goes, and not in more tokens"
+        )
     if follow_up.kind == "branches":
         branch = follow_up.branch
         return key + (
@@ -114,6 +127,18 @@ def _follow_ups(config: Config) -> str | None:
             "tokens, and not in the figures here"
         )
     return key + "asks for completions by a rule of your own, which are not in the figures here"
+
+
+def _scaffold(config: Config) -> str | None:
+    """How long a rubric is shown."""
+    scaffold, size = config.algorithm.rollout.scaffold, config.batch.group_size
+    if scaffold.kind != "rubric":
+        return None
+    share = f"algorithm.rollout.scaffold.kind=rubric shows criteria to up to {size - 1} of {size} "
+    if scaffold.decay == "none" or not scaffold.share:
+        return share + "completions, at all steps alike"
+    half = round(scaffold.midpoint * config.steps)
+    return share + f"completions, half as many at step {half} of {config.steps} as at the start"
 
 
 def _critic(config: Config) -> str | None:

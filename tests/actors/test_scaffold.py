@@ -216,7 +216,10 @@ SCAFFOLD = "algorithm.rollout.scaffold"
     ("keys", "message"),
     [
         ((f"{SCAFFOLD}.kind=rubrics",), "rubric"),
-        ((f"{SCAFFOLD}.kind=rubric", f"{SCAFFOLD}.template='{prompt} improve'"), r"\{rubric\} 0 times"),
+        (
+            (f"{SCAFFOLD}.kind=rubric", SCAFFOLD + ".template='{prompt} improve'"),
+            r"\{rubric\} 0 times",
+        ),
         ((f"{SCAFFOLD}.kind=rubric", f"{SCAFFOLD}.tags=[a]"), "no other kind has any"),
         ((f"{SCAFFOLD}.kind=tags",), "kind=tags needs some"),
         ((f"{SCAFFOLD}.kind=tags", f"{SCAFFOLD}.tags=['']"), "holds an empty"),

@@ -62,10 +62,35 @@ def test_a_plan_says_where_episodes_are_played(capsys: pytest.CaptureFixture[str
 def test_every_recipe_is_planned(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     teacher = "teacher.path=builtin:tiny-chain-sum"
     hint = "algorithm.rollout.follow_up.hint=answer"
-    needs = {"guide": [hint], "opd": [teacher], "grpo_opd": [teacher]}
+    rubric = "verifier.rules=[{name: rubric, args: {criteria: [{text: a, pattern: b}]}}]"
+    steps = "verifier.rules=[{name: right_prefix, args: {first_wrong: sums}}]"
+    needs = {
+        "guide": [hint],
+        "opd": [teacher],
+        "grpo_opd": [teacher],
+        "rgr_grpo": [rubric, "model.max_length=512"],
+        "ruscarl": [rubric],
+        "sgpo": [steps],
+    }
     text = plan(capsys, "--config", str(TINY), f"recipe={name}", *needs.get(name, []))
     assert f"recipe: {name}  # " in text
-    assert name in ("grpo", "lambda_grpo") or f"  # recipe {name}" in text
+    # Theirs are defaults, and SGPO's rule is given here.
+    assert name in ("grpo", "lambda_grpo", "sgpo") or f"  # recipe {name}" in text
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("rgr_grpo", "shows what rules say that an answer lacks"),
+        ("ruscarl", "shows criteria of verifier.rules"),
+        ("sgpo", "who finds the first wrong step"),
+    ],
+)
+def test_a_recipe_that_needs_a_rule_of_yours_is_refused_without(
+    name: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plan", "--config", str(TINY), f"recipe={name}"]) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_a_plan_says_where_each_value_came_from(

@@ -8,7 +8,7 @@ import shlex
 from pathlib import Path
 
 import pytest
-from omegaconf import OmegaConf
+from omegaconf import ListConfig, OmegaConf
 from oracle_table import AGREES, RECORD
 from recipe_pages import OVERRIDES, PAGE, RESULTS, rows_of, with_parts
 
@@ -73,7 +73,9 @@ def test_the_constants_are_those_of_the_yaml(name: str) -> None:
     resolved = OmegaConf.structured(load_config([path], ["model.path=none"]))
     for key, text in shown.items():
         value = OmegaConf.select(resolved, key)
-        if isinstance(value, bool | str):
+        if isinstance(value, ListConfig):
+            assert json.loads(text) == OmegaConf.to_container(value)
+        elif isinstance(value, bool | str):
             assert text in (str(value).lower(), json.dumps(value))
         else:
             assert float(text) == value

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import json
 import math
+from itertools import groupby
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 
 from common.config.load import load_config
 from common.config.sections import Config
 from common.record.metrics import read_metrics
+from common.record.trajectory_log import read_log
 from deploy.launch import train_each
 from deploy.models.warm_start import solution
 
@@ -24,7 +29,25 @@ pytestmark = [pytest.mark.long, pytest.mark.timeout(1800)]
 
 BRANCH = "algorithm.rollout.follow_up.branch"
 TEACHER = ["teacher.path=builtin:tiny-chain-sum"]
+FOLLOW_UP = "algorithm.rollout.follow_up"
+RUBRIC = (
+    "verifier.rules=[{name: rubric, args: {criteria: ["
+    "{text: 'is {answer}', pattern: '(^|[= ]){answer}$', factual: true}, "
+    "{text: 'has steps', pattern: ';'}]}}]"
+)
+SCAFFOLD = "algorithm.rollout.scaffold"
 OVERRIDES = {
+    "rgr_grpo": [
+        RUBRIC,
+        f"{FOLLOW_UP}.template='{{draft}} {{feedback}} {{prompt}}'",
+        f"{FOLLOW_UP}.feedback_tokens=32",
+    ],
+    "ruscarl": [RUBRIC, f"{SCAFFOLD}.template='{{rubric}} {{prompt}}'", f"{SCAFFOLD}.midpoint=0.5"],
+    "rc_grpo": [f"{SCAFFOLD}.template='{{tag}} {{prompt}}'"],
+    "sgpo": [
+        "verifier.rules=[{name: reasoning_gym, weight: 0}, "
+        "{name: right_prefix, args: {first_wrong: sums}}]"
+    ],
     "guide": ["algorithm.rollout.follow_up.hint=answer"],
     "igrpo": ["algorithm.rollout.follow_up.template='{draft} {prompt}'"],
     "spo_chain": [f"{BRANCH}.samples=3", f"{BRANCH}.every=1"],
@@ -49,9 +72,12 @@ def config_of(recipe: str, runs: Path, *overrides: str) -> Config:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Trains them all: the plain ones share their generators, the guided one has its own data."""
+    """Trains them all: recipes with one verifier share actors, the guided one has its own data."""
     folder = tmp_path_factory.mktemp("runs")
-    train_each([config_of(recipe, folder, *OVERRIDES.get(recipe, ())) for recipe in PLAIN])
+    configs = [config_of(recipe, folder, *OVERRIDES.get(recipe, ())) for recipe in PLAIN]
+    configs.sort(key=lambda config: str(config.verifier))
+    for _, alike in groupby(configs, key=lambda config: config.verifier):
+        train_each(list(alike))
     sums = [f"{a} + {b} - {c}" for a in range(1, 6) for b in range(1, 6) for c in range(1, 5)]
     rows = [{"prompt": f"{s} =", "answer": eval(s), "solution": f" {solution(s)}"} for s in sums]
     data = folder / "sums.jsonl"
@@ -79,6 +105,13 @@ def steps_of(runs: Path, recipe: str) -> list[dict[str, float]]:
     return [r for r in read_metrics(runs / recipe / "metrics.jsonl") if "grad_norm" in r]
 
 
+def columns_of(runs: Path, recipe: str, *names: str) -> list[pa.Table]:
+    """Columns of the logged groups, a table each, in the order of their dispatch."""
+    groups = list(read_log(runs / recipe / "trajectories"))
+    groups.sort(key=lambda group: group.column("group_id")[0].as_py())
+    return [pa.Table.from_batches([group]).select(names) for group in groups]
+
+
 @pytest.mark.parametrize("recipe", [*PLAIN, GUIDED])
 def test_it_trains(runs: Path, recipe: str) -> None:
     config, steps = config_of(recipe, runs), steps_of(runs, recipe)
@@ -86,9 +119,12 @@ def test_it_trains(runs: Path, recipe: str) -> None:
     assert all(record["policy_version"] == record["step"] for record in steps)
     assert all(math.isfinite(record["grad_norm"]) for record in steps)
     # The norm is that of a step's last update, whose prompts may all be without a signal; and
-    # pass_at_k has none where two answers are the best. A model that never read a draft is rarely
-    # right behind one.
-    seldom = recipe in ("pass_at_k", "igrpo") or config.algorithm.objective.updates_per_batch > 1
+    # pass_at_k has none where two answers are the best. A model that never read a draft or a tag is
+    # rarely right behind one.
+    seldom = (
+        recipe in ("pass_at_k", "igrpo", "rc_grpo")
+        or config.algorithm.objective.updates_per_batch > 1
+    )
     least = STEPS // 2 if seldom else STEPS - 2
     assert sum(record["grad_norm"] > 0 for record in steps) >= least
     assert all(record["canary/gap"] < 1e-3 for record in steps)  # its weights reached vLLM
@@ -118,3 +154,22 @@ def test_what_each_paper_adds_is_in_the_numbers(runs: Path) -> None:
     dapo = steps_of(runs, "dapo")
     assert all(record["groups/equal_rewards"] == 0 for record in dapo)
     assert any(record["groups/equal_rewards"] > 0 for record in grpo)
+
+
+def test_rubrics_and_prompts_of_their_own_are_in_the_log(runs: Path) -> None:
+    parts = pa.concat_tables(columns_of(runs, "rgr_grpo", "part", "sampled_behind", "prompt_ids"))
+    joined = parts.filter(pc.equal(parts["part"], "joins"))
+    assert 8 * len(joined) == len(parts)  # the last of each group, mostly behind the best so far
+    behind = pc.greater(pc.list_value_length(joined["sampled_behind"]), 0)
+    assert pc.mean(behind.cast("float64")).as_py() > 0.5
+    shown = [
+        pc.mean(pc.greater(pc.list_value_length(g["sampled_behind"]), 0).cast("float64")).as_py()
+        for g in columns_of(runs, "ruscarl", "sampled_behind")
+    ]
+    # The last two of a group read no rubric: their share of two criteria is less than half of one.
+    assert max(shown[:8]) == 6 / 8 and shown[-8:] == [0.0] * 8
+    for group in columns_of(runs, "rc_grpo", "prompt_ids")[:20]:
+        assert len({tuple(ids) for ids in group["prompt_ids"].to_pylist()}) in (1, 2)
+    earned = pa.concat_tables(columns_of(runs, "sgpo", "reward", "accuracy"))
+    wrong = earned.filter(pc.equal(earned["accuracy"], 0.0))["reward"].to_numpy()
+    assert 0 < wrong.min() < 0.1 and wrong.max() < 1 and len(np.unique(wrong)) > 3

@@ -132,6 +132,13 @@ AGREES: dict[str, tuple[str, str]] = {
         "",
         "the official code leaves the others out of the denominator: five times as large",
     ),
+    "rc_grpo": ("no official code was found", "its second stage alone, no KL"),
+    "rgr_grpo": ("no official code was found", "the constant of the shape is ours"),
+    "ruscarl": (
+        "IANNXANG/RuscaRL 18e2b01, read",
+        "the rubric stands behind the question, there in the system message; no KL",
+    ),
+    "sgpo": ("no official code was found", "a third party's code has the other sign"),
     "rlsd": (
         "iie-ycx/RLSD 93e46f7 and ms-swift 3602360, read: the same formula",
         "the decay of the mix, which third parties have, is an option",

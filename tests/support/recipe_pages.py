@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from omegaconf import OmegaConf
+from omegaconf import ListConfig, OmegaConf
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(Path(__file__).resolve().parent)]
@@ -95,8 +95,18 @@ def _is_there(table: str) -> bool:
     return (RESULTS / f"{table}.md").is_file()
 
 
+RUBRIC = (
+    "verifier.rules='[{name: rubric, args: {criteria: "
+    '[{text: "It is {answer}.", pattern: "[= ]{answer}$"}, '
+    """{text: It has steps., pattern: ";"}]}}]'"""
+)
 OVERRIDES = {
     "guide": " algorithm.rollout.follow_up.hint=answer",
+    "rgr_grpo": " model.max_length=256 \\\n"
+    f"        algorithm.rollout.follow_up.feedback_tokens=64 \\\n        {RUBRIC}",
+    "ruscarl": f" \\\n        {RUBRIC}",
+    "sgpo": " \\\n        verifier.rules='[{name: reasoning_gym, weight: 0}, "
+    "{name: right_prefix, args: {first_wrong: sums}}]'",
     "g2rpo_a": " data.source=file data.path=FILE \\\n        data.solution_column=solution "
     "algorithm.rollout.guidance.max_tokens=8 verifier.rules='[{name: math_answer}]'",
 }
@@ -141,6 +151,8 @@ def results(table: str) -> tuple[str, dict[str, list[str]]]:
 def shown(value: object) -> str:
     if isinstance(value, bool):
         return str(value).lower()
+    if isinstance(value, ListConfig):
+        return json.dumps(OmegaConf.to_container(value))
     if isinstance(value, str) and "\n" in value:
         return json.dumps(value)
     return f"{value:g}" if isinstance(value, float) else str(value)
