@@ -31,6 +31,7 @@ _OF_COMPLETION = (
     "reward",
     "accuracy",
     "suspicious",
+    "feedback",
     "turns",
     *(f"environment_{name}" for name in ("verdict", "reason", "reward", "s")),
 )

@@ -80,8 +80,22 @@ def test_sigterm_saves_and_a_torn_checkpoint_is_passed_over(tmp_path: Path) -> N
     assert status == 0, account
 
 
-def test_a_killed_synchronous_run_has_the_losses_of_one_that_was_not(tmp_path: Path) -> None:
-    keys = (*QUICK, "generator.max_staleness=0", f"runs_dir={tmp_path}", "steps=6")
+SCAFFOLD = (
+    "recipe=ruscarl",
+    "verifier.rules=[{name: rubric, args: {criteria: ["
+    "{text: 'is {answer}', pattern: '(^|[= ]){answer}$'}, {text: 'has steps', pattern: ';'}]}}]",
+    "algorithm.rollout.scaffold.template='{rubric} {prompt}'",
+    "algorithm.rollout.scaffold.midpoint=0.8",
+    "algorithm.rollout.scaffold.steepness=5",
+)
+"""Another rubric for each completion, and for each step."""
+
+
+@pytest.mark.parametrize("more", [(), SCAFFOLD], ids=["plain", "scaffold"])
+def test_a_killed_synchronous_run_has_the_losses_of_one_that_was_not(
+    tmp_path: Path, more: tuple[str, ...]
+) -> None:
+    keys = (*QUICK, "generator.max_staleness=0", f"runs_dir={tmp_path}", "steps=6", *more)
     keys += ("algorithm.objective.kl=0.05",)  # the reference outlives the kill too
     complete("name=whole", *keys)
     # Step 5 is trained and lost: the last checkpoint is that of step 4.

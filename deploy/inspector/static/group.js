@@ -196,6 +196,7 @@ function cardHead(completion) {
       el("span", { title: `Advantage A: ${exact(completion.advantage)}` }, "A ", el("b", {}, withSign(completion.advantage))),
       ...(completion.suspicious ? [el("span", { class: "chip", title: "Walls of the sandbox that its program touched" }, `suspicious: ${completion.suspicious}`)] : []),
       ...(["error", "timeout"].includes(said) ? [el("span", { class: `chip ${said}`, title: completion.environment_reason }, `environment: ${said}`)] : []),
+      ...(completion.feedback ? [el("span", { class: "chip", title: completion.feedback }, "lacks something")] : []),
       ...(completion.part ? [el("span", { class: "chip" }, completion.part)] : []),
       ...(completion.trained === false ? [el("span", { class: "chip" }, "not trained on")] : [])),
     el("div", { class: "verdicts" },
