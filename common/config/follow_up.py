@@ -121,21 +121,28 @@ def check_follow_up(config: Any) -> None:
             f"{key} improves on the best of batch.group_size - 1 completions, and "
             f"batch.group_size={config.batch.group_size} leaves none: use at least 2"
         )
-    check_single_answers(config, key, elsewhere=bool(follow_up.text) and not follow_up.behind_own)
+    check_single_answers(
+        config,
+        key,
+        elsewhere=bool(follow_up.text) and not follow_up.behind_own,
+        mixed=follow_up.kind == "critique" and follow_up.behind_own,
+    )
 
 
-def check_single_answers(config: Any, key: str, elsewhere: bool) -> None:
+def check_single_answers(config: Any, key: str, *, elsewhere: bool, mixed: bool) -> None:
     """Refuse what needs all completions of a group to begin and to be scored alike.
 
     Args:
         config: the whole configuration (`common.config.sections.Config`).
         key: the key that has some sampled behind another prompt, and its value.
         elsewhere: whether they are trained behind the group's all the same.
+        mixed: whether completions of a group are trained behind different prompts.
 
     Raises: `UserError`.
     """
     environment, rollout = config.environment, config.algorithm.rollout
     advantage, objective = config.algorithm.advantage, config.algorithm.objective
+    baseline = config.algorithm.baseline
     wrong = {
         f"environment.name={environment.name}": environment.name is not None,
         "environment.command": environment.command is not None,
@@ -144,12 +151,18 @@ def check_single_answers(config: Any, key: str, elsewhere: bool) -> None:
         f"algorithm.advantage.context={advantage.context}": (
             advantage.scorer is not None and advantage.context != "prompt"
         ),
-        # Both compare with log-probabilities of the sampler, which read another prompt.
+        "algorithm.advantage.kind=prefix_values, which compares completions of one prompt,": (
+            mixed and advantage.kind == "prefix_values"
+        ),
+        # These go by log-probabilities of the sampler, which read another prompt.
         f"algorithm.advantage.scorer={advantage.scorer} against the sampler": (
             elsewhere and advantage.scorer is not None and advantage.against != "policy"
         ),
         "algorithm.objective.kl_in=reward": (
             elsewhere and objective.kl > 0 and objective.kl_in == "reward"
+        ),
+        "algorithm.baseline.kind=disco with negatives=softmax": (
+            elsewhere and baseline.kind == "disco" and baseline.args.get("negatives") == "softmax"
         ),
     }
     if found := [name for name, is_wrong in wrong.items() if is_wrong]:

@@ -100,4 +100,5 @@ def check_scaffold(config: Any) -> None:
             f"{key} and algorithm.rollout.follow_up.kind={follow_up.kind} do not go together: each "
             "says what completions are sampled behind. Set one of them to none"
         )
-    check_single_answers(config, key, elsewhere=scaffold.kind == "rubric")
+    tagged = scaffold.kind == "tags"
+    check_single_answers(config, key, elsewhere=not tagged, mixed=tagged)

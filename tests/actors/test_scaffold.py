@@ -232,6 +232,22 @@ SCAFFOLD = "algorithm.rollout.scaffold"
         ),
         (
             (
+                f"{SCAFFOLD}.kind=tags",
+                f"{SCAFFOLD}.tags=[a]",
+                "algorithm.advantage.kind=prefix_values",
+            ),
+            "which compares completions of one prompt, do not go together",
+        ),
+        (
+            (
+                f"{SCAFFOLD}.kind=rubric",
+                "algorithm.baseline.kind=disco",
+                "algorithm.baseline.args={negatives: softmax}",
+            ),
+            "negatives=softmax do not go together",
+        ),
+        (
+            (
                 f"{SCAFFOLD}.kind=rubric",
                 "algorithm.objective.kl=0.1",
                 "algorithm.objective.kl_in=reward",
