@@ -110,7 +110,7 @@ def test_guidance_is_what_there_is_of_the_solution(
 ) -> None:
     keys = ("algorithm.rollout.guidance.ratio=0.5", "algorithm.rollout.guidance.max_tokens=5")
     rollout = rollout_of(Solved(solution), Writer(), Verifiers(), Generators("kept"), *keys)
-    request = rollout.loop._dispatch(Solved(solution).next())
+    request = rollout.loop._request(Solved(solution).next())
     assert (request.guidance_ids, request.num_guided) == (guidance, guided)
 
 
@@ -118,7 +118,7 @@ def test_a_prompt_without_a_solution_cannot_be_guided() -> None:
     keys = ("algorithm.rollout.guidance.ratio=0.5",)
     rollout = rollout_of(Solved(None), Writer(), Verifiers(), Generators("kept"), *keys)
     with pytest.raises(UserError, match=r"set data\.solution_column"):
-        rollout.loop._dispatch(Solved(None).next())
+        rollout.loop._request(Solved(None).next())
 
 
 def test_an_evaluation_without_prompts_asks_nobody() -> None:

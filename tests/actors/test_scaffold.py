@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from byte_tokenizers import byte_tokenizer
+from generator_batches import batches_behind
 from judged_groups import request, said
 
 from actors.data.prompts import PromptSource, build_prompt_source
@@ -134,12 +135,8 @@ def sampled(group: GroupRequest) -> tuple[list[dict[str, Any]], list[tuple[list[
     generator._engine = engine  # type: ignore[assignment]
     generator._texts = Texts(Tokenizer(), [], [])
 
-    async def collect() -> list[Any]:
-        stream = generator.generate_group(group)
-        batches = [await generator.take_batch(number) async for number in stream]
-        return [row for batch in batches for row in batch.to_pylist()]
-
-    rows = asyncio.run(collect())
+    batches = asyncio.run(batches_behind(generator, generator.generate_group(group)))
+    rows = [row for batch in batches for row in batch.to_pylist()]
     for row in rows:
         del row["finished_s"]
     return rows, [(prompt, sampling["seed"]) for prompt, sampling in engine.asked]
