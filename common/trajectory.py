@@ -102,7 +102,7 @@ class GroupRequest:
     first_index: int = 0
     """Index in the group of the first of these completions."""
     continues: int | None = None
-    """Index of the completion that probes continue."""
+    """Index of the completion whose first tokens, `guidance_ids`, these go on from."""
     sampled_behind: tuple[int, ...] = ()
     """What is sampled behind where that is not `prompt_ids`, behind which is trained."""
     behind: tuple[Behind, ...] = ()

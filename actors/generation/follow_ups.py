@@ -4,6 +4,7 @@
     hint      G others behind a hint, where no completion was right (Guide)
     critique  the last of G, behind the best of the others and what it lacks (RGR-GRPO)
     branches  K continuations from some tokens of every completion (VinePPO, SPO)
+    tree      continuations from every n-th token, and of these again, to be trained on (SPO)
 
 A rule is a pure function of the first completions, one of these or `package.module:name`. It runs
 in a generator, since tokens never pass through the coordinator. `follow_ups` makes requests of what
@@ -43,6 +44,10 @@ class Said:
     accuracy: float | None
     feedback: str = ""
     """What its rules say that it lacks."""
+    given: int = 0
+    """First tokens that were given to the policy."""
+    continues: int = -1
+    """Index of the completion that these are of; -1: of none."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +84,7 @@ def said(batches: Sequence[pa.RecordBatch]) -> list[Said]:
     """The completions of judged batches, by index."""
     names = (
         *("completion_index", "text", "token_ids", "behaviour_logprobs"),
-        *("reward", "accuracy", "feedback"),
+        *("reward", "accuracy", "feedback", "guidance_length", "continues"),
     )
     rows = [
         Said(*row)
@@ -90,7 +95,10 @@ def said(batches: Sequence[pa.RecordBatch]) -> list[Said]:
 
 
 def follow_ups(request: GroupRequest, first: Sequence[Said], texts: Texts) -> list[GroupRequest]:
-    """What is asked for now; nothing where the first part is not whole.
+    """What is asked for now; nothing where what was asked for before is not whole.
+
+    Args:
+        first: all completions so far: the first, and under a rule of several stages later ones.
 
     Each is a request for completions of one kind that begin alike, with their place in the group.
     """
@@ -175,6 +183,42 @@ def branches(
     ]
 
 
+def tree(
+    request: GroupRequest, config: FollowUpConfig, first: Sequence[Said], texts: Texts
+) -> list[GroupRequest]:
+    """Siblings of every node that is there and has none yet, each to its end.
+
+    The node of level k ends behind k n tokens. A completion is the first child of each of its
+    nodes, and what is asked for are the others; they are children of the prefix in the same law
+    [D]. Asked again, it goes on with the nodes of these, so that level follows level. Where a
+    completion has ended there is no branch, and none inside of what ended it.
+    """
+    every, children = config.tree.every, config.tree.children
+    grown = {(one.continues, one.given) for one in first}
+    return [
+        replace(
+            request,
+            part=JOINS,
+            continues=one.index,
+            num_completions=count - 1,
+            guidance_ids=tuple(one.token_ids[:at]),
+            num_guided=count - 1,
+            mask_guidance=True,
+        )
+        for one in first
+        for at, count in zip(range(every, every * len(children) + 1, every), children, strict=True)
+        if at > one.given and (one.index, at) not in grown and _goes_on(one, at, texts.decode)
+    ]
+
+
+def _goes_on(one: Said, at: int, decode: Callable[[list[int]], str]) -> bool:
+    """Whether the completion goes on behind its first `at` tokens.
+
+    A prefix that the text does not begin with has a part of what ended the completion.
+    """
+    return at < len(one.token_ids) and one.text.startswith(decode(one.token_ids[:at]))
+
+
 def branch_points(one: Said, config: BranchConfig, decode: Callable[[list[int]], str]) -> list[int]:
     """Numbers of first tokens behind which a completion is continued, ascending, 0 first."""
     count = len(one.token_ids)
@@ -185,8 +229,7 @@ def branch_points(one: Said, config: BranchConfig, decode: Callable[[list[int]],
         found = unsure[config.every - 1 :: config.every]
     else:
         found = [t + 1 for t in range(count) if config.separator in decode([one.token_ids[t]])]
-    # A prefix that the text does not begin with has a part of what ended the completion.
-    inside = [t for t in found if 0 < t < count and one.text.startswith(decode(one.token_ids[:t]))]
+    inside = [t for t in found if t > 0 and _goes_on(one, t, decode)]
     points = [0, *inside] if count else []
     if len(points) <= config.most:
         return points
@@ -228,4 +271,5 @@ RULES: Mapping[str, Rule] = {
     "hint": hint,
     "critique": critique,
     "branches": branches,
+    "tree": tree,
 }

@@ -11,6 +11,7 @@ import pyarrow as pa
 
 from actors.generation.engine import Completion
 from actors.generation.episodes import as_episode
+from common.record.parts import PROBE
 from common.record.schema import rollout_schema
 from common.trajectory import GroupRequest
 
@@ -70,6 +71,7 @@ def rollout_batch(
         "turns": [list(each.turns) for each in episodes],
         "segments": [list(each.segments) for each in episodes],
         "part": [request.part] * count,
+        "continues": [-1 if request.continues is None else request.continues] * count,
         "sampled_behind": [request.sampled_behind] * count,
         "branches": [[]] * count,
         "context_ids": list(contexts) or [[]] * count,
@@ -97,7 +99,7 @@ def is_greedy(request: GroupRequest, index: int) -> bool:
 
 def _indices(request: GroupRequest, sampled: Iterable[int]) -> list[int]:
     """Indices in the group; probes have that of the completion that they continue."""
-    if request.continues is not None:
+    if request.part == PROBE and request.continues is not None:
         return [request.continues for _ in sampled]
     return [request.first_index + index for index in sampled]
 

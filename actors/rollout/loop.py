@@ -92,6 +92,18 @@ class RolloutLoop:
         self, request: GroupRequest, refs: list[Ref[pa.RecordBatch]]
     ) -> tuple[GroupRequest, list[Ref[pa.RecordBatch]]]:
         """The request for all of a group, and all of its batches."""
+        assert request.follow_up is not None
+        for _ in range(request.follow_up.stages):
+            request, later = await self._stage(request, refs)
+            if not later:
+                break
+            refs = [*refs, *later]
+        return request, refs
+
+    async def _stage(
+        self, request: GroupRequest, refs: list[Ref[pa.RecordBatch]]
+    ) -> tuple[GroupRequest, list[Ref[pa.RecordBatch]]]:
+        """Ask for more of a group once: the request for all of it, and what came."""
         whole = request
 
         def asked(more: int) -> None:
@@ -100,7 +112,7 @@ class RolloutLoop:
                 whole = self._book.followed_up(request, more)
 
         later = await self._episodes.follow_up(request, refs, asked)
-        return whole, [*refs, *later]
+        return whole, later
 
     async def _check_judged(self, receipt: GroupReceipt) -> None:
         """End a run whose verifiers judge nothing: its groups would be dropped for ever."""

@@ -12,6 +12,7 @@ from typing import Any
 from actors.data.prompts import PromptSource
 from actors.rollout.group_book import GroupBook
 from actors.rollout.guidance import Guidance
+from common.config.follow_up import FollowUpConfig
 from common.record.ledger import Outcome
 from common.record.writer import TrajectoryLogClient
 from common.trajectory import GroupReceipt
@@ -26,6 +27,7 @@ class RolloutState:
     guidance: Guidance
     log: TrajectoryLogClient
     group_size: int
+    follow_up: FollowUpConfig
 
     def save(self, step: int) -> dict[str, Any]:
         """State for the checkpoint of `step`. Prompts and groups are in the ledger."""
@@ -75,6 +77,6 @@ class RolloutState:
         """
         return (
             max(receipt.max_version, receipt.dispatch_version) <= step
-            and receipt.num_completions == self.group_size
+            and self.follow_up.fits(receipt.num_completions, self.group_size)
             and not self.book.teaches_nothing(receipt)
         )

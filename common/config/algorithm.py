@@ -110,6 +110,7 @@ class AdvantageConfig:
             "evidence",
             "reference_progress",
             "branch_values",
+            "tree_values",
         ),
     ] = "completion"
     """Rule that gives every token its advantage (`learner.algorithm.token_advantages`).
@@ -143,7 +144,7 @@ class AdvantageConfig:
     """Least reward of a completion that is shown to others of its group as a right one."""
 
 
-QUIET = ("completion", "prefix_values", "key_tokens", "evidence")
+QUIET = ("completion", "prefix_values", "key_tokens", "evidence", "tree_values")
 """Rules of the advantage axis that give groups of equal rewards no signal."""
 
 

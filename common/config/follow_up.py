@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from common.config.bounds import Count, PositiveShare
+from common.config.bounds import Count, PositiveShare, at_least
 from common.config.contexts import FOLLOW_UPS, template_with
 from common.config.names import Names
 from common.errors import UserError
@@ -34,17 +35,34 @@ class BranchConfig:
 
 
 @dataclass
+class TreeConfig:
+    """Where completions are continued anew, so that a group becomes a tree that is trained on."""
+
+    every: Count = 30
+    """Tokens of a node, but for those of the last level, which run to the end of the completion. A
+    completion that ends before is a leaf."""
+    children: list[Annotated[int, at_least(2)]] = field(default_factory=lambda: [6, 6])
+    """Children of every node, a number a level. Those of the root, which is the prompt, are
+    `batch.group_size`."""
+
+    def most_of(self, group_size: int) -> int:
+        """Most completions of a group with so many children of the root: leaves if all split."""
+        return group_size * math.prod(self.children)
+
+
+@dataclass
 class FollowUpConfig:
     """More completions of a group, asked for after the verdicts of the first."""
 
-    kind: Annotated[str, Names("none", "refine", "hint", "critique", "branches")] = "none"
+    kind: Annotated[str, Names("none", "refine", "hint", "critique", "branches", "tree")] = "none"
     """What is asked for (`actors.generation.follow_ups`). `refine`: the first completions are
     drafts, and `batch.group_size` others are sampled behind the best of them (iGRPO). `hint`: where
     no completion of a group is right, others take their place that were sampled behind a hint
     (Guide). `critique`: the last completion of a group is sampled behind the best of the others and
     what rules said that it lacks (RGR-GRPO). `branches`: continuations from inside of the
     completions, which measure what their first tokens are worth and are not trained on (VinePPO,
-    SPO)."""
+    SPO). `tree`: continuations from inside of the completions, and of these again, which are
+    trained on beside them (SPO's tree)."""
     drafts: Count = 4
     """Drafts of a group under `refine`."""
     hint: Literal["solution", "answer"] = "solution"
@@ -59,6 +77,12 @@ class FollowUpConfig:
     """Prompt that follow-ups are trained behind: the one that they were sampled behind (`own`), or
     that of the group. Null is `own` under `refine`, else `prompt`."""
     branch: BranchConfig = field(default_factory=BranchConfig)
+    tree: TreeConfig = field(default_factory=TreeConfig)
+
+    @property
+    def stages(self) -> int:
+        """How often a group is asked, each time after the verdicts of all before."""
+        return len(self.tree.children) if self.kind == "tree" else 1
 
     @property
     def text(self) -> str:
@@ -84,7 +108,17 @@ class FollowUpConfig:
         """Most completions of a part of a group of `group_size`, under a rule of ours."""
         if self.kind == "branches":
             return group_size * self.branch.samples * self.branch.most
+        if self.kind == "tree":
+            return self.tree.most_of(group_size)
         return max(group_size, self.first_of(group_size))
+
+    def most_learnt(self, group_size: int) -> int:
+        """Most completions that the learner gets of a group, under a rule of ours."""
+        return self.tree.most_of(group_size) if self.kind == "tree" else group_size
+
+    def fits(self, learnt: int, group_size: int) -> bool:
+        """Whether a group of so many completions is one that the learner may get now."""
+        return group_size <= learnt <= self.most_learnt(group_size)
 
     def first_of(self, group_size: int) -> int:
         """Completions that are asked for first in a group of `group_size`."""
@@ -108,13 +142,11 @@ def check_follow_up(config: Any) -> None:
     Raises: `UserError`.
     """
     follow_up = config.algorithm.rollout.follow_up
-    if config.algorithm.advantage.kind == "branch_values" and follow_up.kind != "branches":
-        raise UserError(
-            "algorithm.advantage.kind=branch_values goes by branches, and "
-            f"algorithm.rollout.follow_up.kind={follow_up.kind} samples none: set it to branches"
-        )
+    _check_sampled(config.algorithm.advantage.kind, follow_up)
     if follow_up.kind == "none":
         return
+    if follow_up.kind == "tree":
+        _check_tree(follow_up.tree, config.generator.max_completion_tokens)
     key = f"algorithm.rollout.follow_up.kind={follow_up.kind}"
     if follow_up.first_of(config.batch.group_size) < 1:
         raise UserError(
@@ -169,4 +201,35 @@ def check_single_answers(config: Any, key: str, *, elsewhere: bool, mixed: bool)
         raise UserError(
             f"{key} and {found[0]} do not go together: it is for single answers, each "
             "begun by the policy, and scored behind its own prompt. Set one of them off"
+        )
+
+
+def _check_sampled(rule: str, follow_up: FollowUpConfig) -> None:
+    """Refuse a rule of the advantage axis that goes by what nobody samples."""
+    needs = {"branch_values": ("branches", "branches"), "tree_values": ("a tree", "tree")}
+    if rule not in needs:
+        return
+    what, kind = needs[rule]
+    own = rule == "tree_values" and ":" in follow_up.kind  # a rule of one's own may grow trees
+    if follow_up.kind != kind and not own:
+        raise UserError(
+            f"algorithm.advantage.kind={rule} goes by {what}, and "
+            f"algorithm.rollout.follow_up.kind={follow_up.kind} samples none: set it to {kind}"
+        )
+
+
+def _check_tree(tree: TreeConfig, longest: int) -> None:
+    """Refuse a tree with a level that no completion reaches."""
+    key = "algorithm.rollout.follow_up.tree"
+    if not tree.children:
+        raise UserError(
+            f"{key}.children=[] has no level below the children of the root, which are "
+            "batch.group_size: name one or more, or use algorithm.rollout.follow_up.kind=none"
+        )
+    last = tree.every * len(tree.children)
+    if last >= longest:
+        raise UserError(
+            f"{key}.every={tree.every} has the last of {len(tree.children)} levels begin behind "
+            f"token {last}, and completions end by generator.max_completion_tokens={longest}: "
+            f"lower it below {longest / len(tree.children):g}, or give {key}.children fewer levels"
         )

@@ -114,8 +114,9 @@ class Config:
 
     @property
     def completions_per_step(self) -> int:
-        """Completions that a learner step takes."""
-        return self.groups_per_step * self.batch.group_size
+        """Completions that a learner step takes; the most, where groups are trees."""
+        follow_up = self.algorithm.rollout.follow_up
+        return self.groups_per_step * follow_up.most_learnt(self.batch.group_size)
 
     @property
     def max_groups_in_flight(self) -> int:

@@ -8,6 +8,10 @@ The column `part` says what a completion is in its group:
     probe      a continuation of the first tokens of another completion, to measure what they are
                worth; it is never logged
 
+What joins may continue a completion too, whose first `guidance_length` tokens it was given; the
+column `continues` has the index of that completion. Such a group is a tree: each token of it was
+sampled once, and is trained once, in the completion that it was sampled in.
+
 A probe has the index of the completion that it continues, and so many first tokens of it as its
 `guidance_length` says. `folded` makes *branches* of probes: at which token, the mean reward of the
 continuations from there, and of how many. They are entries of the column `branches` of the

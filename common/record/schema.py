@@ -72,6 +72,8 @@ _ROLLOUT_FIELDS: tuple[pa.Field, ...] = (
     pa.field("turns", pa.list_(pa.field("item", TURN, nullable=False)), nullable=False),
     pa.field("segments", pa.list_(pa.field("item", SEGMENT, nullable=False)), nullable=False),
     pa.field("part", pa.string(), nullable=False),  # of its group, `common.record.parts`
+    pa.field("continues", pa.int32(), nullable=False),  # index of the completion that its given
+    # first tokens are of, where it is a node of a tree; -1: none
     pa.field("sampled_behind", pa.list_(pa.int32()), nullable=False),  # where not `prompt_ids`
     pa.field("branches", pa.list_(pa.field("item", BRANCH, nullable=False)), nullable=False),
     pa.field("context_ids", pa.list_(pa.int32()), nullable=False),  # `common.config.contexts`
@@ -90,6 +92,7 @@ _ROLLOUT_FIELDS: tuple[pa.Field, ...] = (
 NEWER: dict[str, Any] = {
     "segments": [],
     "part": "",
+    "continues": -1,
     "sampled_behind": [],
     "branches": [],
     "context_ids": [],
@@ -164,8 +167,8 @@ def _is_of(found: pa.DataType, own: pa.DataType) -> bool:
 def current(batch: pa.RecordBatch) -> pa.RecordBatch:
     """`batch`, of any version that can be read, under today's.
 
-    Version 5 has no segments, version 6 no contexts, version 7 no parts, version 8 no feedback.
-    Turns from before tool calls were counted have no number of them.
+    Version 5 has no segments, version 6 no contexts, version 7 no parts, version 8 no feedback and
+    no trees. Turns from before tool calls were counted have no number of them.
     """
     own = {field.name: field for field in _ROLLOUT_FIELDS}
     turns = batch.column("turns")

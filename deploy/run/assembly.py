@@ -208,7 +208,14 @@ class Assembly:
         )
         room = config.generator.max_completion_tokens - 1
         guidance = Guidance(axis.guidance, config.steps, room)
-        return RolloutState(self._inputs.source, book, guidance, self._log, config.batch.group_size)
+        return RolloutState(
+            self._inputs.source,
+            book,
+            guidance,
+            self._log,
+            config.batch.group_size,
+            config.algorithm.rollout.follow_up,
+        )
 
     async def _restore(self, learner: LearnerRanks, rollout: RolloutState) -> None:
         """On resume: the learner, the groups not yet trained on, the cursor of the prompts.

@@ -43,6 +43,8 @@ class TokenAdvantages:
     metrics: Mapping[str, float] = field(default_factory=dict)
     returns_N: Tensor | None = None
     """What the critic learns, float64; None where there is no critic."""
+    counted_N: Tensor | None = None
+    """Which tokens stay in the loss and its denominators, bool; None leaves out none."""
 
 
 def one_turn_each(tokens: StepTokens) -> Turns:

@@ -40,44 +40,11 @@ from learner.algorithm.credit import CREDITS
 from learner.algorithm.grouped import RewardPart
 from learner.algorithm.loss import CompletionBatch, LossOutput, policy_loss
 from learner.algorithm.objectives import OBJECTIVES, batch_scale
+from learner.algorithm.prepared import Prepared
 from learner.algorithm.recipe_checks import check_recipe
 from learner.algorithm.rewarded import Rewarded
 from learner.algorithm.selection import ROLLOUTS, Chosen, Sampled, by_keys, overlong_penalty
 from learner.algorithm.token_advantages import ADVANTAGES
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """What a completion needs to be trained on; all [B], but for the advantages of tokens."""
-
-    advantages_B: Tensor  # float64, 0 where the completion does not count
-    token_weights_B: Tensor  # float64, 0 where the completion does not count
-    kept_B: Tensor
-    """Which completions count, bool: they have a reward, and the recipe did not leave them out."""
-    trained_B: Tensor
-    """Which completions have a gradient, bool. Leaving out the others changes nothing."""
-    group_B: Tensor
-    """Index of each completion's group, long."""
-    lengths_B: Tensor
-    """Trained tokens of each completion, long."""
-    metrics: dict[str, float]
-    """Metrics of rules of the user's own."""
-    has_advantage_B: Tensor
-    """Whether any token of the completion that is in the loss has an advantage, bool."""
-    advantages_N: Tensor | None = None
-    """Advantages of all tokens of the step, float64, 0 where the completion does not count; None
-    where every token has the advantage of its completion."""
-    right_B: Tensor | None = None
-    """Whether the completion counts and has a reward above 0, bool; None where nobody asks."""
-    likelihood_weights_B: Tensor | None = None
-    """Weight of each token's log-likelihood, float64; None where the loss has none."""
-    returns_N: Tensor | None = None
-    """What the critic learns of all tokens of the step, float64; None without a critic."""
-
-    def likelihood_of(self, chosen: Tensor, device: torch.device) -> Tensor | None:
-        """`likelihood_weights_B` of some completions, on `device`."""
-        weights_B = self.likelihood_weights_B
-        return None if weights_B is None else weights_B[chosen].to(device)
 
 
 @dataclass(frozen=True)
@@ -296,16 +263,7 @@ class Recipe:
             found.advantages_B, rewards_B, found.group_B, found.kept_B, tokens, baseline, step
         )
         answer = ADVANTAGES.call(self._advantage, config.kind, inputs)
-        counted_N = tokens.axis.spread(found.kept_B)
-        advantages_N = answer.advantages_N.double().masked_fill(~counted_N, 0.0)
-        some_N = (advantages_N != 0) & tokens.loss_mask_N
-        return replace(
-            found,
-            advantages_N=advantages_N,
-            has_advantage_B=tokens.axis.sum(some_N) > 0,
-            metrics={**found.metrics, **answer.metrics},
-            returns_N=answer.returns_N,
-        )
+        return found.of_tokens(answer, tokens)
 
     def _choose(self, sampled: Sampled) -> Chosen:
         """Leave out what the keys of the rollout axis say, and then what its rule says."""

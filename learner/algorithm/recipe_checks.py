@@ -56,8 +56,8 @@ def _check_tokens(config: AlgorithmConfig) -> None:
         )
     if config.needs_critic:
         _check_critic(config)
-    if kind == "branch_values":
-        _check_branches(config)
+    if kind in ("branch_values", "tree_values"):
+        _check_continued(config)
     if credit.turn_decay is not None and (credit.kind != "lambda_trace" or credit.trace == "both"):
         raise UserError(
             f"algorithm.credit.turn_decay={credit.turn_decay} is for algorithm.credit.kind="
@@ -66,7 +66,7 @@ def _check_tokens(config: AlgorithmConfig) -> None:
         )
 
 
-def _check_branches(config: AlgorithmConfig) -> None:
+def _check_continued(config: AlgorithmConfig) -> None:
     """Refuse rewards that continuations do not have, and what leaves completions out by rewards."""
     rollout, objective = config.rollout, config.objective
     wrong = {
@@ -82,7 +82,8 @@ def _check_branches(config: AlgorithmConfig) -> None:
     if found := [name for name, is_wrong in wrong.items() if is_wrong]:
         raise UserError(
             f"{found[0]} changes or goes by the reward of a completion, and algorithm.advantage."
-            "kind=branch_values compares that with the rewards of continuations: set it off"
+            f"kind={config.advantage.kind} compares that with the rewards of continuations: set it "
+            "off"
         )
 
 

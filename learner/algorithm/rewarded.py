@@ -54,6 +54,17 @@ class Branches:
 
 
 @dataclass(frozen=True)
+class Trees:
+    """Which completions go on from inside of others, so that a group is a tree; all [B]."""
+
+    parent_B: Tensor
+    """The completion whose first tokens the completion was given, long: one before it, of its
+    group. -1 where it begins at the prompt."""
+    given_B: Tensor
+    """How many tokens that are, long."""
+
+
+@dataclass(frozen=True)
 class StepTokens:
     """The tokens of a step."""
 
@@ -72,6 +83,8 @@ class StepTokens:
     """Log-probability under the policy before the step, where scores are compared with it."""
     branches: Branches | None = None
     """None where no completion has any."""
+    trees: Trees | None = None
+    """None where every completion begins at the prompt."""
 
 
 @dataclass(frozen=True)

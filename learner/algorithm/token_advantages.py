@@ -17,6 +17,7 @@ its token's own.
     evidence      A_i, more where the scorer agrees with its sign at the token (RLSD)
     reference_progress  A_i, and how far the policy has moved off the reference so far (SPRO)
     branch_values  what the value that branches have measured gains in the segment (VinePPO, SPO)
+    tree_values   what the value of a node gains over that of its parent (SPO's tree)
 
 Legend: B completions, U turns, N all tokens. Evidence: [P] paper, [3P] third parties, [D] derived.
 """
@@ -43,8 +44,9 @@ from learner.algorithm.gae import (
 )
 from learner.algorithm.group_tokens import key_values, prefix_steps
 from learner.algorithm.grouped import deviation
-from learner.algorithm.rewarded import Branches, StepTokens, Turns
+from learner.algorithm.rewarded import Branches, StepTokens, Trees, Turns
 from learner.algorithm.traces import PackedAxis
+from learner.algorithm.trees import tree_values
 
 TokenIds = Sequence[Sequence[int]]
 """Tokens of the completions of a group."""
@@ -269,6 +271,7 @@ def _made_up(lengths: list[int]) -> AdvantageInputs:
         scores_N=torch.full((total,), -1.5),
         values_N=torch.full((total,), 0.25),
         branches=_made_up_branches() if total else None,
+        trees=Trees(torch.tensor([-1, 0]), torch.tensor([0, 1])) if count == 2 else None,
     )
     return AdvantageInputs(
         advantages_B=rewards_B - rewards_B.mean() if count else rewards_B,
@@ -288,6 +291,8 @@ def _made_up_branches() -> Branches:
 def _problem(inputs: AdvantageInputs, found: TokenAdvantages) -> str | None:
     like_N = inputs.tokens.behaviour_logprobs_N
     wrong = tensor_problem("advantages_N", found.advantages_N, like_N)
+    if wrong is None and found.counted_N is not None:
+        wrong = tensor_problem("counted_N", found.counted_N, like_N, boolean=True)
     return wrong or number_problem(found.metrics)
 
 
@@ -308,6 +313,7 @@ ADVANTAGES: Axis[AdvantageInputs, AdvantageConfig, TokenAdvantages] = Axis(
         "evidence": scored.evidence,
         "reference_progress": scored.reference_progress,
         "branch_values": branch_values,
+        "tree_values": tree_values,
     },
     cases={
         "completions of [3, 1] tokens": partial(_made_up, [3, 1]),

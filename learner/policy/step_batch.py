@@ -15,10 +15,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from common.errors import RunError
 from common.record.schema import CUT, REWARD_PREFIX
 from common.record.segments import have_segments
 from common.record.turns import Spans, compared, spans
-from learner.algorithm.rewarded import Branches, Rewarded, StepTokens, Turns
+from learner.algorithm.rewarded import Branches, Rewarded, StepTokens, Trees, Turns
 from learner.algorithm.traces import PackedAxis
 
 if TYPE_CHECKING:
@@ -93,6 +94,8 @@ class StepBatch:
     completion is one sequence behind the prompt of its group."""
     branches: Branches | None = None
     """Measured values of prefixes; None where there are none."""
+    trees: Trees | None = None
+    """Which completions go on from inside of others; None where none does."""
     elsewhere_B: npt.NDArray[np.bool_] | None = None
     """Whether the completion was sampled behind another prompt than it is trained behind; None: no
     completion was."""
@@ -142,6 +145,7 @@ class StepBatch:
                 None if self.values is None else torch.from_numpy(self.values),
                 None if self.own is None else torch.from_numpy(self.own),
                 self.branches,
+                self.trees,
             ),
             compared_B=torch.from_numpy(self.compared_B),
             scored_B=None if self.scored_B is None else torch.from_numpy(self.scored_B),
@@ -198,6 +202,7 @@ class StepBatch:
             answers_B2=_answers(batches),
             segmented=segmented,
             branches=_branches(batches),
+            trees=_trees(batches),
             elsewhere_B=_elsewhere(batches),
         )
 
@@ -225,6 +230,40 @@ def _branches(batches: Sequence[pa.RecordBatch]) -> Branches | None:
         torch.tensor([each["at"] for _, each in found]),
         torch.tensor([each["value"] for _, each in found], dtype=torch.float64),
     )
+
+
+def _trees(batches: Sequence[pa.RecordBatch]) -> Trees | None:
+    """Where completions of the step go on from inside of others; None where none does.
+
+    Raises:
+        RunError: one was not given first tokens of a completion before it in its group.
+    """
+    if not all("continues" in batch.schema.names for batch in batches):
+        return None
+    if all((batch.column("continues").to_numpy() < 0).all() for batch in batches):
+        return None
+    found: list[tuple[int, int]] = []  # parent and given tokens of each completion
+    for batch in batches:
+        names = ("completion_index", "continues", "guidance_length", "token_ids")
+        first, places = len(found), dict[int, int]()
+        rows = list(zip(*(batch.column(name).to_pylist() for name in names), strict=True))
+        for row, (index, parent, given, ids) in enumerate(rows):
+            place = places.get(parent, -1)
+            at = place - first
+            if parent >= 0 and (
+                place < 0 or given < found[place][1] or rows[at][3][:given] != ids[:given]
+            ):
+                raise RunError(
+                    f"completion {index} of group {batch.column('group_id')[0].as_py()} does not "
+                    f"go on from completion {parent}: please report it. A rule of your own in "
+                    "algorithm.rollout.follow_up.kind must give `continues` the index of an "
+                    "earlier completion, and `guidance_ids` first tokens of it, those included "
+                    "that it was given itself"
+                )
+            found.append((place, given if parent >= 0 else 0))
+            places[index] = first + row
+    parents, given_B = zip(*found, strict=True)
+    return Trees(torch.tensor(parents), torch.tensor(given_B))
 
 
 def _elsewhere(batches: Sequence[pa.RecordBatch]) -> npt.NDArray[np.bool_] | None:

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from common.errors import RunError
-from learner.algorithm.recipe import Prepared
+from learner.algorithm.prepared import Prepared
 from learner.policy.step_batch import StepBatch
 
 
@@ -29,7 +29,7 @@ def describe(batch: StepBatch, prepared: Prepared) -> dict[str, float]:
         "reward/accuracy": _mean(batch.accuracy_B[~np.isnan(batch.accuracy_B) & ~compared_B]),
         "completion_length/mean": _mean(batch.sampled_lengths_B[~compared_B]),
         "completions/zero_advantage": float(idle_B.sum()),
-        "tokens/trained": float(batch.trained_lengths_B[trained_B].sum()),
+        "tokens/trained": float(prepared.lengths_B.numpy()[trained_B].sum()),
     }
 
 

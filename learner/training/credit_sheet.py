@@ -22,7 +22,7 @@ from torch import Tensor
 from common.errors import RunError
 from common.record.credit_log import credit_schema, write_credit
 from learner.algorithm.loss import LossOutput
-from learner.algorithm.recipe import Prepared
+from learner.algorithm.prepared import Prepared
 from learner.policy.packing import PackedRow
 from learner.policy.step_batch import StepBatch
 from learner.training import fsdp

@@ -25,7 +25,8 @@ from torch import Tensor
 
 from common.config.algorithm import AlgorithmConfig, CreditConfig
 from learner.algorithm.loss import CompletionBatch
-from learner.algorithm.recipe import Prepared, Recipe
+from learner.algorithm.prepared import Prepared
+from learner.algorithm.recipe import Recipe
 from learner.policy.attention import SegmentLengths
 from learner.policy.packing import Segment
 from learner.policy.step_batch import StepBatch

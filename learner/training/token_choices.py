@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from learner.algorithm.choices import TokenColumns, TokenShare
-from learner.algorithm.recipe import Prepared, Recipe
+from learner.algorithm.prepared import Prepared
+from learner.algorithm.recipe import Recipe
 from learner.policy.model import Policy
 from learner.training import fsdp
 from learner.training.work import Microbatch

@@ -27,7 +27,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from common.errors import UserError
 from learner.algorithm.choices import TokenShare
 from learner.algorithm.loss import CompletionBatch, LossOutput
-from learner.algorithm.recipe import Prepared, Recipe
+from learner.algorithm.prepared import Prepared
+from learner.algorithm.recipe import Recipe
 from learner.policy.model import Policy
 from learner.policy.packing import PackedRow, PackingPlan, plan_packing
 from learner.policy.step_batch import StepBatch
@@ -161,6 +162,9 @@ class Trainer:
         estimated = self.recipe.estimate(rewarded)
         if self.step < self.recipe.held_steps:  # the critic learns alone
             estimated = replace(estimated, trained_B=torch.zeros_like(estimated.trained_B))
+        whole = batch
+        if estimated.counted_N is not None:
+            batch = replace(batch, loss_mask=batch.loss_mask & estimated.counted_N.numpy())
         if sheet is not None:
             sheet.begin(batch, estimated)
         parts, efficiencies = [], []
@@ -170,7 +174,7 @@ class Trainer:
             parts.append(Part(torch.from_numpy(members_B), self._mine(batch, plan, estimated)))
             efficiencies.append(plan.efficiency)
         first = self.recipe.weigh(estimated, parts[0].members_B)
-        metrics |= describe(batch, estimated) | first.metrics
+        metrics |= describe(whole, estimated) | first.metrics
         metrics["packing/efficiency"] = float(np.mean(efficiencies))
         return Work(batch, estimated, first, parts), metrics
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from learner.algorithm.grouped import RewardPart
 from learner.algorithm.prefix_sets import prefix_set_sizes
-from learner.algorithm.recipe import Prepared
+from learner.algorithm.prepared import Prepared
 from learner.algorithm.rewarded import Rewarded
 from learner.policy.packing import PackedRow, Segment, pack_microbatch
 from learner.policy.step_batch import StepBatch

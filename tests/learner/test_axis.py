@@ -39,7 +39,8 @@ from learner.algorithm.credit import CREDITS, Credit, CreditInputs
 from learner.algorithm.grouped import Advantages, GroupedRewards
 from learner.algorithm.loss import policy_loss
 from learner.algorithm.objectives import OBJECTIVES
-from learner.algorithm.recipe import Prepared, Recipe
+from learner.algorithm.prepared import Prepared
+from learner.algorithm.recipe import Recipe
 from learner.algorithm.recipe_checks import check_recipe
 from learner.algorithm.rewarded import Rewarded
 from learner.algorithm.selection import ROLLOUTS, Chosen, Sampled

@@ -7,7 +7,8 @@ import torch
 from ended_episodes import ENDS, ended
 from maths_oracles import algorithm
 
-from learner.algorithm.recipe import Prepared, Recipe
+from learner.algorithm.prepared import Prepared
+from learner.algorithm.recipe import Recipe
 from learner.policy.packing import StepBatch
 
 FAILED = [reward is None for _, _, reward in ENDS]

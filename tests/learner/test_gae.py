@@ -22,7 +22,8 @@ from learner.algorithm.gae import (
     value_losses,
     whitened,
 )
-from learner.algorithm.recipe import Prepared, Recipe
+from learner.algorithm.prepared import Prepared
+from learner.algorithm.recipe import Recipe
 from learner.algorithm.recipe_checks import check_recipe
 from learner.algorithm.rewarded import Rewarded, StepTokens, Turns
 from learner.algorithm.traces import PackedAxis

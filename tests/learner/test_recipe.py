@@ -28,7 +28,8 @@ from common.config.algorithm import AlgorithmConfig
 from common.config.load import load_config
 from common.errors import UserError, VerifierError
 from learner.algorithm.loss import CompletionBatch, policy_loss
-from learner.algorithm.recipe import Prepared, Recipe
+from learner.algorithm.prepared import Prepared
+from learner.algorithm.recipe import Recipe
 from learner.algorithm.rewarded import Rewarded
 from learner.algorithm.traces import LambdaTrace, PackedAxis
 

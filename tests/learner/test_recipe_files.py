@@ -16,7 +16,8 @@ from common.config.load import load_config
 from learner.algorithm.advantages import BASELINES, group_advantages
 from learner.algorithm.corrections import behaviour_gap
 from learner.algorithm.loss import CompletionBatch, policy_loss
-from learner.algorithm.recipe import Prepared, Recipe
+from learner.algorithm.prepared import Prepared
+from learner.algorithm.recipe import Recipe
 from learner.algorithm.rewarded import Rewarded
 from learner.algorithm.traces import PackedAxis
 

@@ -11,7 +11,8 @@ import torch
 from maths_oracles import algorithm
 from torch import Tensor
 
-from learner.algorithm.recipe import Prepared, Recipe
+from learner.algorithm.prepared import Prepared
+from learner.algorithm.recipe import Recipe
 from learner.algorithm.rewarded import Rewarded, StepTokens
 from learner.algorithm.traces import PackedAxis
 

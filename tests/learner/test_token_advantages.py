@@ -14,7 +14,8 @@ from common.config.algorithm import AdvantageConfig, AlgorithmConfig
 from common.errors import UserError
 from learner.algorithm.advantage_inputs import AdvantageInputs, TokenAdvantages
 from learner.algorithm.loss import CompletionBatch, LossOutput, policy_loss
-from learner.algorithm.recipe import Prepared, Recipe
+from learner.algorithm.prepared import Prepared
+from learner.algorithm.recipe import Recipe
 from learner.algorithm.recipe_checks import check_recipe
 from learner.algorithm.rewarded import Rewarded, StepTokens, Turns
 from learner.algorithm.traces import LambdaTrace, PackedAxis

@@ -145,4 +145,7 @@ def rollout_of(
         ),
         seed=5 if staleness == 0 else None,
     )
-    return Rollout(loop, RolloutState(source, book, guidance, log, config.batch.group_size))
+    return Rollout(
+        loop,
+        RolloutState(source, book, guidance, log, config.batch.group_size, follow_up),
+    )
