@@ -145,8 +145,6 @@ def check_follow_up(config: Any) -> None:
     _check_sampled(config.algorithm.advantage.kind, follow_up)
     if follow_up.kind == "none":
         return
-    if follow_up.kind == "tree":
-        _check_tree(follow_up.tree, config.generator.max_completion_tokens)
     key = f"algorithm.rollout.follow_up.kind={follow_up.kind}"
     if follow_up.first_of(config.batch.group_size) < 1:
         raise UserError(
@@ -202,6 +200,8 @@ def check_single_answers(config: Any, key: str, *, elsewhere: bool, mixed: bool)
             f"{key} and {found[0]} do not go together: it is for single answers, each "
             "begun by the policy, and scored behind its own prompt. Set one of them off"
         )
+    if follow_up.kind == "tree":
+        _check_tree(follow_up.tree, config.generator.max_completion_tokens)
 
 
 def _check_sampled(rule: str, follow_up: FollowUpConfig) -> None:

@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from common.errors import UserError
 from common.record.credit_log import credit_path, credit_rules, read_group_credit
-from common.record.parts import FIRST, REPLACES
+from common.record.parts import FIRST, JOINS, REPLACES
 from common.record.schema import REWARD_PREFIX, VERDICT_PREFIX
 from deploy.inspector.measured import Segments, values_of_branches
 from deploy.inspector.tokens import TokenTexts
@@ -86,8 +86,12 @@ def details(
 def _of_its_part(row: pa.Table, replaced: bool, prompt_text: str) -> dict[str, Any]:
     """What a completion is in a group of several parts, and its prompt where that is another."""
     part, own = row["part"][0].as_py(), row["prompt_text"][0].as_py()
+    continues = row["continues"][0].as_py()
     name = {FIRST: "draft" if replaced else "", REPLACES: "follow-up"}.get(part, part)
-    return {"part": name, "own_prompt": own if own != prompt_text else ""}
+    if part == JOINS and continues >= 0:
+        name = f"goes on from #{continues}"
+    own_prompt = own if own != prompt_text else ""
+    return {"part": name, "continues": continues, "own_prompt": own_prompt}
 
 
 def _measured(row: pa.Table, measured: dict[int, Segments]) -> Segments | None:

@@ -126,6 +126,12 @@ def _follow_ups(config: Config) -> str | None:
             f"{branch.samples} for each of up to {branch.most} branches: by far most of the "
             "tokens, and not in the figures here"
         )
+    if follow_up.kind == "tree":
+        return key + (
+            f"has a group ask {follow_up.stages} time(s) for more behind each other. The figures "
+            "here have every node split, and every completion whole and sampled at once: they are "
+            "the most there can be"
+        )
     return key + "asks for completions by a rule of your own, which are not in the figures here"
 
 

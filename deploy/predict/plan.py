@@ -222,10 +222,23 @@ def _shown(cores: list[int] | None) -> str:
     return "any" if cores is None else ",".join(map(str, cores))
 
 
+def _of_a_group(config: Config) -> tuple[int, str, str]:
+    """Completions that the learner gets of a group, the keys that say so, and whether at most."""
+    follow_up, size = config.algorithm.rollout.follow_up, config.batch.group_size
+    if follow_up.kind != "tree":
+        return size, "batch.group_size", ""
+    children = " x ".join(map(str, follow_up.tree.children))
+    keys = f"batch.group_size {size} x algorithm.rollout.follow_up.tree.children {children}"
+    return follow_up.most_learnt(size), keys, " at most"
+
+
 def _batches(config: Config, origins: Mapping[str, str]) -> list[str]:
     """Batch arithmetic as lines, each of which says what follows from what."""
     batch, generator = config.batch, config.generator
     groups, completions = config.groups_per_step, config.completions_per_step
+    (size, of_group, most), compared = _of_a_group(config), "each compared with its group"
+    if most:
+        compared = "each compared with what goes on from the same tokens"
     most_tokens = completions * generator.max_completion_tokens
     rows = -(-most_tokens // batch.tokens_per_microbatch)
     staleness, in_flight = generator.max_staleness, config.max_groups_in_flight
@@ -243,8 +256,8 @@ def _batches(config: Config, origins: Mapping[str, str]) -> list[str]:
     part = f"all {completions} completions" if updates == 1 else f"1/{updates} of the prompts"
     return [
         *lines,
-        f"completions a step     {groups} prompts x {batch.group_size} completions = "
-        f"{completions}: batch.prompts_per_step x batch.group_size, each compared with its group",
+        f"completions a step     {groups} prompts x {size} completions = "
+        f"{completions}{most}: batch.prompts_per_step x {of_group}, {compared}",
         f"completion tokens      {completions} completions x generator.max_completion_tokens "
         f"{generator.max_completion_tokens} = {most_tokens} a step at most",
         f"micro-batches          {most_tokens} tokens / batch.tokens_per_microbatch "
@@ -255,8 +268,8 @@ def _batches(config: Config, origins: Mapping[str, str]) -> list[str]:
         f"staleness budget       (generator.max_staleness {staleness} + 1) x {groups} prompts = "
         f"{in_flight} groups in flight at most, so no token is trained on that is more than "
         f"{staleness} version(s) old",
-        f"in flight              {in_flight} groups x {batch.group_size} = "
-        f"{in_flight * batch.group_size} completions over {generator.count} generator(s) of "
+        f"in flight              {in_flight} groups x {size} = "
+        f"{in_flight * size} completions{most} over {generator.count} generator(s) of "
         f"generator.max_concurrent_sequences {generator.max_concurrent_sequences}",
         f"off-policy correction  {config.correction_kind}"
         + (

@@ -88,7 +88,7 @@ class Workload:
         """What the run of `config` asks for; what is not in a configuration is given."""
         return cls(
             prompts_per_step=config.groups_per_step,
-            group_size=config.batch.group_size,
+            group_size=config.completions_per_step // config.groups_per_step,
             max_staleness=config.generator.max_staleness,
             generators=config.generator.count,
             sequences=sequences,

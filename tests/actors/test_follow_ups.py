@@ -28,7 +28,7 @@ from actors.generation.follow_ups import said as read
 from actors.generation.generator import Generator
 from actors.generation.texts import Texts as Decoder
 from common.config.contexts import HOLE
-from common.config.follow_up import BranchConfig, FollowUpConfig
+from common.config.follow_up import BranchConfig, FollowUpConfig, TreeConfig
 from common.config.load import load_config
 from common.config.sections import DataConfig, GeneratorConfig, ModelConfig, VerifierSpec
 from common.errors import UserError
@@ -273,6 +273,84 @@ def test_hinted_completions_carry_both_prompts() -> None:
     assert [row["completion_index"] for row in rows] == [2, 3]
 
 
+GROWING = FollowUpConfig(kind="tree", tree=TreeConfig(every=2, children=[3, 2]))
+
+
+def one(index: int, ids: list[int], given: int = 0, continues: int = -1) -> Said:
+    text = ",".join(map(str, ids))
+    return Said(index, text, ids, [-0.1] * len(ids), 0.0, 0.0, given, continues)
+
+
+def asked_for(first: list[Said]) -> list[tuple[int | None, tuple[int, ...], int, int]]:
+    found = follow_ups(request(follow_up=GROWING, num_completions=len(first)), first, TEXTS)
+    assert all(each.part == JOINS and each.mask_guidance for each in found)
+    assert all(each.num_guided == each.num_completions for each in found)
+    return [
+        (each.continues, each.guidance_ids, each.num_completions, each.first_index)
+        for each in found
+    ]
+
+
+def test_a_tree_grows_level_by_level_and_then_no_more() -> None:
+    """Every node gets its other children once; one that has ended before gets none."""
+    first = [one(0, [10, 11, 12, 13, 14]), one(1, [20, 21]), one(2, [30, 31, 32])]
+    found = asked_for(first)
+    assert found == [
+        (0, (10, 11), 2, 3),
+        (0, (10, 11, 12, 13), 1, 5),
+        (2, (30, 31), 2, 6),
+    ]
+    second = [
+        *first,
+        one(3, [10, 11, 15, 16, 17], 2, 0),
+        one(4, [10, 11, 18], 2, 0),
+        one(5, [10, 11, 12, 13, 19, 1, 1, 1, 1], 4, 0),
+        one(6, [30, 31, 33, 34, 35], 2, 2),
+        one(7, [30, 31, 36, 37], 2, 2),
+    ]
+    found = asked_for(second)
+    assert found == [(3, (10, 11, 15, 16), 1, 8), (6, (30, 31, 33, 34), 1, 9)]
+    third = [*second, one(8, [10, 11, 15, 16, 38], 4, 3), one(9, [30, 31, 33, 34, 39], 4, 6)]
+    assert asked_for(third) == []
+    leaves = len(third)
+    assert leaves == 10 <= GROWING.most_of(3) == GROWING.most_learnt(3) == 18
+
+
+def test_a_whole_tree_has_as_many_leaves_as_its_children_multiply_to() -> None:
+    known, count = [one(i, [i, 1, 2, 3, 4, 5]) for i in range(3)], 0
+    for _ in range(GROWING.stages):
+        asked = follow_ups(request(follow_up=GROWING, num_completions=len(known)), known, TEXTS)
+        for each in asked:
+            for place in range(each.num_completions):
+                count += 1
+                ids = [*each.guidance_ids, *([50 + count] * (6 - len(each.guidance_ids)))]
+                at, of = len(each.guidance_ids), each.continues
+                assert of is not None
+                known.append(one(each.first_index + place, ids, at, of))
+    assert [each.index for each in known] == list(range(18))
+    second = sorted(tuple(each.token_ids[:4]) for each in known)
+    assert all(second.count(prefix) == 2 for prefix in second)  # two leaves under each node
+
+
+def test_no_node_ends_inside_of_what_ended_the_completion() -> None:
+    first = [Said(0, "0,1,2", [0, 1, 2, 3, 4, 5], [-0.1] * 6, 1.0, 1.0)]
+    assert [ids for _, ids, _, _ in asked_for(first)] == [(0, 1)]
+
+
+def test_a_generator_samples_the_nodes_of_a_tree_behind_what_they_are_given() -> None:
+    config = FollowUpConfig(kind="tree", tree=TreeConfig(every=2, children=[3]))
+    first = judged(request(), {0: said([10, 11, 12]), 1: said([20])}, [1.0, 0.0])
+    count, rows, engine = sampled(request(follow_up=config, seed=100), first)
+    assert count == len(rows) == 2
+    assert [prompt for prompt, _ in engine.asked] == [[1, 2, 10, 11]] * 2
+    assert [row["completion_index"] for row in rows] == [2, 3]
+    assert all(row["continues"] == 0 and row["part"] == JOINS for row in rows)
+    assert all(row["guidance_length"] == 2 for row in rows)
+    assert [row["token_ids"] for row in rows] == [[10, 11, 4, 4]] * 2
+    assert [row["loss_mask"] for row in rows] == [[False, False, True, True]] * 2
+    assert [row["continues"] for row in first.to_pylist()] == [-1, -1]
+
+
 def test_judged_batches_are_read_in_the_order_of_the_group() -> None:
     group = request()
     one = judged(group, {1: said([20])}, [0.5])
@@ -312,6 +390,19 @@ FOLLOW = "algorithm.rollout.follow_up"
         ),
         ((f"{FOLLOW}.kind=branches", "environment.name=guess"), "single answers"),
         (("algorithm.advantage.kind=branch_values",), "set it to branches"),
+        (("algorithm.advantage.kind=tree_values",), "set it to tree"),
+        ((f"{FOLLOW}.tree.children=[2,1]",), r"children\[1\]=1 must be at least 2"),
+        ((f"{FOLLOW}.kind=tree", f"{FOLLOW}.tree.children=[]"), "has no level"),
+        (
+            (
+                f"{FOLLOW}.kind=tree",
+                f"{FOLLOW}.tree.every=12",
+                "generator.max_completion_tokens=24",
+            ),
+            "lower it below 12",
+        ),
+        ((f"{FOLLOW}.kind=tree", "environment.name=guess"), "single answers"),
+        ((f"{FOLLOW}.kind=tree", "algorithm.rollout.greedy=true"), "do not go together"),
         (
             (
                 f"{FOLLOW}.kind=hint",

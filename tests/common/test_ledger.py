@@ -41,6 +41,13 @@ TOKENS = 10
 MORE = 3
 """Completions of a follow-up: two that replace the first two, and a probe."""
 DRAFTS, PROBES = Aside(2, 7), Aside(1, 4)
+HINT = ("algorithm.rollout.follow_up.kind=hint",)
+TREE = (
+    "algorithm.rollout.follow_up.kind=tree",
+    "algorithm.rollout.follow_up.tree.every=2",
+    "algorithm.rollout.follow_up.tree.children=[2,2]",
+)
+"""Two stages, in each of which a group may ask for more."""
 
 
 def ledger_at(folder: Path, prompts: str = "prompts") -> Ledger:
@@ -227,16 +234,21 @@ class Writer:
         _, group_id = refs[0].split()
         asked, kind, version = self.generators.ended[int(group_id)]
         unscored = {"unjudged": 2, "partly": 1}.get(kind, 0)
+        drafts, probes, learnt = NOTHING, NOTHING, 2
+        if self.generators.grows:
+            learnt += MORE * (len(refs) - 1)
+        elif len(refs) > 1:
+            drafts, probes = DRAFTS, PROBES
         made = replace(
             receipt(asked.group_id, asked.dispatch_version, asked.dispatch_version),
             ticket=asked.ticket,
             max_version=version,
-            num_completions=1 if kind == "cut" else 2,
+            num_completions=1 if kind == "cut" else learnt,
             rewards_equal=kind == "equal",
             num_unscored=unscored,
             unscored_tokens=unscored * TOKENS // 2,
-            drafts=DRAFTS if len(refs) > 1 else NOTHING,
-            probes=PROBES if len(refs) > 1 else NOTHING,
+            drafts=drafts,
+            probes=probes,
         )
         self.storage.logged[asked.group_id] = made
         return made
@@ -258,8 +270,8 @@ class Method:
 class Generators:
     """Groups end when the test says so."""
 
-    def __init__(self, version: int) -> None:
-        self.version = version
+    def __init__(self, version: int, grows: bool) -> None:
+        self.version, self.grows = version, grows
         self.waiting: dict[int, tuple[GroupRequest, asyncio.Future[str]]] = {}
         self.ended: dict[int, tuple[GroupRequest, str, int]] = {}
         self.later: dict[int, asyncio.Future[None]] = {}
@@ -288,6 +300,8 @@ class Generators:
 class RunThroughDeaths(RuleBasedStateMachine):
     """The real loop, book, ledger and prompt source; a dictionary of tickets as the reference."""
 
+    follow_up = HINT
+
     @initialize(staleness=st.integers(0, 8), prompts=st.integers(1, 3), size=st.integers(1, 9))
     def begin(self, staleness: int, prompts: int, size: int) -> None:
         self.folder = Path(tempfile.mkdtemp())
@@ -303,7 +317,7 @@ class RunThroughDeaths(RuleBasedStateMachine):
     def start(self, step: int, *, fresh: bool = False) -> None:
         self.source = small_source(self.size)
         self.ledger = ledger_at(self.folder, self.source.identity)
-        self.generators = Generators(step)
+        self.generators = Generators(step, grows=self.follow_up is TREE)
         self.writer = Writer(self.storage, self.generators)
         rollout = rollout_of(
             self.source,
@@ -312,7 +326,7 @@ class RunThroughDeaths(RuleBasedStateMachine):
             self.generators,
             f"batch.prompts_per_step={self.prompts}",
             f"generator.max_staleness={self.staleness}",
-            "algorithm.rollout.follow_up.kind=hint",
+            *self.follow_up,
             ledger=self.ledger,
         )
         self.book, self.rollout = rollout.book, rollout.state
@@ -417,7 +431,8 @@ class RunThroughDeaths(RuleBasedStateMachine):
             self.a_version_is_published()
         before = self.learner
         for _ in range((self.staleness + 1) * self.prompts):
-            self.a_follow_up_ends(0)
+            for _ in self.follow_up[:2]:  # as often as a group may ask
+                self.a_follow_up_ends(0)
             self.a_group_ends(0, "kept")
         self.the_learner_steps()
         assert self.learner == before + 1
@@ -452,6 +467,18 @@ RunThroughDeaths.TestCase.settings = settings(
     max_examples=60, stateful_step_count=40, deadline=None
 )
 test_runs_through_deaths = RunThroughDeaths.TestCase
+
+
+class TreesThroughDeaths(RunThroughDeaths):
+    """Groups that ask for more twice, and train on all of it."""
+
+    follow_up = TREE
+
+
+TreesThroughDeaths.TestCase.settings = settings(
+    max_examples=40, stateful_step_count=40, deadline=None
+)
+test_trees_through_deaths = TreesThroughDeaths.TestCase
 
 
 def test_a_version_that_a_kill_took_back_is_not_trained_on() -> None:
@@ -504,3 +531,28 @@ def test_partly_unjudged_groups_close(tmp_path: Path) -> None:
     assert account.closes
     parts: Outcomes = {"trained": (1, 6), "failed": (1, 4)}
     assert {name: (account.completions[name], account.tokens[name]) for name in parts} == parts
+
+
+def test_a_tree_whose_run_dies_between_its_levels_is_sampled_again_whole() -> None:
+    """Also a checkpoint that is taken in between: the group is open in it, and not whole."""
+    machine = TreesThroughDeaths()
+    machine.begin(staleness=1, prompts=1, size=5)
+    machine.a_group_ends(0, "followed")
+    machine.a_follow_up_ends(0)
+    open_ = machine.ledger.open_groups()
+    assert [group.completions for group in open_] == [2 + 2 * MORE, 2]
+    machine.a_checkpoint_is_written()
+    machine.killed()
+    account = account_of(machine.folder / LEDGER)
+    assert account.completions["abandoned"] == 2 + 2 * MORE + 2
+    for _ in range(2):
+        machine.a_group_ends(0, "followed")
+        machine.a_follow_up_ends(0)
+        machine.a_follow_up_ends(0)
+    machine.killed()  # both are in the log, and come back from there with all that they have
+    assert machine.book.status() == "0 groups under way, 2 ready, 2/2 slots"
+    machine.the_learner_steps()
+    account = account_of(machine.folder / LEDGER)
+    assert account.completions["trained"] == 2 + 2 * MORE
+    machine.the_account_holds()
+    machine.teardown()

@@ -71,6 +71,7 @@ def test_every_recipe_is_planned(name: str, capsys: pytest.CaptureFixture[str]) 
         "rgr_grpo": [rubric, "model.max_length=512"],
         "ruscarl": [rubric],
         "sgpo": [steps],
+        "spo_tree": ["algorithm.rollout.follow_up.tree.every=6"],
     }
     text = plan(capsys, "--config", str(TINY), f"recipe={name}", *needs.get(name, []))
     assert f"recipe: {name}  # " in text

@@ -27,7 +27,7 @@ STEPS = 10
 pytestmark = [pytest.mark.long, pytest.mark.timeout(1800)]
 
 
-BRANCH = "algorithm.rollout.follow_up.branch"
+BRANCH, TREE = (f"algorithm.rollout.follow_up.{kind}" for kind in ("branch", "tree"))
 TEACHER = ["teacher.path=builtin:tiny-chain-sum"]
 FOLLOW_UP = "algorithm.rollout.follow_up"
 RUBRIC = (
@@ -50,6 +50,7 @@ OVERRIDES = {
     ],
     "guide": ["algorithm.rollout.follow_up.hint=answer"],
     "igrpo": ["algorithm.rollout.follow_up.template='{draft} {prompt}'"],
+    "spo_tree": [f"{TREE}.every=6", f"{TREE}.children=[2,2]"],
     "spo_chain": [f"{BRANCH}.samples=3", f"{BRANCH}.every=1"],
     "vineppo": [f"{BRANCH}.samples=3", f"{BRANCH}.separator='='"],
     "grpo_lambda_recent": ["algorithm.credit.normalize=none"],
@@ -143,6 +144,8 @@ def test_what_each_paper_adds_is_in_the_numbers(runs: Path) -> None:
     assert all(record["completions/drafts"] == 8 * 4 for record in steps_of(runs, "igrpo"))
     for recipe in ("spo_chain", "vineppo"):  # more than a branch at the start of each answer
         assert steps_of(runs, recipe)[0]["completions/probes"] > 1.5 * 64 * 3
+    tree = steps_of(runs, "spo_tree")  # groups of 8 have grown, and most answers have 14 tokens
+    assert all(record["completions/scored"] > 1.5 * 64 for record in tree)
     generated = sum(r["tokens/generated"] for r in steps_of(runs, "cppo"))
     trained = sum(r["tokens/trained"] for r in steps_of(runs, "cppo"))
     assert trained <= 0.6 * generated

@@ -62,6 +62,10 @@ AGREES: dict[str, tuple[str, str]] = {
         "AIFrameResearch/SPO b9fc6a2, read",
         "sure tokens stay in the denominator, there they leave the loss",
     ),
+    "spo_tree": (
+        "AIFrameResearch/SPO b9fc6a2: advantages and dropped edges of 900 random trees, 0",
+        "one denominator for an update, there a micro-batch; no whitening",
+    ),
     "gmpo": (
         "callsys/GMPO 205b2bf 2e-7; verl 1e-9",
         "its deviation has 1e-8 added, ours 1e-6; verl's correction is a geometric mean",

@@ -107,6 +107,8 @@ OVERRIDES = {
     "ruscarl": f" \\\n        {RUBRIC}",
     "sgpo": " \\\n        verifier.rules='[{name: reasoning_gym, weight: 0}, "
     "{name: right_prefix, args: {first_wrong: sums}}]'",
+    "spo_tree": " algorithm.rollout.follow_up.tree.every=6 \\\n"
+    "        algorithm.rollout.follow_up.tree.children='[2, 2]'",
     "g2rpo_a": " data.source=file data.path=FILE \\\n        data.solution_column=solution "
     "algorithm.rollout.guidance.max_tokens=8 verifier.rules='[{name: math_answer}]'",
 }

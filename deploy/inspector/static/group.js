@@ -2,7 +2,7 @@
 
 import { shade } from "./colour.js";
 import { byId, counted, el, exact, short } from "./dom.js";
-import { QUANTITIES, scaleOf } from "./quantities.js";
+import { QUANTITIES, givenBy, scaleOf } from "./quantities.js";
 import { address, change, current } from "./state.js";
 import { ENDED, neighbours } from "./table.js";
 import { hideDetails, paint, tokenField } from "./tokens.js";
@@ -183,7 +183,7 @@ function cardHead(completion) {
     ...(turns.length > 1 ? [counted(turns.length, "turn")] : []),
     ...(completion.segments.length > 1 ? [counted(completion.segments.length, "conversation")] : []),
     ...(seconds ? [`${short(seconds)} s in the environment`] : []),
-    ...(completion.guidance_length ? [`${completion.guidance_length} of them guidance`] : []),
+    ...(completion.guidance_length ? [`${completion.guidance_length} of them ${givenBy(completion)}`] : []),
     completion.generator,
     ...(tokens.version.length ? [versions] : []),
     `${short(completion.seconds)} s`,

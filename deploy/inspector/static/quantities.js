@@ -84,9 +84,14 @@ export function valuesOf(completion, i, step) {
   ];
 }
 
-function inLoss({ tokens, guidance_length: guided }, i) {
-  const answer = tokens.in_loss[i] ? "yes" : "no";
-  return i < guided ? `${answer}, guidance` : answer;
+function inLoss(completion, i) {
+  const answer = completion.tokens.in_loss[i] ? "yes" : "no";
+  return i < completion.guidance_length ? `${answer}, ${givenBy(completion)}` : answer;
+}
+
+/** What the first tokens are that a completion was given: of another completion, or guidance. */
+export function givenBy({ continues }) {
+  return continues >= 0 ? `of #${continues}` : "guidance";
 }
 
 /** Text with what cannot be seen spelt out. */

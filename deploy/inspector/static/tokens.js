@@ -1,7 +1,7 @@
 // The tokens of a completion: one element each, coloured, with all numbers on hover and on focus.
 
 import { byId, counted, el, short } from "./dom.js";
-import { valuesOf } from "./quantities.js";
+import { givenBy, valuesOf } from "./quantities.js";
 import { worthOfTurn } from "./values.js";
 
 const FIRST = 3000; // tokens of a completion that are drawn before someone asks for the rest
@@ -85,7 +85,7 @@ function token(completion, i) {
   const element = el("span", { class: classes.join(" "), "data-index": i, tabindex: "-1" }, visible(tokens, i));
   const mark = (text) => el("span", { class: "mark" }, text);
   return [
-    ...(i === 0 && guided > 0 ? [mark("guidance ")] : []),
+    ...(i === 0 && guided > 0 ? [mark(`${givenBy(completion)} `)] : []),
     element,
     ...(guided > 0 && i === guided - 1 ? [mark(" sampled ")] : []),
   ];
