@@ -9,7 +9,8 @@ reuses it:
 
 A *root* is a sequence that attends causally to itself alone (a prompt, or prompt and completion
 together where a prompt has a single completion); a *leaf* is a completion that also sees its
-root. Grids are padded on the right, so a causal root needs no mask, and a leaf needs one mask.
+root. A *branch* also sees first tokens of another completion (`learner.policy.tries`). Grids are
+padded on the right, so a causal root needs no mask, and what is below one needs one mask.
 `_attend` is the seam: a kernel that understands such layouts can replace it.
 
 Shapes: T row tokens, B sequences of a grid, L their padded length, P padded root length,
@@ -29,6 +30,7 @@ from torch.nn import functional as F
 from transformers import AttentionInterface
 
 from common.errors import UserError
+from learner.policy.tries import SegmentLengths
 
 ATTENTION_NAME = "packed_segments"
 """The implementation's name in transformers. It has no mask function registered under the same
@@ -42,30 +44,6 @@ _SLACK = 0.25
 _FREE_CELLS = 1024
 """Padding a grid may carry: a quarter of its tokens, or this many cells, which cost less than
 one more kernel launch a layer."""
-
-
-@dataclass(frozen=True)
-class SegmentLengths:
-    """Lengths of one segment, in row order: the prompt, then its completions."""
-
-    prompt: int
-    completions: tuple[int, ...]
-
-    @property
-    def tokens(self) -> int:
-        return self.prompt + sum(self.completions)
-
-    @property
-    def root(self) -> int:
-        """Tokens of the root: a single completion belongs to it."""
-        return self.tokens if len(self.completions) == 1 else self.prompt
-
-    def leaves(self) -> list[tuple[int, int]]:
-        """Offset behind the root, and length, of every leaf."""
-        if len(self.completions) < 2:
-            return []
-        offsets = np.cumsum((0, *self.completions[:-1]))
-        return list(zip(offsets.tolist(), self.completions, strict=True))
 
 
 @dataclass(frozen=True)
@@ -89,11 +67,29 @@ class _Leaves:
     """Index of each leaf's root within its block."""
     root_lengths_B: Tensor
 
+    def above(self, roots: Tensor, cells: Tensor) -> Tensor:
+        """What each sees before its own, [B, heads, P, D], of the roots' or of all cells."""
+        return roots.index_select(0, self.roots_B)
+
+
+@dataclass(frozen=True)
+class _Branches:
+    grid: _Grid
+    above_BP: Tensor
+    """Cells of what each sees before its own, padded on the right."""
+    root_lengths_B: Tensor
+    """How many of them."""
+
+    def above(self, roots: Tensor, cells: Tensor) -> Tensor:
+        found = cells.index_select(0, self.above_BP.flatten())
+        return found.unflatten(0, self.above_BP.shape).transpose(1, 2)
+
 
 @dataclass(frozen=True)
 class _Block:
     roots: _Grid
     leaves: tuple[_Leaves, ...]
+    branches: tuple[_Branches, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -115,7 +111,7 @@ class PackedLayout:
     @property
     def longest(self) -> int:
         """Tokens of the longest prompt plus completion."""
-        return max((s.prompt + max(s.completions, default=0) for s in self.segments), default=0)
+        return max((segment.longest for segment in self.segments), default=0)
 
     def root_mask(self, roots: _Grid, window: int, like: Tensor) -> Tensor:
         """[L, L] additive: causal within a sliding window."""
@@ -127,7 +123,9 @@ class PackedLayout:
         mask: Tensor = self.derived[key]
         return mask
 
-    def leaf_mask(self, leaves: _Leaves, roots: int, window: int | None, like: Tensor) -> Tensor:
+    def leaf_mask(
+        self, leaves: _Leaves | _Branches, roots: int, window: int | None, like: Tensor
+    ) -> Tensor:
         """[B, 1, L, P + L] additive: the whole root, then the leaf causally."""
         key = (leaves.grid.start, window, like.dtype)
         if key not in self.derived:
@@ -155,7 +153,7 @@ def build_layout(segments: Sequence[SegmentLengths], device: torch.device | str)
     for members in _buckets(roots):
         grid = builder.add([(int(starts[s]), roots[s]) for s in members])
         leaves = [
-            (member, int(starts[s] + roots[s] + offset), length)
+            (member, int(starts[s] + offset), length)
             for member, s in enumerate(members)
             for offset, length in segments[s].leaves()
         ]
@@ -169,7 +167,12 @@ def build_layout(segments: Sequence[SegmentLengths], device: torch.device | str)
                     torch.tensor([roots[members[o]] for o in owners], device=device),
                 )
             )
-        blocks.append(_Block(grid, tuple(parts)))
+        branches = [
+            (int(starts[s] + offset), length, starts[s] + above)
+            for s in members
+            for offset, length, above in segments[s].branches()
+        ]
+        blocks.append(_Block(grid, tuple(parts), builder.add_branches(branches, device)))
     return builder.finish(tuple(blocks), tuple(segments), device)
 
 
@@ -207,6 +210,22 @@ class _CellBuilder:
         self._cell_rows.append(rows.reshape(-1))
         self._cells += rows.size
         return grid
+
+    def add_branches(
+        self, branches: Sequence[tuple[int, int, np.ndarray]], device: torch.device | str
+    ) -> tuple[_Branches, ...]:
+        """Add grids of branches, each (first row, length, rows that it sees before them)."""
+        chosen = _buckets([length for _, length, _ in branches])
+        grids = [self.add([branches[i][:2] for i in members]) for members in chosen]
+        found = []  # the cells of all of them are known now, of which some see others
+        for grid, members in zip(grids, chosen, strict=True):
+            rows = [branches[i][2] for i in members]
+            above_BP = np.zeros((len(rows), max(map(len, rows))), dtype=np.int64)
+            for b, seen in enumerate(rows):
+                above_BP[b, : len(seen)] = self._row_cells_T[seen]
+            lengths_B = torch.tensor([len(seen) for seen in rows], device=device)
+            found.append(_Branches(grid, torch.from_numpy(above_BP).to(device), lengths_B))
+        return tuple(found)
 
     def finish(
         self,
@@ -315,11 +334,12 @@ def _attend_block(
     reach = window or block.roots.length
     mask = layout.root_mask(block.roots, reach, query) if masked else None
     outputs = [_attend(query, key, value, mask, scale, softcap)]
-    for leaves in block.leaves:
-        query, leaf_key, leaf_value = (leaves.grid.view(x) for x in cells)
-        mask = layout.leaf_mask(leaves, block.roots.length, window, query)
-        keys = torch.cat((key.index_select(0, leaves.roots_B), leaf_key), dim=2)
-        values = torch.cat((value.index_select(0, leaves.roots_B), leaf_value), dim=2)
+    every: tuple[_Leaves | _Branches, ...] = (*block.leaves, *block.branches)
+    for below in every:
+        query, *own = (below.grid.view(x) for x in cells)
+        above = [below.above(*pair) for pair in ((key, cells[1]), (value, cells[2]))]
+        mask = layout.leaf_mask(below, above[0].shape[2], window, query)
+        keys, values = (torch.cat(pair, dim=2) for pair in zip(above, own, strict=True))
         outputs.append(_attend(query, keys, values, mask, scale, softcap))
     return outputs
 

@@ -59,5 +59,5 @@ class Critic:
 
     def values(self, row: PackedRow) -> Tensor:
         """Value of the state before each of the row's N completion tokens, [N] float32."""
-        with self.head.requested(row.predictor_rows_N):
-            return self.policy.outputs(row)[0, :, 0]
+        with self.head.requested(row.predictor_rows_M):
+            return row.of_tokens(self.policy.outputs(row)[0])[:, 0]

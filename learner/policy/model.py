@@ -111,11 +111,11 @@ class Policy:
     ) -> tuple[Tensor, Tensor]:
         """Log-probability and entropy of the row's N completion tokens, float32, in nats."""
         request = HeadRequest(
-            row.predictor_rows_N, row.labels_N, temperature, with_entropy, entropy_learns
+            row.predictor_rows_M, row.labels_M, temperature, with_entropy, entropy_learns
         )
         with self.head.requested(request):
-            scores_1N2 = self.outputs(row)
-        return scores_1N2[0, :, 0], scores_1N2[0, :, 1]
+            scores_N2 = row.of_tokens(self.outputs(row)[0])
+        return scores_N2[:, 0], scores_N2[:, 1]
 
     def outputs(self, row: PackedRow) -> Tensor:
         """What the model's head gives for a row, once it has been asked for something."""

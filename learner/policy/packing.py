@@ -15,8 +15,12 @@ its prompt repeated; one completion that does not fit has a micro-batch of its o
 dealt longest first to the least loaded micro-batch (Graham 1969, LPT), where load counts
 attention beside tokens.
 
+In a group that is a tree a completion shares the tokens that it was given with the completion that
+they are of, where both are in one segment (`learner.policy.tries`). A tree that is larger than the
+budget is split at its nodes, from the top.
+
 Shapes: B completions of the step, S sequences of them, N completion tokens of a micro-batch, T
-tokens of its row.
+tokens of its row, M of the N that have rows of their own.
 """
 
 from __future__ import annotations
@@ -30,8 +34,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from learner.policy.attention import PackedLayout, SegmentLengths, build_layout
+from learner.policy.attention import PackedLayout, build_layout
 from learner.policy.step_batch import Ints, StepBatch
+from learner.policy.tries import SegmentLengths
 
 
 @dataclass(frozen=True)
@@ -50,7 +55,8 @@ class Segment:
         """Work in tokens: linear layers plus attention, `pairs_per_token` score pairs a token."""
         prompt = self.lengths.prompt
         pairs = prompt * prompt / 2
-        pairs += sum(length * (prompt + length / 2) for length in self.lengths.completions)
+        own = zip(self.lengths.completions, self.lengths.given_to, strict=True)
+        pairs += sum(length * (prompt + given + length / 2) for length, given in own)
         return self.tokens + pairs / pairs_per_token
 
 
@@ -121,30 +127,78 @@ def _segments(
     for prompt in np.unique(prompt_S[chosen]).tolist():
         members = chosen[prompt_S[chosen] == prompt]
         size = len(batch.prompts[prompt])
-        for part in _split(members, lengths_S, capacity - size):
-            lengths = SegmentLengths(size, tuple(int(lengths_S[c]) for c in part))
-            segments.append(Segment(prompt, part, lengths))
+        forest = _Forest(batch, members.tolist())
+        for part in _split(forest, capacity - size):
+            segments.append(Segment(prompt, part, forest.lengths(size, part)))
     return segments
 
 
-def _split(members: Ints, lengths_S: Ints, room: int) -> list[tuple[int, ...]]:
+class _Forest:
+    """Sequences behind one prompt, of which some were given first tokens of others."""
+
+    def __init__(self, batch: StepBatch, members: Sequence[int]) -> None:
+        self.members = members
+        self._tokens = {m: int(batch.sequences.lengths_S[m]) for m in members}
+        self._given = dict.fromkeys(members, 0)
+        self._above = dict.fromkeys(members, -1)
+        self._below: dict[int, list[int]] = {m: [] for m in members}
+        if batch.trees is not None and batch.segmented is None:
+            for member in members:
+                parent = int(batch.trees.parent_B[member])
+                if parent in self._tokens:
+                    self._above[member] = parent
+                    self._given[member] = int(batch.trees.given_B[member])
+                    self._below[parent].append(member)
+
+    def lengths(self, prompt: int, part: Sequence[int]) -> SegmentLengths:
+        """Lengths of a segment of `part`; who is given tokens of one elsewhere has them itself."""
+        place = {member: i for i, member in enumerate(part)}
+        parents = tuple(place.get(self._above[member], -1) for member in part)
+        if all(parent < 0 for parent in parents):
+            return SegmentLengths(prompt, tuple(self._tokens[member] for member in part))
+        given = tuple(
+            self._given[member] if parent >= 0 else 0
+            for member, parent in zip(part, parents, strict=True)
+        )
+        own = tuple(
+            self._tokens[member] - shared for member, shared in zip(part, given, strict=True)
+        )
+        return SegmentLengths(prompt, own, parents, given)
+
+    def trees(self, room: int | None = None) -> list[tuple[int, tuple[int, ...]]]:
+        """(tokens, members) of each tree; one of more than `room` tokens is cut from the top."""
+        waiting = [member for member in self.members if self._above[member] < 0]
+        found = []
+        for top in waiting:
+            members = [top]
+            for member in members:
+                members += self._below[member]
+            tokens = self._tokens[top] + sum(self._tokens[m] - self._given[m] for m in members[1:])
+            if room is not None and tokens > room and len(members) > 1:
+                waiting += self._below[top]
+                tokens, members = self._tokens[top], [top]
+            found.append((tokens, tuple(sorted(members))))
+        return found
+
+
+def _split(forest: _Forest, room: int) -> list[tuple[int, ...]]:
     """Members cut into as few even parts as fit `room` tokens each; singles may exceed it."""
-    total = int(lengths_S[members].sum())
-    if total <= room:
-        return [tuple(members.tolist())]
+    if sum(tokens for tokens, _ in forest.trees()) <= room:
+        return [tuple(forest.members)]
     if room <= 0:
-        return [(m,) for m in members.tolist()]
-    order = sorted(members.tolist(), key=lambda c: (-int(lengths_S[c]), c))
+        return [(m,) for m in forest.members]
+    order = sorted(forest.trees(room), key=lambda tree: (-tree[0], tree[1]))
+    total = sum(tokens for tokens, _ in order)
     for count in range(-(-total // room), len(order)):
-        parts: list[list[int]] = [[] for _ in range(count)]
+        parts: list[list[tuple[int, ...]]] = [[] for _ in range(count)]
         loads = [0] * count
-        for completion in order:
+        for tokens, members in order:
             i = loads.index(min(loads))
-            parts[i].append(completion)
-            loads[i] += int(lengths_S[completion])
+            parts[i].append(members)
+            loads[i] += tokens
         if all(load <= room or len(p) == 1 for load, p in zip(loads, parts, strict=True)):
-            return [tuple(sorted(part)) for part in parts]
-    return [(m,) for m in order]
+            return [tuple(sorted(m for members in part for m in members)) for part in parts]
+    return [members for _, members in order]
 
 
 def _deal(
@@ -167,47 +221,65 @@ def _deal(
 
 @dataclass(frozen=True)
 class PackedRow:
-    """One micro-batch as tensors. Its N completion tokens follow `completions`, in order."""
+    """One micro-batch as tensors. Its N completion tokens follow `completions`, in order.
+
+    M of them have rows of their own: all but those that a completion reads of another.
+    """
 
     input_ids_1T: Tensor
     position_ids_1T: Tensor
     layout: PackedLayout
-    predictor_rows_N: Tensor
-    """The row whose hidden state predicts completion token n."""
-    labels_N: Tensor
+    predictor_rows_M: Tensor
+    """The row whose hidden state predicts token m."""
+    labels_M: Tensor
     completions: tuple[int, ...]
     """Indices into the step's S sequences, where it was packed from a step."""
     lengths: tuple[int, ...]
+    """All tokens of each."""
+    place_N: Tensor | None = None
+    """Which of the M each completion token is; None where it has a row of its own, each."""
+
+    def of_tokens(self, found_M: Tensor) -> Tensor:
+        """What is known of the M tokens with rows, for all N."""
+        return found_M if self.place_N is None else found_M.index_select(0, self.place_N)
 
 
 def pack_row(
     segments: Sequence[tuple[Ints, Sequence[Ints]]],
     completions: Sequence[int],
     device: torch.device | str,
+    lengths: Sequence[SegmentLengths] | None = None,
 ) -> PackedRow:
-    """Pack segments (prompt tokens, [completion tokens]) into a row; none give one idle token."""
+    """Pack segments (prompt tokens, [completion tokens]) into a row; none give one idle token.
+
+    Args:
+        lengths: of each segment, where completions read rows of others.
+    """
+    if lengths is None:
+        lengths = [SegmentLengths(len(p), tuple(map(len, found))) for p, found in segments]
     ids: list[Ints] = []
     positions: list[Ints] = []
     predictors: list[Ints] = []
     labels: list[Ints] = []
-    lengths: list[SegmentLengths] = []
-    row = 0
-    for prompt, continuations in segments:
-        ids += [prompt, *continuations]
+    places: list[Ints] = []
+    row = scored = 0
+    for (prompt, continuations), segment in zip(segments, lengths, strict=True):
+        ids.append(prompt)
         positions.append(np.arange(len(prompt)))
-        last = row + len(prompt) - 1
-        row += len(prompt)
-        for tokens in continuations:
-            positions.append(np.arange(len(prompt), len(prompt) + len(tokens)))
-            # The first token is predicted by the prompt's last row, the others by their neighbour.
-            first = [last][: len(tokens)]
-            predictors.append(np.concatenate([first, np.arange(row, row + len(tokens) - 1)]))
-            labels.append(tokens)
-            row += len(tokens)
-        lengths.append(SegmentLengths(len(prompt), tuple(len(c) for c in continuations)))
+        for tokens, given, way in zip(continuations, segment.given_to, segment.ways, strict=True):
+            ids.append(tokens[given:])
+            positions.append(np.arange(len(prompt) + given, len(prompt) + len(tokens)))
+            # A token is predicted by the row before it on its way.
+            predictors.append(row + way[len(prompt) + given - 1 : len(prompt) + len(tokens) - 1])
+            labels.append(tokens[given:])
+        # Behind the prompt, the rows of a segment are those of its tokens, one by one.
+        places += [scored + way[len(prompt) :] - len(prompt) for way in segment.ways]
+        row += segment.tokens
+        scored += segment.tokens - len(prompt)
     if not segments:
         ids, positions = [np.zeros(1, np.int64)], [np.zeros(1, np.int64)]
         lengths = [SegmentLengths(1, ())]
+    shares = any(segment.parents for segment in lengths)
     return PackedRow(
         _tensor(ids, device)[None],
         _tensor(positions, device)[None],
@@ -215,7 +287,8 @@ def pack_row(
         _tensor(predictors, device),
         _tensor(labels, device),
         tuple(completions),
-        tuple(length for segment in lengths for length in segment.completions),
+        tuple(len(tokens) for _, continuations in segments for tokens in continuations),
+        _tensor(places, device) if shares else None,
     )
 
 
@@ -230,7 +303,8 @@ def pack_microbatch(
         )
         for s in segments
     ]
-    return pack_row(parts, [c for s in segments for c in s.completions], device)
+    completions = [c for s in segments for c in s.completions]
+    return pack_row(parts, completions, device, [s.lengths for s in segments])
 
 
 def split_by_length(values: Sequence[float], lengths: Sequence[int]) -> list[list[float]]:

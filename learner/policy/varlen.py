@@ -1,7 +1,7 @@
 """Packed attention by torch's variable-length flash-attention: no padding, no mask. CUDA, bfloat16.
 
     queries  the row's tokens as they lie, every root and every leaf a sequence of its own
-    keys     of a root its own rows; of a leaf its root's, then its own
+    keys     of a root its own rows; of a leaf its root's, then its own; of a branch all on its way
 
 Where a sequence has fewer queries than keys the kernel aligns the causal triangle with the last
 of both (torch: the lower right corner), which is just what a leaf behind its root sees.
@@ -26,7 +26,8 @@ from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
 
 from common.errors import UserError
-from learner.policy.attention import PackedLayout, SegmentLengths, layout_for
+from learner.policy.attention import PackedLayout, layout_for
+from learner.policy.tries import SegmentLengths
 
 VARLEN_NAME = "packed_varlen"
 """The implementation's name in transformers; as with the grids', no mask is built for it."""
@@ -50,11 +51,10 @@ def _spans(segments: Sequence[SegmentLengths]) -> Iterator[tuple[int, np.ndarray
     """Queries, and rows of the keys, of every sequence, in row order."""
     start = 0
     for segment in segments:
-        root = np.arange(start, start + segment.root)
-        yield len(root), root
-        for offset, length in segment.leaves():
-            first = start + segment.root + offset
-            yield length, np.concatenate((root, np.arange(first, first + length)))
+        yield segment.root, np.arange(start, start + segment.root)
+        if len(segment.completions) > 1:
+            for own, way in zip(segment.completions, segment.ways, strict=True):
+                yield own, start + way
         start += segment.tokens
 
 

@@ -27,9 +27,9 @@ from common.config.algorithm import AlgorithmConfig, CreditConfig
 from learner.algorithm.loss import CompletionBatch
 from learner.algorithm.prepared import Prepared
 from learner.algorithm.recipe import Recipe
-from learner.policy.attention import SegmentLengths
 from learner.policy.packing import Segment
 from learner.policy.step_batch import StepBatch
+from learner.policy.tries import SegmentLengths
 from learner.training import fsdp
 from learner.training.token_choices import Chosen, choose_tokens
 from learner.training.trainer import Trainer

@@ -127,7 +127,7 @@ def main() -> None:
             model.zero_grad()
             for row in rows:
                 hidden = model.model(input_ids=row.input_ids_1T, use_cache=False)[0][0]
-                loss(model, hidden[row.predictor_rows_N], row.labels_N)
+                loss(model, hidden[row.predictor_rows_M], row.labels_M)
 
         def one_by_one() -> None:
             """A sequence at a time, no attention too many but small products."""

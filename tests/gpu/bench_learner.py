@@ -147,14 +147,14 @@ def main() -> None:
     axis = PackedAxis(torch.tensor(row.lengths, device=device))
     advantages_B = torch.randn(len(row.lengths), device=device)
     took = seconds(lambda: step(policy, row, axis, advantages_B), device, repeats)
-    x_N = torch.randn(len(row.labels_N), device=device, requires_grad=True)
+    x_N = torch.randn(len(row.labels_M), device=device, requires_grad=True)
     trace = LambdaTrace(axis, "recent", 0.99)
     traced = seconds(lambda: trace.apply(x_N).sum().backward(), device, repeats)
     tokens = row.input_ids_1T.numel()
     matrices = sum(p.numel() for n, p in policy.model.named_parameters() if "embed" not in n)
     head = policy.head.weight.numel()
     # 2 forward and 4 backward a weight; recomputed activations are not counted as useful work.
-    useful = 6.0 * (matrices * tokens + head * len(row.labels_N))
+    useful = 6.0 * (matrices * tokens + head * len(row.labels_M))
     result = {
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
         "torch": torch.__version__,

@@ -12,9 +12,10 @@ from torch import Tensor
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from common.errors import UserError
-from learner.policy.attention import ATTENTION_NAME, SegmentLengths, _for_each_head, build_layout
+from learner.policy.attention import ATTENTION_NAME, _for_each_head, build_layout
 from learner.policy.model import Policy
 from learner.policy.packing import pack_row
+from learner.policy.tries import SegmentLengths
 
 
 def _packed(model, segments, temperature: float) -> tuple[Tensor, dict[str, Tensor]]:

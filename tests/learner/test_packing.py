@@ -101,9 +101,9 @@ def test_row_positions_labels_and_predictors() -> None:
     groups = random_groups([(3, [2, 1]), (2, [2])])
     row = pack_row(groups, [4, 7, 1], "cpu")
     assert row.position_ids_1T.tolist() == [[0, 1, 2, 3, 4, 3, 0, 1, 2, 3]]
-    assert row.predictor_rows_N.tolist() == [2, 3, 2, 7, 8]
+    assert row.predictor_rows_M.tolist() == [2, 3, 2, 7, 8]
     tokens = [t for _, completions in groups for c in completions for t in c.tolist()]
-    assert row.labels_N.tolist() == tokens
+    assert row.labels_M.tolist() == tokens
     assert row.lengths == (2, 1, 2) and row.completions == (4, 7, 1)
 
 
@@ -115,7 +115,7 @@ def test_microbatch_carries_the_tokens_of_the_log() -> None:
     for members in _plan(batch, budget=12).microbatches[0]:
         row = pack_microbatch(batch, members, "cpu")
         expected = np.concatenate([flat[c] for c in row.completions])
-        assert torch.equal(row.labels_N, torch.from_numpy(expected))
+        assert torch.equal(row.labels_M, torch.from_numpy(expected))
 
 
 def test_sliced_and_null_columns_are_read_right() -> None:
@@ -133,5 +133,5 @@ def test_a_completion_without_tokens_is_predicted_by_nothing() -> None:
     prompt, answer = np.array([5, 6]), np.array([7, 8])
     with_empty = pack_row([(prompt, [answer[:0]]), (prompt, [answer])], range(2), "cpu")
     assert with_empty.lengths == (0, 2)
-    assert with_empty.predictor_rows_N.tolist() == [3, 4]
-    assert with_empty.labels_N.tolist() == [7, 8]
+    assert with_empty.predictor_rows_M.tolist() == [3, 4]
+    assert with_empty.labels_M.tolist() == [7, 8]

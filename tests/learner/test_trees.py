@@ -13,11 +13,10 @@ import pytest
 import torch
 from learner_models import save_tiny_model, trajectories
 from learner_ranks import SHAPES, moments, weights, worker
-from made_up_trees import Node, Row, edges_of, random_tree, rows_of, values_of
+from made_up_trees import Node, Row, batches, edges_of, rows_of, trees, values_of
 
 from common.config.algorithm import AdvantageConfig, AlgorithmConfig
 from common.errors import RunError, UserError
-from common.record.parts import JOINS
 from common.record.turns import turn
 from learner.algorithm.advantage_inputs import AdvantageInputs, TokenAdvantages
 from learner.algorithm.recipe_checks import check_recipe
@@ -58,11 +57,6 @@ def inputs(groups: list[list[Row]], **changes: Any) -> AdvantageInputs:
 
 def found(given: AdvantageInputs, **args: Any) -> TokenAdvantages:
     return tree_values(given, AdvantageConfig(kind="tree_values"), **args)
-
-
-def trees(seed: int, count: int = 3) -> list[Node]:
-    random = np.random.default_rng(seed)
-    return [random_tree(random, children) for children in [(3, 2, 2), (2, 3), (4, 2)][:count]]
 
 
 @pytest.mark.parametrize("divide", ["none", "deviation"])
@@ -185,34 +179,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny_model(tmp_path_factory.mktemp("tiny"))
 
 
-def batches(roots: list[Node], **changes: Any) -> list[pa.RecordBatch]:
-    """Groups of trees as the log has them, behind prompts of their own."""
-    made = []
-    for number, root in enumerate(roots):
-        rows = rows_of(root)
-        (plain,) = trajectories([(4 + number, [len(row.ids) for row in rows])], seed=number)
-        records = []
-        for index, (record, row) in enumerate(zip(plain.to_pylist(), rows, strict=True)):
-            count, given = len(row.ids), row.given
-            records.append(
-                record
-                | {
-                    "completion_index": index,
-                    "token_ids": row.ids,
-                    "behaviour_logprobs": [math.nan] * given + [-1.0] * (count - given),
-                    "loss_mask": [False] * given + [True] * (count - given),
-                    "guidance_length": given,
-                    "turns": [turn(given, count, "stop")],
-                    "continues": row.parent,
-                    "part": JOINS if row.parent >= 0 else "",
-                    "reward": row.reward,
-                }
-                | changes
-            )
-        made.append(pa.RecordBatch.from_pylist(records, schema=plain.schema))
-    return made
-
-
 def of_trees(**args: Any) -> AlgorithmConfig:
     algorithm = AlgorithmConfig()
     algorithm.baseline.kind, algorithm.aggregation.kind = "none", "token_mean"
@@ -296,6 +262,16 @@ def test_dropped_tokens_are_as_if_they_had_been_masked(folder: Path) -> None:
     assert found[0][0][0]["grad_norm"] == found[1][0][0]["grad_norm"]
     for name, moment in found[1][2].items():
         np.testing.assert_array_equal(found[0][2][name], moment)
+
+
+@pytest.mark.parametrize("budget", [64, 4096])
+def test_a_step_on_tries_is_the_step_on_answers_alone(folder: Path, budget: int) -> None:
+    keys = {"algorithm": of_trees(), "tokens_per_microbatch": budget}
+    shared = trained(folder, batches(trees(8)), **keys)
+    alone = trained(folder, batches(trees(8)), packing="sequence", **keys)
+    assert shared[0][0]["grad_norm"] == pytest.approx(alone[0][0]["grad_norm"], rel=1e-5)
+    for name, moment in alone[2].items():
+        np.testing.assert_allclose(shared[2][name], moment, rtol=1e-3, atol=2e-7)
 
 
 def test_a_plain_group_is_trained_on_as_by_dr_grpo(folder: Path) -> None:

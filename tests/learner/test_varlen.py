@@ -11,10 +11,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from learner_models import random_groups, save_tiny_model, tiny_config, tiny_model
 from learner_ranks import assert_same_training, make_worker, on_ranks, train, train_work
+from made_up_trees import batches, trees
 from plain_passes import ROW_SHAPES, assert_same_pass, one_at_a_time, spread_weights
 from torch import Tensor
 from torch.nn import functional as F
@@ -28,7 +30,8 @@ from deploy.run.service import _check
 from learner.policy import varlen
 from learner.policy.attention import ATTENTION_NAME
 from learner.policy.model import Policy, use_varlen
-from learner.policy.packing import pack_row
+from learner.policy.packing import pack_microbatch, pack_row, plan_packing
+from learner.policy.step_batch import StepBatch
 from learner.policy.varlen import VARLEN_NAME
 from learner.training.memory import OtherModels
 
@@ -100,6 +103,26 @@ def test_numbers_and_gradients_are_those_of_one_sequence_at_a_time(
         (logprobs_N[:count] * spread_weights(count)).sum().backward()
         found = {n: p.grad for n, p in policy.model.named_parameters()}
         assert_same_pass((logprobs_N[:count].detach(), found), expected)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_trie_is_read_as_the_grids_read_it(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(varlen, "varlen_attn", by_definition)
+    batch = StepBatch.from_record_batches(batches(trees(7)))
+    every = np.ones(len(batch.group_B), bool)
+    keys: dict[str, Any] = {"ranks": 1, "share_prefix": True, "pairs_per_token": 384.0}
+    (segments,) = plan_packing(batch, every, budget=4096, **keys).microbatches[0]
+    row = pack_microbatch(batch, segments, "cpu")
+    assert row.place_N is not None
+    model, passes = MODELS[name](), []
+    for attention in (ATTENTION_NAME, VARLEN_NAME):
+        policy = Policy(copy.deepcopy(model), chunk_tokens=7)
+        policy.model.config._attn_implementation = attention
+        found_N, _ = policy.logprobs(row, temperature=0.7)
+        row.layout.derived.clear()
+        (found_N * spread_weights(len(found_N))).sum().backward()
+        passes.append((found_N.detach(), {n: p.grad for n, p in policy.model.named_parameters()}))
+    assert_same_pass(*passes)
 
 
 def test_a_row_of_one_idle_token_goes_through(monkeypatch: pytest.MonkeyPatch) -> None:

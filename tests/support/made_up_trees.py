@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
+from learner_models import trajectories
+
+from common.record.parts import JOINS
+from common.record.turns import turn
 
 
 @dataclass
@@ -90,3 +97,37 @@ def edges_of(root: Node) -> Iterator[tuple[Node, Node, tuple[Node, ...]]]:
             yield from dfs(child, (*way, node))
 
     yield from dfs(root, ())
+
+
+def trees(seed: int, count: int = 3) -> list[Node]:
+    """Trees of two and three levels."""
+    random = np.random.default_rng(seed)
+    return [random_tree(random, children) for children in [(3, 2, 2), (2, 3), (4, 2)][:count]]
+
+
+def batches(roots: list[Node], **changes: Any) -> list[pa.RecordBatch]:
+    """Groups of trees as the log has them, behind prompts of their own."""
+    made = []
+    for number, root in enumerate(roots):
+        rows = rows_of(root)
+        (plain,) = trajectories([(4 + number, [len(row.ids) for row in rows])], seed=number)
+        records = []
+        for index, (record, row) in enumerate(zip(plain.to_pylist(), rows, strict=True)):
+            count, given = len(row.ids), row.given
+            records.append(
+                record
+                | {
+                    "completion_index": index,
+                    "token_ids": row.ids,
+                    "behaviour_logprobs": [math.nan] * given + [-1.0] * (count - given),
+                    "loss_mask": [False] * given + [True] * (count - given),
+                    "guidance_length": given,
+                    "turns": [turn(given, count, "stop")],
+                    "continues": row.parent,
+                    "part": JOINS if row.parent >= 0 else "",
+                    "reward": row.reward,
+                }
+                | changes
+            )
+        made.append(pa.RecordBatch.from_pylist(records, schema=plain.schema))
+    return made
