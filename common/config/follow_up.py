@@ -49,6 +49,10 @@ class TreeConfig:
         """Most completions of a group with so many children of the root: leaves if all split."""
         return group_size * math.prod(self.children)
 
+    def reached(self, longest: int) -> int:
+        """How many levels a completion of `longest` tokens can branch at."""
+        return min(len(self.children), (longest - 1) // self.every)
+
 
 @dataclass
 class FollowUpConfig:
@@ -219,17 +223,15 @@ def _check_sampled(rule: str, follow_up: FollowUpConfig) -> None:
 
 
 def _check_tree(tree: TreeConfig, longest: int) -> None:
-    """Refuse a tree with a level that no completion reaches."""
+    """Refuse a tree in which nothing could branch."""
     key = "algorithm.rollout.follow_up.tree"
     if not tree.children:
         raise UserError(
             f"{key}.children=[] has no level below the children of the root, which are "
             "batch.group_size: name one or more, or use algorithm.rollout.follow_up.kind=none"
         )
-    last = tree.every * len(tree.children)
-    if last >= longest:
+    if not tree.reached(longest):
         raise UserError(
-            f"{key}.every={tree.every} has the last of {len(tree.children)} levels begin behind "
-            f"token {last}, and completions end by generator.max_completion_tokens={longest}: "
-            f"lower it below {longest / len(tree.children):g}, or give {key}.children fewer levels"
+            f"{key}.every={tree.every} leaves no completion to branch, since all end by "
+            f"generator.max_completion_tokens={longest}: lower it, to a third of a usual answer"
         )

@@ -174,6 +174,9 @@ METRICS: dict[str, Metric] = {
     "completions/probes": Metric(
         "count", "Continuations that measured the value of prefixes.", _LOOP
     ),
+    "completions/joined": Metric(
+        "count", "Completions that go on from inside of others, and are trained on too.", _DATA
+    ),
     "tokens/trained": Metric("tokens", "Of these, tokens with a part in the loss.", _DATA),
     "staleness/mean": Metric(
         "versions", "Mean age of a trained token: learner's version minus the token's.", _DATA

@@ -130,9 +130,25 @@ def _follow_ups(config: Config) -> str | None:
         return key + (
             f"has a group ask {follow_up.stages} time(s) for more behind each other. The figures "
             "here have every node split, and every completion whole and sampled at once: they are "
-            "the most there can be"
+            f"the most there can be{_unreached(config)}"
         )
     return key + "asks for completions by a rule of your own, which are not in the figures here"
+
+
+def _unreached(config: Config) -> str:
+    """Levels of a tree that no completion is long enough for."""
+    tree, longest = (
+        config.algorithm.rollout.follow_up.tree,
+        config.generator.max_completion_tokens,
+    )
+    levels, reached = len(tree.children), tree.reached(longest)
+    if reached == levels:
+        return ""
+    return (
+        f". With algorithm.rollout.follow_up.tree.every={tree.every} the last {levels - reached} "
+        f"of {levels} levels would begin behind generator.max_completion_tokens={longest}: no node "
+        "there splits. Lower it, or name fewer children"
+    )
 
 
 def _scaffold(config: Config) -> str | None:

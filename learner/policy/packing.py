@@ -25,6 +25,7 @@ tokens of its row, M of the N that have rows of their own.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -139,41 +140,61 @@ class _Forest:
     def __init__(self, batch: StepBatch, members: Sequence[int]) -> None:
         self.members = members
         self._tokens = {m: int(batch.sequences.lengths_S[m]) for m in members}
-        self._given = dict.fromkeys(members, 0)
-        self._above = dict.fromkeys(members, -1)
+        self._trees = None if batch.segmented is not None else batch.trees
+        self._shared = self._shares(members)
         self._below: dict[int, list[int]] = {m: [] for m in members}
-        if batch.trees is not None and batch.segmented is None:
-            for member in members:
-                parent = int(batch.trees.parent_B[member])
-                if parent in self._tokens:
-                    self._above[member] = parent
-                    self._given[member] = int(batch.trees.given_B[member])
-                    self._below[parent].append(member)
+        for member, (other, _) in self._shared.items():
+            self._below[other].append(member)
+
+    def _shares(self, part: Sequence[int]) -> dict[int, tuple[int, int]]:
+        """Whose first tokens a sequence of `part` can read there, and how many.
+
+        Where the one that they are of is elsewhere, it is another of `part` that has them too.
+        """
+        if self._trees is None:
+            return {}
+        parent_B, given_B = self._trees.parent_B, self._trees.given_B
+        there, found = set(part), dict[int, tuple[int, int]]()
+        having: dict[int, list[tuple[int, int]]] = defaultdict(list)  # by who is elsewhere
+        for member in part:
+            best, above, tokens = (-1, 0), int(parent_B[member]), int(given_B[member])
+            while above >= 0:
+                known = [(above, tokens)] if above in there else having[above]
+                for other, has in known:
+                    if min(has, tokens) > best[1]:
+                        best = other, min(has, tokens)
+                if above in there:
+                    break
+                having[above].append((member, tokens))
+                above, tokens = int(parent_B[above]), min(tokens, int(given_B[above]))
+            if best[1]:
+                found[member] = best
+        return found
 
     def lengths(self, prompt: int, part: Sequence[int]) -> SegmentLengths:
-        """Lengths of a segment of `part`; who is given tokens of one elsewhere has them itself."""
-        place = {member: i for i, member in enumerate(part)}
-        parents = tuple(place.get(self._above[member], -1) for member in part)
-        if all(parent < 0 for parent in parents):
+        """Lengths of a segment of `part`."""
+        shared = self._shares(part)
+        if not shared:
             return SegmentLengths(prompt, tuple(self._tokens[member] for member in part))
-        given = tuple(
-            self._given[member] if parent >= 0 else 0
-            for member, parent in zip(part, parents, strict=True)
+        place = {member: i for i, member in enumerate(part)} | {-1: -1}
+        pairs = [shared.get(member, (-1, 0)) for member in part]
+        return SegmentLengths(
+            prompt,
+            tuple(self._tokens[m] - given for m, (_, given) in zip(part, pairs, strict=True)),
+            tuple(place[other] for other, _ in pairs),
+            tuple(given for _, given in pairs),
         )
-        own = tuple(
-            self._tokens[member] - shared for member, shared in zip(part, given, strict=True)
-        )
-        return SegmentLengths(prompt, own, parents, given)
 
     def trees(self, room: int | None = None) -> list[tuple[int, tuple[int, ...]]]:
         """(tokens, members) of each tree; one of more than `room` tokens is cut from the top."""
-        waiting = [member for member in self.members if self._above[member] < 0]
+        waiting = [member for member in self.members if member not in self._shared]
         found = []
         for top in waiting:
             members = [top]
             for member in members:
                 members += self._below[member]
-            tokens = self._tokens[top] + sum(self._tokens[m] - self._given[m] for m in members[1:])
+            own = (self._tokens[m] - self._shared[m][1] for m in members[1:])
+            tokens = self._tokens[top] + sum(own)
             if room is not None and tokens > room and len(members) > 1:
                 waiting += self._below[top]
                 tokens, members = self._tokens[top], [top]

@@ -23,7 +23,11 @@ def describe(batch: StepBatch, prepared: Prepared) -> dict[str, float]:
     idle_B = prepared.kept_B.numpy() & ~prepared.has_advantage_B.numpy()
     trained_B = prepared.trained_B.numpy()
     greedy = batch.rewards_B[compared_B & ~np.isnan(batch.rewards_B)]
+    joined = {}
+    if batch.trees is not None:
+        joined["completions/joined"] = float((batch.trees.parent_B >= 0).sum())
     return {
+        **joined,
         **({"reward/greedy": _mean(greedy)} if len(greedy) else {}),
         "reward/mean": _mean(batch.rewards_B[rewarded_B]),
         "reward/accuracy": _mean(batch.accuracy_B[~np.isnan(batch.accuracy_B) & ~compared_B]),

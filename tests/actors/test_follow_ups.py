@@ -396,10 +396,10 @@ FOLLOW = "algorithm.rollout.follow_up"
         (
             (
                 f"{FOLLOW}.kind=tree",
-                f"{FOLLOW}.tree.every=12",
+                f"{FOLLOW}.tree.every=24",
                 "generator.max_completion_tokens=24",
             ),
-            "lower it below 12",
+            "leaves no completion to branch",
         ),
         ((f"{FOLLOW}.kind=tree", "environment.name=guess"), "single answers"),
         ((f"{FOLLOW}.kind=tree", "algorithm.rollout.greedy=true"), "do not go together"),

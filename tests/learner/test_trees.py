@@ -230,6 +230,10 @@ def test_a_tree_trains_as_its_edges_do(folder: Path) -> None:
         trained(folder, groups, algorithm=of_trees()),
         trained(folder, edges, algorithm=plain),
     )
+    assert ours[0][0]["completions/joined"] == sum(
+        row.parent >= 0 for root in roots for row in rows_of(root)
+    )
+    assert "completions/joined" not in theirs[0][0]
     assert ours[0][0]["tokens/trained"] == theirs[0][0]["tokens/trained"] > 0
     assert ours[0][0]["grad_norm"] == pytest.approx(theirs[0][0]["grad_norm"], rel=1e-5)
     for name, moment in theirs[2].items():

@@ -117,15 +117,17 @@ def test_plans_are_partitions_within_the_budget(
     assert share or all(len(segment.completions) == 1 for segment in segments)
 
 
-def test_a_completion_whose_parent_is_not_trained_has_its_tokens_itself() -> None:
-    batch = StepBatch.from_record_batches(batches(trees(9, 1)))
-    assert batch.trees is not None
-    child = int(torch.nonzero(batch.trees.parent_B >= 0)[0])
-    parent = int(batch.trees.parent_B[child])
-    trained = np.ones(len(batch.group_B), bool)
-    trained[parent] = False
-    (members,) = planned(batch, 4096, trained).microbatches[0]
-    row = pack_microbatch(batch, members, "cpu")
-    place = row.completions.index(child)
-    (segment,) = members
-    assert segment.lengths.completions[place] == batch.lengths_B[child]
+def test_siblings_share_what_an_answer_has_that_is_not_there() -> None:
+    """The first of them has the tokens itself, also where their parent's parent is away too."""
+    for seed in range(20):
+        roots = trees(seed)
+        batch = StepBatch.from_record_batches(batches(roots))
+        assert batch.trees is not None
+        parents = batch.trees.parent_B.tolist()
+        trained = np.array([parents.count(c) == 0 for c in range(len(parents))])
+        row = pack_microbatch(batch, planned(batch, 4096, trained).microbatches[0][0], "cpu")
+        ways = [each.way for root in roots for each in rows_of(root)]
+        nodes = {id(node): node for c in row.completions for node in ways[c]}
+        behind = {int(batch.group_B[c]) for c in row.completions}
+        once = sum(len(node.ids) for node in nodes.values())
+        assert row.input_ids_1T.shape[1] == once + sum(len(batch.prompts[g]) for g in behind)
