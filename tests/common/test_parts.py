@@ -6,10 +6,12 @@ import pyarrow as pa
 import pytest
 from judged_groups import judged, request, said
 
+from common.config.follow_up import FollowUpConfig, TreeConfig
 from common.record.ledger import Outcome, outcomes_of
 from common.record.parts import JOINS, NOTHING, PROBE, REPLACES, folded, learnt, logged_tokens
 from common.record.schema import NEWER, current, trajectory_schema
 from common.record.writer import receipt
+from deploy.inspector.details import details
 
 FIRST = judged(request(), {0: said([4, 5, 6]), 1: said([7])}, [1.0, 0.0])
 
@@ -117,3 +119,48 @@ def test_a_group_from_before_there_were_parts_is_read_as_one_without() -> None:
     assert learnt(old) is old
     assert current(old).equals(FIRST.cast(trajectory_schema(["rule"])))
     assert set(NEWER) <= set(FIRST.schema.names)
+
+
+def test_a_group_from_before_there_were_trees_is_read_as_one_that_is_none() -> None:
+    old = FIRST.drop_columns(["continues"])
+    old = old.replace_schema_metadata({b"grpo_lambda.schema_version": b"8"})
+    assert current(old).equals(FIRST.cast(trajectory_schema(["rule"])))
+    assert set(FIRST.column("continues").to_pylist()) == {-1}
+
+
+def test_what_goes_on_from_others_is_booked_with_what_it_sampled_itself() -> None:
+    """The tokens that it was given were sampled in another completion, and count there."""
+    asked = request(
+        part=JOINS, first_index=2, num_completions=2, num_guided=2, guidance_ids=(7, 8), continues=0
+    )
+    later = judged(asked, {0: said([9]), 1: said([9, 9, 9])}, [1.0, 0.0])
+    group = folded(whole(FIRST, later))
+    made, first = receipt(group, None), receipt(FIRST, None)
+    assert learnt(group) is group
+    assert made.num_completions == first.num_completions + 2
+    assert made.num_tokens == first.num_tokens + 4 == logged_tokens(group)
+    assert (made.drafts, made.probes) == (first.drafts, first.probes)
+
+
+def test_the_inspector_says_what_a_completion_goes_on_from() -> None:
+    asked = request(
+        part=JOINS, first_index=2, num_completions=1, num_guided=1, guidance_ids=(7, 8), continues=1
+    )
+    group = whole(FIRST, judged(asked, {0: said([9])}, [1.0]))
+    found = details(group, {}, None)["completions"]
+    assert [one["continues"] for one in found] == [-1, -1, 1]
+    assert [one["part"] for one in found] == ["", "", "goes on from #1"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "learnt_", "fits"),
+    [
+        *[("tree", 2, True), ("tree", 12, True), ("tree", 13, False), ("tree", 1, False)],
+        *[("none", 2, True), ("none", 3, False), ("refine", 2, True), ("branches", 3, False)],
+    ],
+)
+def test_a_resume_takes_groups_of_the_sizes_that_there_may_be(
+    kind: str, learnt_: int, fits: bool
+) -> None:
+    config = FollowUpConfig(kind=kind, tree=TreeConfig(children=[3, 2]))
+    assert config.fits(learnt_, 2) is fits

@@ -94,6 +94,18 @@ def test_a_recipe_that_needs_a_rule_of_yours_is_refused_without(
     assert message in capsys.readouterr().err
 
 
+def test_a_plan_counts_the_leaves_of_trees(capsys: pytest.CaptureFixture[str]) -> None:
+    tree = "algorithm.rollout.follow_up.tree"
+    keys = ("--config", str(TINY), "recipe=spo_tree", f"{tree}.children=[3,2]")
+    text = plan(capsys, *keys, f"{tree}.every=6")
+    assert "8 prompts x 48 completions = 384 at most: batch.prompts_per_step x " in text
+    assert "16 groups x 48 = 768 completions at most" in text
+    assert "has a group ask 2 time(s) for more" in text
+    assert "no node there splits" not in text
+    text = plan(capsys, *keys, f"{tree}.every=12")
+    assert "the last 1 of 2 levels would begin behind" in text
+
+
 def test_a_plan_says_where_each_value_came_from(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

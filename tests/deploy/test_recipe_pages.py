@@ -77,6 +77,8 @@ def test_the_constants_are_those_of_the_yaml(name: str) -> None:
             assert json.loads(text) == OmegaConf.to_container(value)
         elif isinstance(value, bool | str):
             assert text in (str(value).lower(), json.dumps(value))
+        elif OmegaConf.is_list(value):
+            assert json.loads(text) == list(value)
         else:
             assert float(text) == value
 
