@@ -161,6 +161,8 @@ def check_follow_up(config: Any) -> None:
         elsewhere=bool(follow_up.text) and not follow_up.behind_own,
         mixed=follow_up.kind == "critique" and follow_up.behind_own,
     )
+    if follow_up.kind == "tree":
+        _check_tree(follow_up.tree, config.generator.max_completion_tokens)
 
 
 def check_single_answers(config: Any, key: str, *, elsewhere: bool, mixed: bool) -> None:
@@ -204,8 +206,6 @@ def check_single_answers(config: Any, key: str, *, elsewhere: bool, mixed: bool)
             f"{key} and {found[0]} do not go together: it is for single answers, each "
             "begun by the policy, and scored behind its own prompt. Set one of them off"
         )
-    if follow_up.kind == "tree":
-        _check_tree(follow_up.tree, config.generator.max_completion_tokens)
 
 
 def _check_sampled(rule: str, follow_up: FollowUpConfig) -> None:

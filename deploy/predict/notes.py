@@ -106,33 +106,22 @@ def _follow_ups(config: Config) -> str | None:
     follow_up, size = config.algorithm.rollout.follow_up, config.batch.group_size
     if follow_up.kind == "none":
         return None
-    key = f"algorithm.rollout.follow_up.kind={follow_up.kind} "
-    if follow_up.kind == "refine":
-        return key + (
-            f"samples {follow_up.drafts} drafts for every {size} completions that are trained on, "
-            "which is not in the figures here"
-        )
-    if follow_up.kind == "hint":
-        return key + f"samples {size} completions more for every group that fails"
-    if follow_up.kind == "critique":
-        return key + (
-            f"asks for the last of every {size} completions when the others are judged: a group "
-            "is sampled in two goes, and not in more tokens"
-        )
-    if follow_up.kind == "branches":
-        branch = follow_up.branch
-        return key + (
-            f"samples up to {branch.samples * branch.most} continuations of every completion, "
-            f"{branch.samples} for each of up to {branch.most} branches: by far most of the "
-            "tokens, and not in the figures here"
-        )
-    if follow_up.kind == "tree":
-        return key + (
-            f"has a group ask {follow_up.stages} time(s) for more behind each other. The figures "
-            "here have every node split, and every completion whole and sampled at once: they are "
-            f"the most there can be{_unreached(config)}"
-        )
-    return key + "asks for completions by a rule of your own, which are not in the figures here"
+    branch = follow_up.branch
+    said = {
+        "refine": f"samples {follow_up.drafts} drafts for every {size} completions that are "
+        "trained on, which is not in the figures here",
+        "hint": f"samples {size} completions more for every group that fails",
+        "critique": f"asks for the last of every {size} completions when the others are judged: a "
+        "group is sampled in two goes, and not in more tokens",
+        "branches": f"samples up to {branch.samples * branch.most} continuations of every "
+        f"completion, {branch.samples} for each of up to {branch.most} branches: by far most of "
+        "the tokens, and not in the figures here",
+        "tree": f"has a group ask {follow_up.stages} time(s) for more behind each other. The "
+        "figures here have every node split, and every completion whole and sampled at once: they "
+        f"are the most there can be{_unreached(config)}",
+    }
+    own = "asks for completions by a rule of your own, which are not in the figures here"
+    return f"algorithm.rollout.follow_up.kind={follow_up.kind} {said.get(follow_up.kind, own)}"
 
 
 def _unreached(config: Config) -> str:
