@@ -27,20 +27,32 @@ from run_process import (
     wait_for_step,
 )
 
+from common.record.ledger import reading
 from common.record.metrics import read_metrics
 from common.record.trajectory_log import read_log
+from deploy.run.directory import LEDGER
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(900)]
 
 
 def kill_at_step(run: Path, step: int, *overrides: str) -> None:
-    """Start (or go on with) a run and kill it -9 as soon as `step` is on record."""
+    """Start (or go on with) a run and kill it -9 once `step` is on record and a group is open."""
     before = set(psutil.pids())
     process = start(*overrides)
     wait_for_step(process, run, step)
+    while not has_open_groups(run):
+        assert process.poll() is None, finish(process, 10)
+        time.sleep(0.005)
     os.kill(process.pid, signal.SIGKILL)
     process.communicate(timeout=30)
     assert leftovers(before, ignored=AGENTS) == []
+
+
+def has_open_groups(run: Path) -> bool:
+    """Whether the ledger has a group that is not closed: what a kill leaves behind."""
+    with reading(run / LEDGER) as ledger:
+        found = ledger.execute("SELECT 1 FROM groups WHERE state != 'closed' LIMIT 1").fetchone()
+    return found is not None
 
 
 def complete(*overrides: str, preset: Path = TINY) -> str:
