@@ -278,7 +278,8 @@ GROWING = FollowUpConfig(kind="tree", tree=TreeConfig(every=2, children=[3, 2]))
 
 def one(index: int, ids: list[int], given: int = 0, continues: int = -1) -> Said:
     text = ",".join(map(str, ids))
-    return Said(index, text, ids, [-0.1] * len(ids), 0.0, 0.0, given, continues)
+    logprobs = [-0.1] * len(ids)
+    return Said(index, text, ids, logprobs, 0.0, 0.0, given=given, continues=continues)
 
 
 def asked_for(first: list[Said]) -> list[tuple[int | None, tuple[int, ...], int, int]]:

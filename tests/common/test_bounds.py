@@ -50,6 +50,7 @@ def holds_numbers(hint: Any) -> bool:
 NUMBERS = {key: hint for key, hint in hints(Config) if holds_numbers(hint)}
 SHAPES = {
     "learner.betas": "learner.betas=[0.9, %s]",
+    "algorithm.rollout.follow_up.tree.children": "algorithm.rollout.follow_up.tree.children=[%s]",
     "verifier.rules.weight": RULE,
     "data.sources.weight": "data.sources=[{name: a, path: b, weight: %s}]",
     "data.sources.reasoning_gym.size": "data.sources=[{name: a, reasoning_gym: {size: %s}}]",
