@@ -115,7 +115,7 @@ def columns_of(runs: Path, recipe: str, *names: str) -> list[pa.Table]:
 
 @pytest.mark.parametrize("recipe", [*PLAIN, GUIDED])
 def test_it_trains(runs: Path, recipe: str) -> None:
-    config, steps = config_of(recipe, runs), steps_of(runs, recipe)
+    config, steps = config_of(recipe, runs, *OVERRIDES.get(recipe, ())), steps_of(runs, recipe)
     assert [record["step"] for record in steps] == list(range(1, STEPS + 1))
     assert all(record["policy_version"] == record["step"] for record in steps)
     assert all(math.isfinite(record["grad_norm"]) for record in steps)
