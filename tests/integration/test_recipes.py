@@ -24,7 +24,7 @@ GUIDED = "g2rpo_a"
 PLAIN = sorted(path.stem for path in (CONFIGS / "recipes").glob("*.yaml") if path.stem != GUIDED)
 STEPS = 10
 
-pytestmark = [pytest.mark.long, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.long, pytest.mark.timeout(2700)]
 
 
 BRANCH, TREE = (f"algorithm.rollout.follow_up.{kind}" for kind in ("branch", "tree"))
