@@ -16,7 +16,7 @@ _HOW = (
 
 def of_source(rules: Sequence[VerifierSpec], source: str) -> list[VerifierSpec]:
     """The rules that judge a data set."""
-    return [rule for rule in rules if not rule.sources or source in rule.sources]
+    return [rule for rule in rules if rule.judges(source)]
 
 
 def rubric_of(rules: Sequence[VerifierSpec], row: Row) -> list[str]:

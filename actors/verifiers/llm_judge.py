@@ -117,6 +117,14 @@ def score(text: str, reference: dict[str, Any], *, prompt: str = "", **args: Any
     return Verdict.scored(float(scores[-1]) / judge.scale, said[-200:])
 
 
+def judge_of(rule: str, judge: Mapping[str, Any]) -> Judge:
+    """The judge that the arguments of another rule name. Raises `UserError` for none."""
+    try:
+        return Judge(**judge)
+    except TypeError as error:
+        raise UserError(f"{rule}: judge takes what llm_judge takes: {error}") from error
+
+
 def true_of(
     judge: Judge, answer: str, reference: Mapping[str, Any], statements: Sequence[str]
 ) -> tuple[list[bool], str]:

@@ -28,7 +28,7 @@ from typing import Any
 
 from actors.sandbox.blame import aside
 from actors.verifiers.base import ReferenceCheck, Verdict
-from actors.verifiers.llm_judge import Judge, number_of
+from actors.verifiers.llm_judge import Judge, judge_of, number_of
 from actors.verifiers.thoughts import answer_part
 from common.config.names import import_named
 from common.errors import UserError, VerifierError
@@ -64,13 +64,7 @@ def reference_check(**args: Any) -> ReferenceCheck:
     from actors.verifiers.registry import reference_checks
     from common.config.actors import VerifierSpec
 
-    _check_numbers(
-        args.get("beta", 5.0),
-        args.get("gamma", 0.5),
-        args.get("first_wrong"),
-        args.get("judge"),
-        args.get("separator", "\n"),
-    )
+    _check_numbers(**args)
 
     def check(reference: dict[str, Any]) -> None:
         asked = args.get("right") or _usual(reference)
@@ -112,7 +106,7 @@ def score(
     answer = answer_part(text, prompt)
     place: object
     if judge is not None:
-        place = _judged(_judge(judge), answer, reference, separator)
+        place = _judged(judge_of("right_prefix", judge), answer, reference, separator)
     else:
         place = _finder(first_wrong)(answer, reference)
     if not isinstance(place, int) or not 0 <= place <= len(answer):
@@ -188,12 +182,14 @@ def _finder(first_wrong: str | None) -> Callable[[str, Mapping[str, Any]], objec
 
 
 def _check_numbers(
-    beta: float,
-    gamma: float,
-    first_wrong: str | None,
-    judge: Mapping[str, Any] | None,
-    separator: str,
+    beta: float = 5.0,
+    gamma: float = 0.5,
+    first_wrong: str | None = None,
+    judge: Mapping[str, Any] | None = None,
+    separator: str = "\n",
+    **_: Any,
 ) -> None:
+    """Raise `UserError` for what is wrong without a look at any code of the user's."""
     if not (isinstance(beta, (int, float)) and 0 < beta < 100):
         raise UserError(f"right_prefix: beta={beta} must be above 0 and below 100: 5 is usual")
     if not (isinstance(gamma, (int, float)) and 0 <= gamma <= 1):
@@ -211,14 +207,7 @@ def _check_numbers(
     if not separator:
         raise UserError("right_prefix: separator is empty: give what stands between steps")
     if judge is not None:
-        _judge(judge)
-
-
-def _judge(judge: Mapping[str, Any]) -> Judge:
-    try:
-        return Judge(**judge)
-    except TypeError as error:
-        raise UserError(f"right_prefix: judge takes what llm_judge takes: {error}") from error
+        judge_of("right_prefix", judge)
 
 
 def _usual(reference: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -24,7 +24,7 @@ from typing import Any
 
 from actors.sandbox.blame import blame_completion
 from actors.verifiers.base import ReferenceCheck, Verdict
-from actors.verifiers.llm_judge import Judge, true_of
+from actors.verifiers.llm_judge import judge_of, true_of
 from actors.verifiers.thoughts import answer_part
 from common.config.names import import_named
 from common.errors import UserError
@@ -106,7 +106,7 @@ def check_args(
     except (ValueError, re.error) as error:
         raise UserError(f"rubric: {error}") from error
     if judge is not None:
-        _judge(judge)
+        judge_of("rubric", judge)
     for each in own:
         if each.check is not None:
             import_named("rubric: check", each.check, ())
@@ -166,7 +166,7 @@ def _settled(
     if told := [each for each in asked if each.pattern is None and each.check is None]:
         if judge is None:
             raise ValueError(f"nobody can say whether {told[0].text!r} holds: there is no judge")
-        said, _ = true_of(_judge(judge), answer, reference, [each.text for each in told])
+        said, _ = true_of(judge_of("rubric", judge), answer, reference, [e.text for e in told])
         holds.update(zip(told, said, strict=True))
     for each in asked:
         if each.check is not None:
@@ -181,13 +181,6 @@ def _settled(
         if each.pattern is not None:
             holds[each] = re.search(each.pattern, answer, re.DOTALL) is not None
     return holds
-
-
-def _judge(judge: Mapping[str, Any]) -> Judge:
-    try:
-        return Judge(**judge)
-    except TypeError as error:
-        raise UserError(f"rubric: judge takes what llm_judge takes: {error}") from error
 
 
 def _row(reference: Mapping[str, Any], column: str | None) -> Sequence[Any]:

@@ -103,6 +103,10 @@ class VerifierSpec:
     sources: list[str] = field(default_factory=list)
     """Names of `data.sources` whose completions the rule judges. Empty: it judges all."""
 
+    def judges(self, source: str) -> bool:
+        """Whether the completions of a data set are the rule's to judge."""
+        return not self.sources or source in self.sources
+
 
 @dataclass
 class VerifierConfig:

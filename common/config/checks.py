@@ -167,7 +167,7 @@ def _check_rules(config: Config) -> None:
                     f"data.sources ({', '.join(names) or 'there are none'}){nearest(source, names)}"
                 )
     for one in sets:
-        own = [rule for rule in rules if not rule.sources or one.name in rule.sources]
+        own = [rule for rule in rules if rule.judges(one.name)]
         if rules and not own:
             raise UserError(
                 f"no rule of verifier.rules judges the source {one.name!r}: name one, or leave "

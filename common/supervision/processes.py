@@ -37,6 +37,15 @@ def descendants(pid: int, limit: int | None = None) -> list[int]:
     return found[:limit]
 
 
+def stat_of(pid: int | str) -> list[str]:
+    """What /proc/PID/stat says behind the process's name: see proc(5), from its third field on.
+
+    Raises: `OSError` where there is no such process.
+    """
+    with open(f"/proc/{pid}/stat") as file:
+        return file.read().rpartition(")")[2].split()
+
+
 def running() -> int | None:
     """Processes and threads of this machine; None where nobody says."""
     try:

@@ -61,7 +61,7 @@ def descendants(pid: int) -> Iterator[Process]:
 
 def _read(folder: Path) -> Process:
     """From /proc/PID; see proc(5) for the fields."""
-    fields = (folder / "stat").read_text().rpartition(")")[2].split()
+    fields = processes.stat_of(folder.name)
     program, *words = (folder / "cmdline").read_text(errors="replace").split("\0")
     line = " ".join([Path(program).name, *words])
     name = " ".join(line.split())[:40] or "?"

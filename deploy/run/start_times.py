@@ -6,7 +6,8 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
+
+from common.supervision.processes import stat_of
 
 _STARTED = 19
 """Number of the field of /proc/PID/stat behind the process's name that says when it started."""
@@ -37,6 +38,5 @@ class StartTimes:
 
 def process_age() -> float:
     """Seconds since this process was started, its interpreter and imports included."""
-    fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
-    started = int(fields[_STARTED]) / os.sysconf("SC_CLK_TCK")
+    started = int(stat_of("self")[_STARTED]) / os.sysconf("SC_CLK_TCK")
     return time.clock_gettime(time.CLOCK_BOOTTIME) - started

@@ -5,6 +5,7 @@ Legend: B completions, U turns, N all tokens.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
@@ -45,6 +46,16 @@ class TokenAdvantages:
     """What the critic learns, float64; None where there is no critic."""
     counted_N: Tensor | None = None
     """Which tokens stay in the loss and its denominators, bool; None leaves out none."""
+
+
+def without_sure(advantages_N: Tensor, tokens: StepTokens, zero_above: float) -> Tensor:
+    """Advantages with 0 for tokens that were sampled with a probability above `zero_above`.
+
+    SPO, arXiv 2505.23564 [P]: there 0.9. As they are for 1.
+    """
+    if zero_above >= 1:
+        return advantages_N
+    return advantages_N.masked_fill(tokens.behaviour_logprobs_N > math.log(zero_above), 0.0)
 
 
 def one_turn_each(tokens: StepTokens) -> Turns:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from common.config.algorithm import AdvantageConfig
 from common.config.bounds import PositiveShare
-from learner.algorithm.advantage_inputs import AdvantageInputs, TokenAdvantages
+from learner.algorithm.advantage_inputs import AdvantageInputs, TokenAdvantages, without_sure
 
 
 def branch_values(
@@ -52,10 +52,7 @@ def branch_values(
                 length=len(parts[completion]),
             )
             parts[completion].copy_(steps)
-    if zero_above < 1:
-        sure_N = tokens.behaviour_logprobs_N > math.log(zero_above)
-        advantages_N = advantages_N.masked_fill(sure_N, 0.0)
-    return TokenAdvantages(advantages_N)
+    return TokenAdvantages(without_sure(advantages_N, tokens, zero_above))
 
 
 def value_steps(

@@ -31,7 +31,7 @@ import torch
 
 from common.config.algorithm import AdvantageConfig
 from common.config.bounds import PositiveShare
-from learner.algorithm.advantage_inputs import AdvantageInputs, TokenAdvantages
+from learner.algorithm.advantage_inputs import AdvantageInputs, TokenAdvantages, without_sure
 from learner.algorithm.gae import whitened
 
 _EPSILON = 1e-8
@@ -63,9 +63,7 @@ def tree_values(
         members = (inputs.group_B == group).nonzero()[:, 0].tolist()
         for completion, begin, end, gain in _gains(_chains(inputs, members), divide):
             parts[completion][begin:end] = gain
-    if zero_above < 1:
-        sure_N = tokens.behaviour_logprobs_N > math.log(zero_above)
-        advantages_N = advantages_N.masked_fill(sure_N, 0.0)
+    advantages_N = without_sure(advantages_N, tokens, zero_above)
     kept_N = axis.spread(inputs.kept_B) & tokens.loss_mask_N
     counted_N = (advantages_N != 0) & kept_N
     if whiten:

@@ -44,6 +44,11 @@ class SegmentLengths:
         return self.given or (0,) * len(self.completions)
 
     @property
+    def read_of(self) -> tuple[int, ...]:
+        """Whose rows each completion reads behind the prompt; -1: nobody's."""
+        return self.parents or (-1,) * len(self.completions)
+
+    @property
     def longest(self) -> int:
         """Tokens of the longest way."""
         pairs = zip(self.given_to, self.completions, strict=True)
@@ -58,9 +63,8 @@ class SegmentLengths:
     def ways(self) -> tuple[Ints, ...]:
         """Rows of the prompt and of all tokens of each completion, from the segment's first."""
         found: list[Ints] = []
-        parents = self.parents or (-1,) * len(self.completions)
         for parent, given, own, first in zip(
-            parents, self.given_to, self.completions, self.offsets, strict=True
+            self.read_of, self.given_to, self.completions, self.offsets, strict=True
         ):
             above = np.arange(self.prompt) if parent < 0 else found[parent][: self.prompt + given]
             found.append(np.concatenate((above, np.arange(first, first + own))))
@@ -70,8 +74,7 @@ class SegmentLengths:
         """Offset behind the segment's first row, and length, of every leaf of the prompt alone."""
         if len(self.completions) < 2:
             return []
-        parents = self.parents or (-1,) * len(self.completions)
-        found = zip(parents, self.offsets, self.completions, strict=True)
+        found = zip(self.read_of, self.offsets, self.completions, strict=True)
         return [(first, own) for parent, first, own in found if parent < 0]
 
     def branches(self) -> Iterator[tuple[int, int, Ints]]:

@@ -11,12 +11,11 @@ from typing import Any
 import pyarrow as pa
 import pytest
 from byte_tokenizers import byte_tokenizer
-from generator_batches import batches_behind
+from generator_batches import Engine, Tokenizer, batches_behind
 from judged_groups import judged, request, said
 
 from actors.data.contexts import filled_in
 from actors.data.prompts import PromptSource, build_prompt_source
-from actors.generation.engine import Completion
 from actors.generation.follow_ups import (
     Said,
     Texts,
@@ -201,24 +200,6 @@ def test_no_branch_is_inside_of_what_ended_the_completion() -> None:
 
 def test_a_completion_without_tokens_has_no_branch() -> None:
     assert branch_points(Said(0, "", [], [], 1.0, 1.0), BranchConfig(), TEXTS.decode) == []
-
-
-class Engine:
-    """Says the number of its prompt's tokens, twice."""
-
-    def __init__(self) -> None:
-        self.asked: list[tuple[list[int], dict[str, Any]]] = []
-
-    async def generate(
-        self, request_id: str, prompt_ids: list[int], sampling: dict[str, Any]
-    ) -> Completion:
-        self.asked.append((prompt_ids, sampling))
-        return said([len(prompt_ids)] * 2)
-
-
-class Tokenizer:
-    def decode(self, token_ids: list[int], **_: bool) -> str:
-        return " ".join(map(str, token_ids))
 
 
 def sampled(group: GroupRequest, first: pa.RecordBatch) -> tuple[int, list[Any], Engine]:

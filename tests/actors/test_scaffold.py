@@ -12,11 +12,10 @@ from typing import Any
 
 import pytest
 from byte_tokenizers import byte_tokenizer
-from generator_batches import batches_behind
-from judged_groups import request, said
+from generator_batches import Engine, Tokenizer, batches_behind
+from judged_groups import request
 
 from actors.data.prompts import PromptSource, build_prompt_source
-from actors.generation.engine import Completion
 from actors.generation.generator import Generator
 from actors.generation.texts import Texts
 from common.config.load import load_config
@@ -107,24 +106,6 @@ def test_no_share_is_grpo(tmp_path: Path) -> None:
     assert sampled(request(num_completions=4, seed=100, behind=behind)) == plain
     none = source(ScaffoldConfig(), tmp_path)
     assert none.behind(none.first(), 0, 4) == ()
-
-
-class Engine:
-    """Says the number of its prompt's tokens, twice."""
-
-    def __init__(self) -> None:
-        self.asked: list[tuple[list[int], dict[str, Any]]] = []
-
-    async def generate(
-        self, request_id: str, prompt_ids: list[int], sampling: dict[str, Any]
-    ) -> Completion:
-        self.asked.append((prompt_ids, sampling))
-        return said([len(prompt_ids)] * 2)
-
-
-class Tokenizer:
-    def decode(self, token_ids: list[int], **_: bool) -> str:
-        return " ".join(map(str, token_ids))
 
 
 def sampled(group: GroupRequest) -> tuple[list[dict[str, Any]], list[tuple[list[int], int]]]:
