@@ -64,9 +64,11 @@ def _load(options: argparse.Namespace) -> Config:
 def _train(options: argparse.Namespace) -> int:
     if options.config is None and not options.overrides:
         _pick_preset(options)
-    config = _load(options)
-    from deploy.launch import train
+    from common.supervision.garbage import nothing_collected
 
+    config = _load(options)
+    with nothing_collected():
+        from deploy.launch import train
     train(config)
     return 0
 

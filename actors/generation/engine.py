@@ -21,6 +21,7 @@ from actors.generation.engine_arguments import changed_settings, engine_argument
 from actors.generation.engine_thread import EngineThread
 from common.config.sections import GeneratorConfig, ModelConfig
 from common.errors import RunError, UserError
+from common.supervision.garbage import nothing_collected
 from common.supervision.parents import ACTOR_PID
 from common.weights.transport import WeightTransport
 
@@ -208,6 +209,12 @@ class Engine:
     def shutdown(self) -> None:
         """End the engine's thread or processes."""
         self._llm.shutdown()
+
+
+def import_vllm() -> None:
+    """Import vLLM and what comes with it, torch and transformers: most of a generator's start."""
+    with nothing_collected():
+        import vllm.v1.engine.llm_engine  # noqa: F401
 
 
 def device_bytes() -> int:

@@ -22,7 +22,7 @@ from actors.data.contexts import with_feedback
 from actors.environments.actor import EnvironmentActor
 from actors.environments.client import EnvironmentClient
 from actors.environments.host import EnvironmentHost
-from actors.generation.engine import Completion, Engine, device_bytes
+from actors.generation.engine import Completion, Engine, device_bytes, import_vllm
 from actors.generation.episodes import Episode, Player
 from actors.generation.follow_ups import follow_up_texts, follow_ups, said
 from actors.generation.rows import is_greedy, rollout_batch, with_guidance
@@ -102,11 +102,12 @@ class Generator:
         Args:
             cache_bytes: of the key-value cache on each CUDA device; None leaves that to vLLM.
         """
-        from transformers import AutoTokenizer
-
         arm()
         if self._cores is not None:
             os.sched_setaffinity(0, self._cores)  # of this thread and those the engine starts
+        import_vllm()
+        from transformers import AutoTokenizer
+
         folder = await asyncio.to_thread(self._locate, self._model.path)
         self._model = replace(self._model, path=folder)
         tokenizer = AutoTokenizer.from_pretrained(

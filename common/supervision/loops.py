@@ -3,35 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import gc
-from collections.abc import Coroutine, Iterator
-from contextlib import contextmanager
+from collections.abc import Coroutine
 from typing import Any, TypeVar
 
 from common.errors import RunError
 
 T = TypeVar("T")
-
-_YOUNG = 20_000
-"""Objects made since the last collection that begin another; Python's own is 700. A coordinator's
-are freed by their counts, all but a few."""
-
-
-@contextmanager
-def old_objects_settled() -> Iterator[None]:
-    """What is in memory now is looked at by no garbage collection inside.
-
-    Modules and what a start has made are nearly all objects of this process, and live as long.
-    """
-    threshold = gc.get_threshold()
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(_YOUNG, *threshold[1:])
-    try:
-        yield
-    finally:
-        gc.set_threshold(*threshold)
-        gc.unfreeze()
 
 
 async def until_it_ends(finite: Coroutine[Any, Any, T], *endless: Coroutine[Any, Any, object]) -> T:

@@ -11,12 +11,13 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import ray
 from ray._common.utils import get_default_ray_temp_dir
-from ray._private import ray_constants
+from ray._private import parameter, ray_constants
 
 from actors.environments.actor import EnvironmentActor
 from actors.generation.generator import Generator
@@ -93,17 +94,19 @@ def connect(config: ActorConfig, cores: CorePlan) -> None:
 
 @contextmanager
 def _on_loopback() -> Iterator[None]:
-    """A node that Ray starts meanwhile listens at 127.0.0.1 alone.
+    """A node that Ray starts meanwhile listens at 127.0.0.1 alone, at ports that are free.
 
     The argument `_node_ip_address` does not do it: Ray takes the host's outer address for 127.0.0.1
-    wherever it thinks that other nodes might join.
+    wherever it thinks that other nodes might join. And its agent wants one certain port. Where
+    another run has it, Ray waits for 3 s before it does without.
     """
-    was = ray_constants.ENABLE_RAY_CLUSTER
+    cluster, parameters = ray_constants.ENABLE_RAY_CLUSTER, parameter.RayParams
     ray_constants.ENABLE_RAY_CLUSTER = False
+    parameter.RayParams = partial(parameters, dashboard_agent_listen_port=0)
     try:
         yield
     finally:
-        ray_constants.ENABLE_RAY_CLUSTER = was
+        ray_constants.ENABLE_RAY_CLUSTER, parameter.RayParams = cluster, parameters
 
 
 def _start_ray(config: ActorConfig, cores: CorePlan, environment: dict[str, Any]) -> None:

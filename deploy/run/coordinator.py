@@ -20,8 +20,9 @@ from common.config.sections import Config
 from common.record.metrics import Metrics
 from common.record.writer import TrajectoryLogClient
 from common.supervision.calls import get_all
+from common.supervision.garbage import old_objects_settled
 from common.supervision.heartbeat import beat
-from common.supervision.loops import first_cause, old_objects_settled, until_it_ends
+from common.supervision.loops import first_cause, until_it_ends
 from common.trajectory import GroupReceipt, batch_refs
 from deploy.predict.notes import notes
 from deploy.run.actors import Actors, learner_job, start_log

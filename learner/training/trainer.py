@@ -110,7 +110,8 @@ class Trainer:
         work, metrics = self._begin(batch, sheet, self.job.algorithm.objective.updates_per_batch)
         metrics["time/pack"] = time.perf_counter() - started
         probe_every = self.job.learner.credit_probe_every
-        if probe_every and self.step % probe_every == 0 and self.recipe.shapes_credit:
+        due = probe_every and (self.step + 1) % probe_every == 0  # the first step has much to do
+        if due and self.recipe.shapes_credit:
             metrics["grad_norm/broadcast_credit"], _ = self._gradient(work, self.recipe.broadcast())
         metrics |= self._updates(work, sheet)
         metrics["learning_rate"] = rate

@@ -24,12 +24,12 @@ from harness import RESULTS, ROOT, Row, load_baseline, machine, save_baseline, t
 
 HERE = Path(__file__).parent
 SHORT = (
-    *("maths", "learner_memory", "learner", "log", "sandbox"),
-    *("generator", "episodes", "overlap", "peer", "peer_episodes"),
+    *("maths", "learner_memory", "learner", "adapters", "log", "sandbox"),
+    *("start", "generator", "episodes", "overlap", "peer", "peer_episodes"),
 )
 LONG = ("memory", "peer_accuracy:tiny", "peer_accuracy:smollm2")
 """Scripts of rows; behind the colon an argument."""
-DEADLINE_S = {"peer": 1200, "peer_episodes": 1200, "memory": 3600, "peer_accuracy": 7200}
+DEADLINE_S = {"peer": 1200, "peer_episodes": 1200, "memory": 7200, "peer_accuracy": 7200}
 
 
 def run(name: str) -> list[Row]:

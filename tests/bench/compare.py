@@ -169,12 +169,16 @@ def write(table: str, rows: list[Row], outcomes: list[Outcome], out: Path) -> No
     )
 
 
-def _by_environment(configs: list[Config]) -> Iterator[list[Config]]:
-    """Runs that may share generators: those of one environment, in their order."""
+def _by_actors(configs: list[Config]) -> Iterator[list[Config]]:
+    """Runs that may share actors, in their order: those of one environment and one verifier."""
     while configs:
-        alike = [config for config in configs if config.environment == configs[0].environment]
+        alike = [config for config in configs if _judged(config) == _judged(configs[0])]
         yield alike
         configs = [config for config in configs if config not in alike]
+
+
+def _judged(config: Config) -> tuple[object, object]:
+    return config.environment, config.verifier
 
 
 def train(configs: list[Config]) -> None:
@@ -182,7 +186,7 @@ def train(configs: list[Config]) -> None:
 
     Raises: `SystemExit` when SIGTERM has ended one, so that no other is begun.
     """
-    for runs in _by_environment(configs):
+    for runs in _by_actors(configs):
         try:
             train_each(runs)  # returns early, and without a word, behind a checkpoint
         except CancelledError as error:

@@ -48,7 +48,7 @@ from common.config.algorithm import GuidanceConfig
 from common.record.ledger import Ledger
 from common.record.writer import TrajectoryLogClient, TrajectoryLogWriter
 from common.supervision.calls import Handle, start_actor
-from common.supervision.loops import old_objects_settled
+from common.supervision.garbage import old_objects_settled
 from common.supervision.waits import Waits
 from common.trajectory import GroupRequest
 

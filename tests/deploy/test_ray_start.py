@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ray._private import parameter
 from ray._private.utils import validate_socket_filepath
 
 from common.errors import StartError, UserError
@@ -50,6 +51,24 @@ def test_a_session_of_ray_is_no_longer_than_the_one_that_is_checked() -> None:
     process = f"{os.getpid():07d}"
     name = f"session_2026-12-31_23-59-59_123456_{process}/sockets/plasma_store"
     assert len(name) == len(actors._SOCKET)
+
+
+def test_a_node_of_ray_asks_for_no_certain_port(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its agent's is taken where another run is on the machine, and Ray waits for it in vain."""
+    ports = []
+
+    def init(**_: Any) -> None:
+        ports.append(parameter.RayParams().dashboard_agent_listen_port)
+        raise ValueError("enough")
+
+    monkeypatch.setattr(actors.ray, "init", init)
+    monkeypatch.setattr(actors, "cpus_needed", lambda *_: 2)
+    monkeypatch.setattr(actors, "object_store_bytes", lambda _: 2**30)
+    anything: Any = None
+    with pytest.raises(UserError, match="enough"):
+        actors._start_ray(anything, anything, {})
+    assert ports == [0]
+    assert parameter.RayParams().dashboard_agent_listen_port > 0
 
 
 @pytest.mark.parametrize(

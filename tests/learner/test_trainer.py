@@ -180,6 +180,8 @@ def test_the_credit_probe_is_the_gradient_norm_that_grpo_would_have(folder: Path
         assert every_step[0][0]["grad_norm/broadcast_credit"] == pytest.approx(grpo, rel=1e-5)
         assert (every_step[0][0]["grad_norm"] == pytest.approx(grpo, rel=1e-5)) == (decay == 0)
         assert_same_training(every_step, never)  # measuring changes nothing
+    every_other = train(folder, algorithm=algorithm, credit_probe_every=2)
+    assert ["grad_norm/broadcast_credit" in step for step in every_other[0][:2]] == [False, True]
 
 
 def test_two_ranks_learn_the_same_length_preference(folder: Path) -> None:
