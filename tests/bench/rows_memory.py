@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 
 import psutil
@@ -117,7 +118,7 @@ def memory_rows(preset: str, steps: int, samples: list[tuple[int, Sizes, Sizes]]
 def file_rows(preset: str, steps: int, samples: list[tuple[int, Sizes, Sizes]]) -> list[Row]:
     """A row for each file that grows with the steps."""
     at = {step: files for step, _, files in samples}  # the newest sample of a step
-    begin, middle, end = (min(at, key=lambda step, to=to: abs(step - to)) for to in _thirds(steps))
+    begin, middle, end = (_nearest(at, to) for to in (steps // 10, steps // 2, steps))
     rows = []
     for name in FILES:
         first = (at[middle][name] - at[begin][name]) / (middle - begin)
@@ -135,10 +136,8 @@ def file_rows(preset: str, steps: int, samples: list[tuple[int, Sizes, Sizes]]) 
     return rows
 
 
-def _thirds(steps: int) -> tuple[int, int, int]:
-    """Behind the first tenth, half of the rest, the end."""
-    begin = steps // 10
-    return begin, (begin + steps) // 2, steps
+def _nearest(steps: Iterable[int], to: int) -> int:
+    return min(steps, key=lambda step: abs(step - to))
 
 
 def main() -> None:

@@ -73,7 +73,7 @@ def alone(model: str) -> None:
 
 
 def main() -> None:
-    model = resolve_model("builtin:tiny-chain-sum")
+    model = str(resolve_model("builtin:tiny-chain-sum"))
     ours, others, parts = [], [], list[dict[str, float]]()
     for _ in range(REPEATS):
         with tempfile.TemporaryDirectory() as name:
