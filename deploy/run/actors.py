@@ -45,6 +45,8 @@ from learner.training.job import LearnerJob
 from learner.training.rank import LearnerRank
 
 PROJECT_ROOT = Path(__file__).resolve().parents[2]
+_LOG_BYTES = 64 * 2**20
+"""What a process has printed is cut there: its newest 64 MiB stay, and up to as much before."""
 _TASKS_REMEMBERED = 2_000
 """By Ray's server, for its own tools: of 100,000, its default, a long run has it grow by 200 MB."""
 
@@ -118,6 +120,8 @@ def _start_ray(config: ActorConfig, cores: CorePlan, environment: dict[str, Any]
     """
     folder = Path(get_default_ray_temp_dir())
     _check_socket_paths(folder)
+    os.environ.setdefault("RAY_ROTATION_MAX_BYTES", str(_LOG_BYTES))
+    os.environ.setdefault("RAY_ROTATION_BACKUP_COUNT", "1")
     try:
         with _on_loopback():
             ray.init(
@@ -377,6 +381,6 @@ def disconnect(log_folder: Path) -> None:
     finally:
         impatient.cancel()
     log_folder.mkdir(exist_ok=True)
-    for source in [*session.glob("worker-*.out"), *session.glob("worker-*.err")]:
+    for source in [*session.glob("worker-*.out*"), *session.glob("worker-*.err*")]:
         if source.stat().st_size > 0:
             shutil.copyfile(source, log_folder / source.name)

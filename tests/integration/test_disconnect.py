@@ -1,4 +1,4 @@
-"""Leaving a Ray that hangs: its shutdown waits for the raylet without a deadline, ours does not."""
+"""Leaving Ray: when it hangs, though its shutdown waits without a deadline, and with all logs."""
 
 from __future__ import annotations
 
@@ -29,6 +29,37 @@ def test_a_raylet_that_hangs_does_not_hold_the_run(tmp_path: Path) -> None:
     done = run_python("-c", HANG, str(tmp_path / "log"), timeout_s=120)
     assert done.returncode == 0, done.stderr
     assert "left []" in done.stdout
+
+
+TALK = """
+import sys
+from pathlib import Path
+from common.supervision.calls import ask, get_all, start_actor
+from deploy.command.presets import CONFIGS, load
+from deploy.placement.options import plan_here
+from deploy.run import actors as cluster
+
+class Talker:
+    def talk(self, lines):
+        for line in range(lines):
+            print("something to say", line)
+
+cluster._LOG_BYTES = 2**16
+config = load(CONFIGS / "tiny.yaml", [])
+cluster.connect(config, plan_here(config, []))
+get_all([ask(start_actor(Talker, {"num_cpus": 0}), Talker.talk, 40_000)], 60)
+cluster.disconnect(Path(sys.argv[1]))
+"""
+
+
+def test_of_what_a_process_prints_the_newest_is_kept(tmp_path: Path) -> None:
+    done = run_python("-c", TALK, str(tmp_path / "log"), timeout_s=120)
+    assert done.returncode == 0, done.stderr
+    newest, before = sorted(tmp_path.glob("log/worker-*.out*"), key=lambda path: path.suffix)[::-1]
+    texts = [path.read_text().splitlines() for path in (before, newest)]
+    assert max(path.stat().st_size for path in (before, newest)) <= 2**16
+    numbers = [int(line.rpartition(" ")[2]) for lines in texts for line in lines if line]
+    assert numbers == list(range(numbers[0], 40_000))  # the end, without a gap
 
 
 def test_a_cluster_of_others_that_hangs_is_left_by_ending(
