@@ -166,9 +166,10 @@ class Publisher:
                 it is sent. It would again, however often it is started.
         """
         if loaded:
-            await self._proof.expect(version)
+            # The first pass of each side takes long, and they are on different processors.
+            theirs, _ = await asyncio.gather(self._score(), self._proof.expect(version))
             try:
-                await self._prove(version)
+                self._proof.prove(version, theirs)
             except RefutedError as error:
                 raise UserError(f"{error}\n{_COMPUTED_DIFFERENTLY}") from error
         await self.make_room()
@@ -178,8 +179,11 @@ class Publisher:
             raise UserError(f"{error}\n{_GARBLED}") from error
 
     async def _prove(self, version: int) -> float:
+        return self._proof.prove(version, await self._score())
+
+    async def _score(self) -> dict[str, list[list[float]]]:
+        """What every generator scores the canary."""
         canary = self._proof.canary
-        theirs = await self._generators.score(
+        return await self._generators.score(
             canary.sequences, canary.prompt_lengths, self._deadline_s
         )
-        return self._proof.prove(version, theirs)

@@ -21,7 +21,7 @@ import shutil
 import sys
 from asyncio import CancelledError
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +37,7 @@ from deploy.launch import train_each
 from deploy.run.lifetime import found
 from deploy.run.settled import settled
 
+_REST = "| tokens an answer at the end | sampled | gradient norm against broadcast credit |"
 _STOPPED = 143
 """The exit status of a program that SIGTERM has ended."""
 
@@ -55,10 +56,17 @@ class Outcome:
     """Groups sampled for every group trained on."""
     grad_ratio: float | None
     """Gradient norm over that of broadcast credit on the same batch, median; None for those."""
+    tokens: list[float] = field(default_factory=list)
+    """Tokens sampled for each step, probes included; empty in older files."""
 
     @property
     def area(self) -> float:
         return float(np.mean(self.curve))
+
+    def area_within(self, budget: float) -> float:
+        """Area under the curve over the tokens sampled, until these are `budget`."""
+        left = np.clip(budget - np.cumsum([0.0, *self.tokens[:-1]]), 0.0, self.tokens)
+        return float(np.dot(self.curve, left) / left.sum())
 
 
 def config_of(table: str, row: Row, seed: int, runs: Path, more: list[str]) -> Config:
@@ -110,6 +118,7 @@ def outcome(row: Row, config: Config) -> Outcome:
         sampled=sum(1 for _ in read_log(folder_of(config) / "trajectories"))
         / (config.steps * config.groups_per_step),
         grad_ratio=float(np.median(ratios)) if ratios else None,
+        tokens=[record["tokens/generated"] for record in steps],
     )
 
 
@@ -121,12 +130,28 @@ def interval(values: list[float], draws: int = 10_000) -> tuple[float, float, fl
     return float(data.mean()), float(low), float(high)
 
 
+def _equal_tokens(outcomes: list[Outcome]) -> float | None:
+    """Tokens that every run had, where some have sampled many more than others."""
+    totals = [sum(each.tokens) for each in outcomes]
+    return min(totals) if totals and 0 < 1.5 * min(totals) < max(totals) else None
+
+
+def _spent(mine: list[Outcome], budget: float | None) -> str:
+    """Cells of a table whose rows differ in tokens."""
+    if budget is None:
+        return ""
+    area = interval([100 * each.area_within(budget) for each in mine])
+    tokens = np.mean([np.mean(each.tokens) for each in mine])
+    return f"| {area[0]:.1f} [{area[1]:.1f}, {area[2]:.1f}] | {tokens:,.0f} "
+
+
 def markdown(rows: list[Row], outcomes: list[Outcome]) -> str:
     """The table, rows in their own order."""
+    budget = _equal_tokens(outcomes)
     lines = [
         "| recipe | seeds | held-out accuracy, % | area under the training curve, % "
-        "| tokens an answer at the end | sampled | gradient norm against broadcast credit |",
-        "|---|---|---|---|---|---|---|",
+        + (f"| area at equal tokens, % | tokens a step {_REST}" if budget else _REST),
+        "|---|---|---|---|---|---|---|" + ("---|---|" if budget else ""),
     ]
     for row in rows:
         mine = [each for each in outcomes if each.label == row.label]
@@ -137,7 +162,7 @@ def markdown(rows: list[Row], outcomes: list[Outcome]) -> str:
         ratios = [each.grad_ratio for each in mine if each.grad_ratio is not None]
         lines.append(
             f"| {row.label} | {len(mine)} | {after[0]:.1f} [{after[1]:.1f}, {after[2]:.1f}] "
-            f"| {area[0]:.1f} [{area[1]:.1f}, {area[2]:.1f}] "
+            f"| {area[0]:.1f} [{area[1]:.1f}, {area[2]:.1f}] {_spent(mine, budget)}"
             f"| {np.mean([each.length for each in mine]):.1f} "
             f"| {np.mean([each.sampled for each in mine]):.2f} "
             f"| {f'{np.median(ratios):.1f}' if ratios else '1'} |"
