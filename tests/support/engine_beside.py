@@ -20,6 +20,8 @@ from typing import Any
 
 import numpy as np
 
+from common.config.sections import AdapterConfig
+
 _ANSWER_S = 300.0
 _PRELOADED = ["vllm.v1.engine.llm_engine", "vllm.v1.worker.cpu_worker", "actors.generation.engine"]
 
@@ -64,11 +66,17 @@ def _answer(pipe: Connection) -> Any:
 
 @contextmanager
 def engine_beside(
-    folder: Path, max_length: int, dtype: str = "float32", *, mended: bool = True
+    folder: Path,
+    max_length: int,
+    dtype: str = "float32",
+    *,
+    mended: bool = True,
+    adapter: AdapterConfig | None = None,
 ) -> Iterator[EngineBeside]:
     """An engine that has loaded `folder`.
 
     Args:
+        adapter: what updates bring; None where they bring weights.
         mended: without it, experts are left as vLLM itself leaves them after an update.
 
     Raises:
@@ -78,7 +86,7 @@ def engine_beside(
     context.set_forkserver_preload(_PRELOADED)
     ours, theirs = context.Pipe()
     process = context.Process(
-        target=_serve, args=(theirs, str(folder), max_length, dtype, mended), daemon=True
+        target=_serve, args=(theirs, str(folder), max_length, dtype, mended, adapter), daemon=True
     )
     process.start()
     theirs.close()
@@ -93,23 +101,32 @@ def engine_beside(
             process.join()
 
 
-def _serve(pipe: Connection, folder: str, max_length: int, dtype: str, mended: bool = True) -> None:
+def _serve(
+    pipe: Connection,
+    folder: str,
+    max_length: int,
+    dtype: str,
+    mended: bool,
+    adapter: AdapterConfig | None,
+) -> None:
     """The process: start, then answer until the other end is closed."""
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     if not mended:
         weight_engine = importlib.import_module("actors.generation.weight_engine")
         weight_engine.prepare_experts_again = lambda model: None
-    asyncio.run(_answer_all(pipe, folder, max_length, dtype))
+    asyncio.run(_answer_all(pipe, folder, max_length, dtype, adapter))
     os._exit(0)  # vLLM's threads need not end
 
 
-async def _answer_all(pipe: Connection, folder: str, max_length: int, dtype: str) -> None:
+async def _answer_all(
+    pipe: Connection, folder: str, max_length: int, dtype: str, adapter: AdapterConfig | None
+) -> None:
     from actors.generation.generator import Generator
     from common.config.sections import GeneratorConfig, ModelConfig
 
     config = GeneratorConfig(max_staleness=0, kv_cache_gib=0.05, max_concurrent_sequences=16)
     model = ModelConfig(path=folder, dtype=dtype, max_length=max_length)
-    generator = Generator("beside", model, config, "object_store", 0, 0, None)
+    generator = Generator("beside", model, config, "object_store", 0, 0, None, adapter=adapter)
     try:
         await generator.start()
         pipe.send((None, None))
