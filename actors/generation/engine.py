@@ -295,7 +295,7 @@ def _advice(error: str) -> str:
             "generator.memory_fraction on CUDA, or free memory)"
         )
     if "lora" in error.lower():
-        return " (weights.publish=merged needs nothing of the kind)"
+        return " (weights.publish=merged sends whole weights, which it takes of any model)"
     if "attention configuration" in error:
         return " (vLLM has no attention for heads of this size here: train another model)"
     return ""

@@ -46,6 +46,17 @@ class EngineBeside:
         """A completion of each prompt: its tokens and their log-probabilities."""
         return self._ask("sample", prompts, temperature, max_tokens)
 
+    def sample_through(
+        self, prompts: list[list[int]], max_tokens: int, buckets: list[Any], version: int
+    ) -> list[tuple[list[int], list[int]]]:
+        """A completion of each prompt, with an update after some steps: its tokens and the version
+        that sampled each."""
+        return self._ask("sample_through", prompts, max_tokens, buckets, version)
+
+    def keep_salt(self, keep: bool) -> None:
+        """Whether an update does not change the salt of what is cached."""
+        self._ask("keep_salt", keep)
+
     def _ask(self, name: str, *arguments: Any) -> Any:
         self._pipe.send((name, arguments))
         return _answer(self._pipe)
@@ -170,4 +181,49 @@ async def _sample(
     return [(c.token_ids, c.logprobs) for c in await asyncio.gather(*asked)]
 
 
-_CALLS = {"score": _score, "update": _update, "sample": _sample}
+_STEPS = 8
+"""Steps of the engine before an update comes between them."""
+
+
+async def _sample_through(
+    generator: Any, prompts: list[list[int]], max_tokens: int, buckets: list[Any], version: int
+) -> list[tuple[list[int], list[int]]]:
+    thread, loop, there = generator.engine._llm, asyncio.get_running_loop(), asyncio.Event()
+    step, left = thread._step, [_STEPS]
+
+    def counted() -> None:
+        step()
+        left[0] -= 1
+        if left[0] == 0:
+            loop.call_soon_threadsafe(there.set)
+
+    thread._step = counted
+    asked = [
+        generator.engine.generate(
+            f"through-{index}", prompt, {"temperature": 1.0, "max_tokens": max_tokens}
+        )
+        for index, prompt in enumerate(prompts)
+    ]
+    sampling = asyncio.gather(*asked)
+    await there.wait()
+    await _update(generator, buckets, version)
+    found = await sampling
+    thread._step = step
+    return [(one.token_ids, one.weight_versions) for one in found]
+
+
+async def _keep_salt(generator: Any, keep: bool) -> None:
+    kind = type(generator.engine)
+    if keep:
+        kind._salt = property(lambda self: -1, lambda self, value: None)
+    else:
+        del kind._salt
+
+
+_CALLS = {
+    "score": _score,
+    "update": _update,
+    "sample": _sample,
+    "sample_through": _sample_through,
+    "keep_salt": _keep_salt,
+}
