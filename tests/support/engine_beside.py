@@ -11,6 +11,7 @@ import asyncio
 import importlib
 import multiprocessing as mp
 import os
+import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -36,9 +37,15 @@ class EngineBeside:
         """Log-probabilities of each sequence behind its prompt."""
         return self._ask("score", sequences, lengths)
 
-    def update(self, buckets: list[Any], version: int) -> None:
-        """Load what a learner has exported."""
-        self._ask("update", buckets, version)
+    def update(self, buckets: list[Any], version: int) -> float:
+        """Load what a learner has exported; the seconds for which generation stood still."""
+        seconds: float = self._ask("update", buckets, version)
+        return seconds
+
+    def rate(self, prompts: list[list[int]], max_tokens: int) -> float:
+        """Tokens a second of completions of just so many tokens, all prompts at once."""
+        tokens: float = self._ask("rate", prompts, max_tokens)
+        return tokens
 
     def sample(
         self, prompts: list[list[int]], temperature: float, max_tokens: int
@@ -83,11 +90,13 @@ def engine_beside(
     *,
     mended: bool = True,
     adapter: AdapterConfig | None = None,
+    sequences: int = 16,
 ) -> Iterator[EngineBeside]:
     """An engine that has loaded `folder`.
 
     Args:
         adapter: what updates bring; None where they bring weights.
+        sequences: those that it samples at a time.
         mended: without it, experts are left as vLLM itself leaves them after an update.
 
     Raises:
@@ -97,7 +106,9 @@ def engine_beside(
     context.set_forkserver_preload(_PRELOADED)
     ours, theirs = context.Pipe()
     process = context.Process(
-        target=_serve, args=(theirs, str(folder), max_length, dtype, mended, adapter), daemon=True
+        target=_serve,
+        args=(theirs, str(folder), max_length, dtype, mended, adapter, sequences),
+        daemon=True,
     )
     process.start()
     theirs.close()
@@ -119,23 +130,33 @@ def _serve(
     dtype: str,
     mended: bool,
     adapter: AdapterConfig | None,
+    sequences: int,
 ) -> None:
     """The process: start, then answer until the other end is closed."""
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     if not mended:
         weight_engine = importlib.import_module("actors.generation.weight_engine")
         weight_engine.prepare_experts_again = lambda model: None
-    asyncio.run(_answer_all(pipe, folder, max_length, dtype, adapter))
+    asyncio.run(_answer_all(pipe, folder, max_length, dtype, adapter, sequences))
     os._exit(0)  # vLLM's threads need not end
 
 
 async def _answer_all(
-    pipe: Connection, folder: str, max_length: int, dtype: str, adapter: AdapterConfig | None
+    pipe: Connection,
+    folder: str,
+    max_length: int,
+    dtype: str,
+    adapter: AdapterConfig | None,
+    sequences: int,
 ) -> None:
     from actors.generation.generator import Generator
     from common.config.sections import GeneratorConfig, ModelConfig
 
-    config = GeneratorConfig(max_staleness=0, kv_cache_gib=0.05, max_concurrent_sequences=16)
+    config = GeneratorConfig(
+        max_staleness=0,
+        kv_cache_gib=0.05 if sequences <= 16 else 0.5,
+        max_concurrent_sequences=sequences,
+    )
     model = ModelConfig(path=folder, dtype=dtype, max_length=max_length)
     generator = Generator("beside", model, config, "object_store", 0, 0, None, adapter=adapter)
     try:
@@ -160,11 +181,12 @@ async def _score(generator: Any, sequences: list[list[int]], lengths: list[int])
     return await generator.score(sequences, lengths)
 
 
-async def _update(generator: Any, buckets: list[Any], version: int) -> None:
+async def _update(generator: Any, buckets: list[Any], version: int) -> float:
     async def there(buffer: np.ndarray) -> np.ndarray:
         return buffer
 
-    await generator.update_weights([b.at(there(b.buffer)) for b in buckets], version)
+    buckets = [bucket.at(there(bucket.buffer)) for bucket in buckets]
+    return await generator.update_weights(buckets, version)
 
 
 async def _sample(
@@ -179,6 +201,17 @@ async def _sample(
         for index, prompt in enumerate(prompts)
     ]
     return [(c.token_ids, c.logprobs) for c in await asyncio.gather(*asked)]
+
+
+async def _rate(generator: Any, prompts: list[list[int]], max_tokens: int) -> float:
+    sampling = {"temperature": 1.0, "max_tokens": max_tokens, "ignore_eos": True}
+    began = time.monotonic()
+    asked = [
+        generator.engine.generate(f"rate-{index}", prompt, sampling)
+        for index, prompt in enumerate(prompts)
+    ]
+    tokens = sum(len(one.token_ids) for one in await asyncio.gather(*asked))
+    return tokens / (time.monotonic() - began)
 
 
 _STEPS = 8
@@ -223,6 +256,7 @@ async def _keep_salt(generator: Any, keep: bool) -> None:
 _CALLS = {
     "score": _score,
     "update": _update,
+    "rate": _rate,
     "sample": _sample,
     "sample_through": _sample_through,
     "keep_salt": _keep_salt,
