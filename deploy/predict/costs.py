@@ -39,7 +39,7 @@ class Assumptions:
     reload_layer_s: float = 0.02
     """Seconds of vLLM's reload for each layer, which Python goes through."""
     adapter_layer_s: float = 5e-4
-    """The same for a layer's adapters, where these are sent alone; measured on a CPU."""
+    """Seconds of vLLM's for a layer's adapters, where these are sent alone; measured on a CPU."""
     request_s: float = 1e-4
     coordinate_s: float = 0.0025
     """Seconds a group, measured on cores slower than a cluster's, as the section "Predictions" of
