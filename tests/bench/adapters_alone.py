@@ -81,10 +81,10 @@ def measure(folder: Path, dtype: str, turns: int) -> dict[str, dict[str, float]]
                 nbytes, stall_s = bring(rank, engine, way, version)
                 found[way]["bytes"].append(nbytes)
                 found[way]["stall_s"].append(stall_s)
-                found[way]["canary_gap"].append(
-                    largest_gap(rank.score(*scored), engine.score(*scored))
-                )
-        for turn in range(turns + 1):
+                if version:  # before the first step both are the base
+                    gap = largest_gap(rank.score(*scored), engine.score(*scored))
+                    found[way]["canary_gap"].append(gap)
+        for turn in range(turns + 1 if turns else 0):
             for way, engine in engines.items():
                 rate = engine.rate(asked, TOKENS)
                 if turn:  # the first warms up
@@ -107,8 +107,9 @@ def main() -> None:
     found = measure(Path(resolve_model(options.model)), options.dtype, options.turns)
     for way, columns in found.items():
         print(way, " ".join(f"{name}={value:.5g}" for name, value in columns.items()), flush=True)
-    ratio = found["merged"]["tokens_per_s"] / found["adapter"]["tokens_per_s"]
-    print(f"merged samples {ratio:.2f} times as fast")
+    if options.turns:
+        ratio = found["merged"]["tokens_per_s"] / found["adapter"]["tokens_per_s"]
+        print(f"merged samples {ratio:.2f} times as fast")
 
 
 if __name__ == "__main__":
