@@ -17,9 +17,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from actors.generation.adapters import adapter_request
 from actors.generation.engine_arguments import changed_settings, engine_arguments
 from actors.generation.engine_thread import EngineThread
-from common.config.sections import GeneratorConfig, ModelConfig
+from common.config.sections import AdapterConfig, GeneratorConfig, ModelConfig
 from common.errors import RunError, UserError
 from common.supervision.garbage import nothing_collected
 from common.supervision.parents import ACTOR_PID
@@ -46,8 +47,10 @@ class Completion:
 class Engine:
     """One vLLM engine. Start it with `await Engine.start(...)`; end it with `shutdown`."""
 
-    def __init__(self, llm: AsyncLLM | EngineThread) -> None:
+    def __init__(self, llm: AsyncLLM | EngineThread, adapter: AdapterConfig | None = None) -> None:
         self._llm: Any = llm
+        self._adapter = adapter
+        self._lora: Any = None  # vLLM's name of the adapter, from the first update on
         self._salt = 0  # counts updates: see `generate`
 
     @classmethod
@@ -59,18 +62,21 @@ class Engine:
         seed: int,
         version: int = 0,
         cache_bytes: int | None = None,
+        adapter: AdapterConfig | None = None,
     ) -> Engine:
         """Load the model and label its weights `version`.
 
         Args:
             cache_bytes: of the key-value cache on each CUDA device; None lets vLLM take what its
                 share of the device leaves.
+            adapter: what updates bring, beside the weights of the model's folder; None where they
+                bring weights.
 
         Raises:
             UserError: vLLM cannot start with these settings.
         """
         _check_build()
-        arguments = engine_arguments(model, generator, transport, seed, cache_bytes)
+        arguments = engine_arguments(model, generator, transport, seed, cache_bytes, adapter)
         try:
             llm = await _start_llm(arguments)
         except Exception as error:  # vLLM raises of every kind; whatever it is, it does not run
@@ -84,7 +90,7 @@ class Engine:
                 f"{', '.join(changed)}. The learner computes with those given: set them to what "
                 "vLLM takes, or train another model"
             )
-        engine = cls(llm)
+        engine = cls(llm, adapter)
         await llm.update_weight_version(str(version))
         return engine
 
@@ -99,6 +105,8 @@ class Engine:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
+        if self._adapter is not None and self._lora is None:
+            raise RunError(f"{request_id} came before the first adapter: please report it")
         asked = sampling | _stops(sampling.get("stop", ()))
         parameters = SamplingParams(
             logprobs=0, flat_logprobs=True, output_kind=RequestOutputKind.FINAL_ONLY, **asked
@@ -113,14 +121,18 @@ class Engine:
         # vLLM cannot clear its prefix cache while requests are under way, and some always are:
         # salted, a prefix is shared only with requests that came in under the same weights.
         prompt = {"prompt_token_ids": prompt_ids, "cache_salt": f"weights-{self._salt}"}
-        async for output in self._llm.generate(prompt, parameters, request_id):
+        asked_of = self._llm.generate(prompt, parameters, request_id, lora_request=self._lora)
+        async for output in asked_of:
             final = output
         if final is None or len(final.outputs) != 1:
             raise RunError(f"vLLM returned no final output for {request_id}: please report it")
         return _completion(final.outputs[0])
 
     async def score(self, request_id: str, token_ids: list[int], prompt_length: int) -> list[float]:
-        """Log-probabilities, at temperature 1, of `token_ids[prompt_length:]`."""
+        """Log-probabilities, at temperature 1, of `token_ids[prompt_length:]`.
+
+        They are those of the model's folder until an adapter has come, where one is to come.
+        """
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
@@ -133,7 +145,7 @@ class Engine:
         )
         final = None
         async for output in self._llm.generate(
-            {"prompt_token_ids": token_ids}, parameters, request_id
+            {"prompt_token_ids": token_ids}, parameters, request_id, lora_request=self._lora
         ):
             final = output
         if final is None or final.prompt_logprobs is None:
@@ -159,6 +171,8 @@ class Engine:
         Returns:
             The seconds they stood still. With `AsyncLLM` its pause is included.
         """
+        if self._adapter is not None:
+            return await self._update_adapter(self._adapter, update_infos, version)
         if self.in_process:
             self._salt += 1  # commands keep their order: see `begin_update`
             return await self._llm.update(update_infos, str(version))
@@ -167,6 +181,22 @@ class Engine:
         for update_info in update_infos:
             await self.receive_weights(update_info)
         await self.end_update(version)
+        return time.monotonic() - started
+
+    async def _update_adapter(
+        self, adapter: AdapterConfig, update_infos: list[dict[str, Any]], version: int
+    ) -> float:
+        """`update`, where the tensors are those of an adapter."""
+        started, settings = time.monotonic(), {"rank": adapter.rank, "alpha": adapter.alpha}
+        if self.in_process:
+            self._salt, self._lora = self._salt + 1, adapter_request()
+            return await self._llm.update(update_infos, str(version), settings)
+        await self._llm.pause_generation(mode="keep", clear_cache=False)
+        self._salt, self._lora = self._salt + 1, adapter_request()
+        asked = {"update_infos": update_infos, **settings}
+        await self._llm.collective_rpc("replace_adapter", kwargs=asked)
+        await self._llm.update_weight_version(str(version))
+        await self._llm.resume_generation()
         return time.monotonic() - started
 
     async def begin_update(self) -> None:
@@ -271,6 +301,8 @@ def _advice(error: str) -> str:
             " (lower model.max_length, or generator.kv_cache_gib on a CPU and "
             "generator.memory_fraction on CUDA, or free memory)"
         )
+    if "lora" in error.lower():
+        return " (weights.publish=merged sends whole weights, which it takes of any model)"
     if "attention configuration" in error:
         return " (vLLM has no attention for heads of this size here: train another model)"
     return ""

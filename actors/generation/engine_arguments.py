@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from common.config.sections import GeneratorConfig, ModelConfig
+from actors.generation.adapters import adapter_arguments
+from common.config.sections import AdapterConfig, GeneratorConfig, ModelConfig
 from common.weights.transport import WeightTransport
 
 _CPU_BLOCK = 32
@@ -19,8 +20,9 @@ def engine_arguments(
     transport: WeightTransport,
     seed: int,
     cache_bytes: int | None,
+    adapter: AdapterConfig | None = None,
 ) -> dict[str, Any]:
-    """Arguments of vLLM's `EngineArgs`; `cache_bytes` as `Engine.start` has it."""
+    """Arguments of vLLM's `EngineArgs`; `cache_bytes` and `adapter` as `Engine.start` has them."""
     import torch
     from vllm.config.weight_transfer import WeightTransferConfig
 
@@ -43,6 +45,8 @@ def engine_arguments(
         # the distribution that the learner scores.
         "generation_config": "vllm",
     }
+    if adapter is not None:
+        arguments |= adapter_arguments(model, adapter)
     if generator.devices > 1:
         # In a placement group vLLM would have Ray start its workers, each in a bundle with a device
         # of its own; all devices of a generator are in one.

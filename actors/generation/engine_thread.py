@@ -65,23 +65,35 @@ class EngineThread:
             raise
         return self
 
-    async def generate(self, prompt: Any, parameters: Any, request_id: str) -> AsyncIterator[Any]:
+    async def generate(
+        self, prompt: Any, parameters: Any, request_id: str, lora_request: Any = None
+    ) -> AsyncIterator[Any]:
         """Yield one output, the final one. Cancelling aborts the request."""
         answer: Future[Any] = Future()
+        asked = (request_id, prompt, parameters, lora_request)
         try:
-            await self._call(lambda: self._add(request_id, prompt, parameters, answer))
+            await self._call(lambda: self._add(*asked, answer))
             yield await asyncio.wrap_future(answer)
         finally:
             if not answer.done():
                 self._submit(lambda: self._abort(request_id, answer))
 
-    async def update(self, update_infos: list[dict[str, Any]], version: str) -> float:
+    async def update(
+        self,
+        update_infos: list[dict[str, Any]],
+        version: str,
+        adapter: dict[str, int] | None = None,
+    ) -> float:
         """Load a whole update between two steps; returns the seconds generation stood still.
 
         A failed update ends the engine, since layers are left half loaded. vLLM would take a second
         attempt for the rest of the first: it skips layers whose reload has begun.
+
+        Args:
+            adapter: `rank` and `alpha` of the adapter whose tensors these are; None where they are
+                the model's weights.
         """
-        seconds: float = await self._call(lambda: self._update(update_infos, version))
+        seconds: float = await self._call(lambda: self._update(update_infos, version, adapter))
         return seconds
 
     @property
@@ -160,21 +172,34 @@ class EngineThread:
             if output.finished and (answer := self._answers.pop(output.request_id, None)):
                 answer.set_result(output)
 
-    def _update(self, update_infos: list[dict[str, Any]], version: str) -> float:
+    def _update(
+        self, update_infos: list[dict[str, Any]], version: str, adapter: dict[str, int] | None
+    ) -> float:
         started = time.monotonic()
         self._half_loaded = True
-        self._engine.collective_rpc("start_weight_update")
-        for info in update_infos:
-            self._engine.collective_rpc("update_weights", kwargs={"update_info": info})
-        self._engine.collective_rpc("finish_weight_update")
+        if adapter is not None:
+            asked = {"update_infos": update_infos, **adapter}
+            self._engine.collective_rpc("replace_adapter", kwargs=asked)
+        else:
+            self._engine.collective_rpc("start_weight_update")
+            for info in update_infos:
+                self._engine.collective_rpc("update_weights", kwargs={"update_info": info})
+            self._engine.collective_rpc("finish_weight_update")
         self._engine.set_weight_version(version)
         self._half_loaded = False
         return time.monotonic() - started
 
-    def _add(self, request_id: str, prompt: Any, parameters: Any, answer: Future[Any]) -> None:
+    def _add(
+        self,
+        request_id: str,
+        prompt: Any,
+        parameters: Any,
+        lora_request: Any,
+        answer: Future[Any],
+    ) -> None:
         if request_id in self._answers:
             raise ValueError(f"request {request_id} is under way")
-        self._engine.add_request(request_id, prompt, parameters)
+        self._engine.add_request(request_id, prompt, parameters, lora_request=lora_request)
         answer.set_running_or_notify_cancel()  # from here on this thread alone ends it
         self._answers[request_id] = answer
 

@@ -28,7 +28,13 @@ from actors.generation.follow_ups import follow_up_texts, follow_ups, said
 from actors.generation.rows import is_greedy, rollout_batch, with_guidance
 from actors.generation.texts import Texts, ending_tokens
 from actors.generation.under_way import WHOLE, Batches, UnderWay
-from common.config.sections import DataConfig, EnvironmentConfig, GeneratorConfig, ModelConfig
+from common.config.sections import (
+    AdapterConfig,
+    DataConfig,
+    EnvironmentConfig,
+    GeneratorConfig,
+    ModelConfig,
+)
 from common.record.parts import learnt
 from common.supervision.calls import Handle
 from common.supervision.faults import reached
@@ -60,6 +66,7 @@ class Generator:
         environment: EnvironmentConfig | None = None,
         data: DataConfig | None = None,
         environments: Sequence[Handle[EnvironmentActor]] = (),
+        adapter: AdapterConfig | None = None,
     ) -> None:
         """Keep the settings; `start` loads the model.
 
@@ -71,6 +78,8 @@ class Generator:
             environment: what episodes are played in; without a name they are one answer each.
             data: says how the messages of an environment are rendered.
             environments: actors in which episodes are played; none has them played beside this.
+            adapter: what updates bring, to stand beside the weights in the model's folder; None
+                where they bring weights.
         """
         self._name = name
         self._locate = locate
@@ -86,6 +95,7 @@ class Generator:
         self._environment = environment or EnvironmentConfig()
         self._data = data or DataConfig()
         self._environments = environments
+        self._adapter = adapter
         self._host: EnvironmentHost | EnvironmentClient | Agents | None = None
         self._player: Player | Agents | None = None
         self._scored = 0
@@ -116,7 +126,13 @@ class Generator:
         self._tokenizer = tokenizer
         self._texts = Texts(tokenizer, ending_tokens(tokenizer, folder), self._config.stop)
         self._engine = await Engine.start(
-            self._model, self._config, self._transport, self._seed, self._version, cache_bytes
+            self._model,
+            self._config,
+            self._transport,
+            self._seed,
+            self._version,
+            cache_bytes,
+            self._adapter,
         )
         if self._environment.command is not None:
             await self._start_agents(self._environment, tokenizer)

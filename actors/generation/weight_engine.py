@@ -22,6 +22,7 @@ from vllm.distributed.weight_transfer.base import (
 )
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
+from actors.generation.adapters import replace_adapter
 from common.errors import UserError, WeightsError
 from common.supervision.faults import reached
 from common.supervision.parents import die_with_parent
@@ -134,7 +135,15 @@ def refresh_tied_heads(model: torch.nn.Module) -> None:
 
 
 class WeightUpdateExtension:
-    """Named in `worker_extension_cls` so that the worker imports this module; adds nothing."""
+    """Named in `worker_extension_cls`: the worker imports this module, and can be asked for what is
+    here."""
+
+    model_runner: Any
+    """The worker's own."""
+
+    def replace_adapter(self, update_infos: list[dict[str, Any]], rank: int, alpha: int) -> None:
+        """See `actors.generation.adapters.replace_adapter`."""
+        replace_adapter(self.model_runner.get_model(), update_infos, rank, alpha)
 
 
 if ObjectStore.name not in WeightTransferEngineFactory._registry:

@@ -12,6 +12,7 @@ from typing import Any
 
 from common.config.algorithm import ALONE, CriticConfig
 from common.config.bounds import check_bounds
+from common.config.data import SERVED_RANKS
 from common.config.environment import BUILTIN_ENVIRONMENTS, ENVIRONMENT_RULE
 from common.config.follow_up import check_follow_up
 from common.config.names import check_name, check_names
@@ -31,6 +32,7 @@ def check_config(config: Config) -> None:
     _check_processes(config)
     _check_groups(config)
     _check_shared_devices(config)
+    _check_publish(config)
     _check_data(config)
     _check_rules(config)
     _check_guidance(config)
@@ -196,6 +198,35 @@ def _check_shared_devices(config: Config) -> None:
             f"{key} puts one generator and one learner rank on every device: "
             f"generator.count={generator.count} must be learner.ranks={ranks}, and "
             "generator.tensor_parallel and pipeline_parallel 1"
+        )
+
+
+def _check_publish(config: Config) -> None:
+    """Refuse adapters that travel alone where there are none, or where that was not measured."""
+    adapter, pipeline = config.served_adapter, config.generator.pipeline_parallel
+    if adapter is None:
+        return
+    key, otherwise = "weights.publish=adapter", "or weights.publish=merged"
+    if not adapter.rank:
+        raise UserError(
+            f"{key} sends adapters alone, and model.adapter.rank=0 trains all weights: set a rank, "
+            f"{otherwise}"
+        )
+    if not adapter.served_rank:
+        raise UserError(
+            f"{key}: vLLM serves adapters of rank {SERVED_RANKS[-1]} at most, and model.adapter."
+            f"rank={adapter.rank}: lower it, {otherwise}"
+        )
+    if not config.transport.carries_adapters:
+        raise UserError(
+            f"{key} was measured through weights.transport="
+            f"{names_where(lambda transport: transport.carries_adapters)} alone, and weights."
+            f"transport={config.weights.transport}: use that, {otherwise}"
+        )
+    if pipeline > 1:
+        raise UserError(
+            f"{key}: where generator.pipeline_parallel={pipeline} divides the layers, no process "
+            f"sees whether every adapter found its layer: set it to 1, {otherwise}"
         )
 
 

@@ -12,11 +12,14 @@ from omegaconf import MISSING
 from common.config.bounds import Count, Natural, Positive, Share
 
 ALL_LINEAR = "all-linear"
+SERVED_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""Ranks for which vLLM makes room: its `MaxLoRARanks`."""
 
 
 @dataclass
 class AdapterConfig:
-    """LoRA: pairs of small matrices are trained beside frozen weights, and published merged."""
+    """LoRA: pairs of small matrices are trained beside frozen weights. `weights.publish` says how
+    they reach the generators."""
 
     rank: Natural = 0
     """Rank of the adapters. 0 trains all weights; 1 to 32 is usual for reinforcement learning.
@@ -26,6 +29,11 @@ class AdapterConfig:
     targets: str = ALL_LINEAR
     """Layers that get an adapter, by the last parts of their names with commas between, such as
     `q_proj,v_proj`. `all-linear` is all but embedding and output head."""
+
+    @property
+    def served_rank(self) -> int:
+        """The smallest rank for which vLLM makes room that holds these; 0 where none does."""
+        return next((rank for rank in SERVED_RANKS if rank >= self.rank), 0)
 
 
 @dataclass

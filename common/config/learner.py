@@ -15,7 +15,7 @@ from common.config.bounds import (
     ShareBelowOne,
 )
 from common.config.names import Names
-from common.weights.registry import TransportName
+from common.weights.registry import PublishName, TransportName
 
 OptimizerName = Annotated[
     str,
@@ -161,6 +161,10 @@ class WeightsConfig:
     transport: TransportName = "object_store"
     """How weights travel. `object_store` sends them through Ray, on any device; `nccl` from device
     to device. With `ipc` a generator and a learner rank share every device and take turns."""
+    publish: PublishName = "merged"
+    """What travels where adapters are trained (`model.adapter`). `merged` sends all weights with
+    the adapters added, and vLLM samples as fast as without any. `adapter` sends the adapters alone,
+    a few per cent of the bytes, and vLLM computes them beside the weights: slower on a CPU."""
     bucket_mib: Count = 64
     """MiB of weights that are sent at a time."""
     canary_sequences: Count = 4

@@ -113,6 +113,11 @@ class Config:
         return TRANSPORTS[self.weights.transport]
 
     @property
+    def served_adapter(self) -> AdapterConfig | None:
+        """The adapters with which generators sample; None where they are sent whole weights."""
+        return self.model.adapter if self.weights.publish == "adapter" else None
+
+    @property
     def completions_per_step(self) -> int:
         """Completions that a learner step takes; the most, where groups are trees."""
         follow_up = self.algorithm.rollout.follow_up

@@ -32,6 +32,7 @@ class ObjectStore(WeightTransport):
     shares_devices = False
     one_collective = False
     survives_a_death = True
+    carries_adapters = True
 
     def open(self, rank: SendingRank, receivers: Receivers) -> BucketSender:
         return BucketSender(rank)

@@ -10,6 +10,7 @@ from common.weights.object_store import ObjectStore
 from common.weights.transport import WeightTransport
 
 TransportName = Literal["object_store", "nccl", "ipc"]
+PublishName = Literal["merged", "adapter"]
 
 TRANSPORTS: dict[str, WeightTransport] = {
     transport.name: transport for transport in (ObjectStore(), Nccl(), Ipc())

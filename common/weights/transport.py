@@ -81,7 +81,8 @@ class WeightLoader(Protocol):
 
 
 class FullWeights(Protocol):
-    """The policy's whole tensors, under their names in a Hugging Face checkpoint."""
+    """The policy's whole tensors, under their names in a Hugging Face checkpoint; or those of its
+    adapters, under their names in a file of peft's."""
 
     def shapes(self) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
         """Name, type and shape of every tensor, in the order of `tensors`."""
@@ -167,8 +168,8 @@ class WeightTransport(ABC):
     """Learner and generators send together: all generators from start to end, or none."""
     survives_a_death: ClassVar[bool]
     """A generator in the place of a dead one can get the weights."""
-    sends: ClassVar[Literal["all"]] = "all"
-    """Which weights travel: all of the model."""
+    carries_adapters: ClassVar[bool] = False
+    """Adapters can travel by it alone, without the weights beside them."""
     generator_environment: ClassVar[Mapping[str, str]] = {}
     """Environment variables that generators need for it."""
 

@@ -138,6 +138,10 @@ class EvaluationConfig:
         return TRANSPORTS[WeightsConfig().transport]
 
     @property
+    def served_adapter(self) -> None:
+        """The weights are whole: a checkpoint holds them with its adapters merged."""
+
+    @property
     def in_flight(self) -> int:
         """Samples under way at a time: as many as the generators compute at once."""
         return self.generator.count * self.generator.max_concurrent_sequences

@@ -6,6 +6,7 @@ from dataclasses import Field, replace
 from typing import Any, ClassVar, Protocol
 
 from common.config.sections import (
+    AdapterConfig,
     DataConfig,
     EnvironmentConfig,
     GeneratorConfig,
@@ -49,6 +50,11 @@ class ActorConfig(Protocol):
 
     @property
     def transport(self) -> WeightTransport: ...
+
+    @property
+    def served_adapter(self) -> AdapterConfig | None:
+        """The adapters with which generators sample; None where their weights are whole."""
+        ...
 
     @property
     def placement(self) -> PlacementConfig: ...

@@ -28,6 +28,9 @@ def on_these_devices(config: Config) -> tuple[Config, str | None]:
     """The configuration for this machine, and what was changed, as a sentence; None: nothing.
 
     Only a run on a cluster of its own is changed, which has this machine alone.
+
+    Raises:
+        UserError: it would have to be changed to what it cannot be with its other keys.
     """
     if config.ray.address != "local" or not uses_cuda(config):
         return config, None
@@ -35,6 +38,12 @@ def on_these_devices(config: Config) -> tuple[Config, str | None]:
 
     if torch.cuda.device_count() != 1 or devices_wanted(config) <= 1:
         return config, None
+    if config.served_adapter is not None:
+        raise UserError(
+            "one CUDA device here, on which generator and learner take turns, and "
+            f"weights.transport={_SHARED}, by which they do, carries no adapters alone: set "
+            "weights.publish=merged, or use a machine with two devices"
+        )
     together = replace(
         config,
         generator=replace(

@@ -8,9 +8,10 @@
                          bfloat16 weights and moments in 8 bit take two each
     checkpoint           the same without gradients, and a compute copy, from when it is taken until
                          it is written
-    generator, each      compute weights and the key-value cache
+    generator, each      compute weights and the key-value cache; where adapters are sent alone
+                         (`weights.publish`), room for them at vLLM's rank, and a copy
     weights on the way   three copies in compute dtype: bucket, object store, the version before,
-                         which is kept for generators that start again
+                         which is kept for generators that start again; adapters alone in float32
     every process        the libraries it imports
 
 Activations are not counted: they follow from `batch.tokens_per_microbatch` and are smaller. An
@@ -86,6 +87,10 @@ def estimate(
     compute = parameters * width
     each = compute + config.generator.kv_cache_gib * GIB + PROCESS_BYTES["generator"]
     beside = config.teacher.count * (each - compute + taught * width)
+    published, served = float(compute), config.served_adapter
+    if served is not None and adapters:
+        published = _FLOAT32 * adapters
+        each += 2 * width * served_parameters(served, adapters)
     serving = MemoryEstimate(config.generator.count * each + beside, PROCESS_BYTES["others"])
     if config.learner is None:
         return serving
@@ -104,8 +109,13 @@ def estimate(
         + average
         + config.learner.ranks * (models * compute + PROCESS_BYTES["learner"]),
         checkpoint=models * trained * (master + kept) + average + compute,
-        transfer=(2 + config.generator.count) * compute,
+        transfer=(2 + config.generator.count) * published,
     )
+
+
+def served_parameters(adapter: AdapterConfig, trained: float) -> float:
+    """Parameters for which vLLM makes room, whose ranks are its own, for so many of an adapter."""
+    return trained * adapter.served_rank / adapter.rank
 
 
 def count_parameters(folder: Path) -> int:

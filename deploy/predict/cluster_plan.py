@@ -12,7 +12,7 @@ from common.errors import UserError
 from deploy.predict.costs import Assumptions, Pass, Pools, costs_on, learner_pass, publish_times
 from deploy.predict.memory import MemoryPlan, memory_plan, teacher_parameters
 from deploy.predict.models import model_shape
-from deploy.predict.notes import adapter_line
+from deploy.predict.notes import adapter_line, publish_line
 from deploy.predict.simulate import (
     Costs,
     Lengths,
@@ -143,6 +143,7 @@ class ClusterPlan:
             self.generator_device,
             self.config.weights.transport,
             one_node=self.pools.devices <= placement.gpus_per_node,
+            adapters=self.memory.load.adapters if self.config.served_adapter is not None else 0.0,
         )
         return costs_on(
             self.generator_device,
@@ -256,7 +257,10 @@ class ClusterPlan:
         """What is trained, where that is not all."""
         adapter, trained = self.config.model.adapter, self.memory.load.adapters
         line = adapter_line(adapter, int(trained), self.model.parameters)
-        return [f"trained       {line}"] if trained else []
+        if not trained:
+            return []
+        published = publish_line(self.config, int(trained), self.model.parameters)
+        return [f"trained       {line}", f"published     {published}"]
 
     def _saving_lines(self) -> list[str]:
         """What takes less memory than usual, and how much a parameter or in all."""

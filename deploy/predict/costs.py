@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from common.devices import Device
 from deploy.predict.simulate import Costs
 from learner.policy.shape import BYTES, ModelShape
-from learner.training.memory import LearnerLoad, learner_memory
+from learner.training.memory import MASTER, LearnerLoad, learner_memory
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,8 @@ class Assumptions:
     """Bytes/s through the object store, with its copies and checksums."""
     reload_layer_s: float = 0.02
     """Seconds of vLLM's reload for each layer, which Python goes through."""
+    adapter_layer_s: float = 5e-4
+    """Seconds of vLLM's for a layer's adapters, where these are sent alone; measured on a CPU."""
     request_s: float = 1e-4
     coordinate_s: float = 0.0025
     """Seconds a group, measured on cores slower than a cluster's, as the section "Predictions" of
@@ -140,16 +142,24 @@ class Publish:
     load: float
 
 
-def publish_times(model: ModelShape, device: Device, transport: str, *, one_node: bool) -> Publish:
-    """How long weights travel by `transport`, and how long vLLM takes to load them."""
-    a, weights = Assumptions(), BYTES * model.parameters
+def publish_times(
+    model: ModelShape, device: Device, transport: str, *, one_node: bool, adapters: float = 0.0
+) -> Publish:
+    """How long weights travel by `transport`, and how long vLLM takes to load them.
+
+    Args:
+        adapters: parameters of the adapters that travel in their place, in float32; 0 for none.
+    """
+    a = Assumptions()
+    weights = MASTER * adapters or BYTES * model.parameters
     rates = {
         "nccl": device.link if one_node else a.network,
         "ipc": device.bandwidth / 4,
         "object_store": a.host_copies,
     }
     # vLLM writes each tensor twice: into the layer as loaded, and into its place.
-    load_s = model.layers * a.reload_layer_s + 4 * weights / device.bandwidth
+    layer_s = a.adapter_layer_s if adapters else a.reload_layer_s
+    load_s = model.layers * layer_s + 4 * weights / device.bandwidth
     return Publish(weights / rates.get(transport, a.host_copies), load_s)
 
 

@@ -2,7 +2,8 @@
 
     contexts   CUDA's, one for each process on the device; NCCL's buffers where ranks talk
     learner    see `learner.training.memory`: what it keeps, and its peak in a step
-    generator  bfloat16 weights, a forward pass, CUDA graphs, and the rest of its share: the cache
+    generator  bfloat16 weights, adapters that are sent alone, a forward pass, CUDA graphs, and the
+               rest of its share: the cache
 
 Where both stand on one device they take turns. While one generates, the other holds what it keeps;
 while the learner steps, the generator sleeps and holds its context alone. So the cache gets what
@@ -14,6 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from common.config.sections import Config
+from deploy.placement.memory import served_parameters
 from deploy.predict.models import model_shape
 from learner.policy.shape import BYTES, ModelShape
 from learner.training.memory import (
@@ -96,6 +98,8 @@ def memory_plan(
     load = learner_load(config, model, trainer * (1 - SLACK) - (both if shared else own))
     learner = learner_memory(model, load)
     weights = BYTES * model.parameters / devices
+    if config.served_adapter is not None:  # whole: tensor parallelism divides only half of it
+        weights += BYTES * served_parameters(config.served_adapter, load.adapters)
     activations = _forward_pass(config, model)
     taken = both + learner.kept if shared else theirs
     room = config.generator.memory_fraction * generator_device - taken - weights - activations

@@ -10,6 +10,7 @@ from common.config.algorithm import CreditConfig
 from common.config.sections import AdapterConfig, Config
 from learner.algorithm.objectives import uses_ratio
 from learner.algorithm.traces import LambdaTrace, PackedAxis
+from learner.training.memory import MASTER
 
 _SHORT = 20
 """Tokens of a short answer, where the limit is high: a raw trace has reached its size soon."""
@@ -190,6 +191,17 @@ def adapter_line(adapter: AdapterConfig, trained: int, base: int) -> str:
         f"{trained / 1e6:.2f} of {(base + trained) / 1e6:.1f} million parameters "
         f"({trained / (base + trained):.1%}): adapters of model.adapter.rank {adapter.rank} on "
         f"{adapter.targets}"
+    )
+
+
+def publish_line(config: Config, trained: int, base: int) -> str:
+    """What travels to the generators at every step, for a plan."""
+    merged = (2 if config.model.dtype == "bfloat16" else MASTER) * base / 1e6
+    if config.served_adapter is None:
+        return f"all weights, adapters merged: {merged:.1f} MB a version"
+    return (
+        f"the adapters alone, {MASTER * trained / 1e6:.1f} MB a version; merged, all weights would "
+        f"be {merged:.1f} MB. On a CPU vLLM samples several times slower so (learner/README.md)"
     )
 
 

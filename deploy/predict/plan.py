@@ -27,7 +27,7 @@ from deploy.predict.data import see_data
 from deploy.predict.episodes import Trial, episode_lines
 from deploy.predict.memory import teacher_parameters
 from deploy.predict.models import model_shape
-from deploy.predict.notes import adapter_line, notes, updates_of
+from deploy.predict.notes import adapter_line, notes, publish_line, updates_of
 from deploy.predict.propose import devices_of, propose
 from deploy.predict.simulate import Costs
 from deploy.run.settled import settled
@@ -213,6 +213,7 @@ def _adapters(config: Config) -> list[str]:
     )
     return [
         f"trained                {adapter_line(adapter, trained, shape.parameters)}",
+        f"published              {publish_line(config, trained, shape.parameters)}",
         f"learner's memory       {kept:.2f} GiB for all ranks, besides activations; {full:.2f} GiB "
         "were all weights trained",
     ]

@@ -181,6 +181,7 @@ def _with(
 ) -> Config:
     """`config` with so many generators and ranks."""
     turns = TRANSPORTS[transport].shares_devices
+    publish = config.weights.publish if TRANSPORTS[transport].carries_adapters else "merged"
     staleness = 0 if turns else max(1, config.generator.max_staleness)
     spans = ranks > devices.per_node and ranks % devices.per_node == 0
     return replace(
@@ -202,7 +203,7 @@ def _with(
             reduce_once=None,
             shard_ranks=devices.per_node if spans else None,
         ),
-        weights=replace(config.weights, transport=transport),
+        weights=replace(config.weights, transport=transport, publish=publish),
     )
 
 
@@ -212,6 +213,11 @@ def _given_up(asked: Config, plan: ClusterPlan) -> list[str]:
     if memory.shared:
         found.append(
             "overlap: generators and learner take turns on the same devices, without staleness"
+        )
+    if config.weights.publish != asked.weights.publish:
+        found.append(
+            f"adapters alone on the way: weights.transport={config.weights.transport} carries all "
+            "weights, with adapters merged"
         )
     if config.generator.max_completion_tokens < asked.generator.max_completion_tokens:
         found.append(

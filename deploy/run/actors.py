@@ -193,7 +193,8 @@ def _check_address(address: str, timeout_s: float) -> None:
 class ActorFactory:
     """Makes the actors of a configuration, the first ones and those in the place of dead ones.
 
-    `config.model.path` is a folder of this node by now, with the weights of `version`.
+    `config.model.path` is a folder of this node by now, with the weights of `version`. Where the
+    generators sample with adapters (`config.served_adapter`), it has those beside which they stand.
     """
 
     config: ActorConfig
@@ -233,6 +234,7 @@ class ActorFactory:
             config.environment,
             config.data,
             self.environments,
+            config.served_adapter,
         )
 
     def teacher(self, name: str) -> Handle[Generator]:
@@ -331,6 +333,7 @@ def learner_job(
         },
         bucket_mib=config.weights.bucket_mib,
         transport=config.weights.transport,
+        publish=config.weights.publish,
         tokens_per_microbatch=config.batch.tokens_per_microbatch,
         checkpoint_timeout_s=config.checkpoint.timeout_s,
     )

@@ -98,12 +98,17 @@ class Assembly:
                 rollout = self._rollout(ledger, learner)
                 await self._restore(learner, rollout)
                 publisher = await self._publisher(learner, generators, proof)
-                # Generators that sleep have given their weights away.
-                loaded = not used and not self._config.transport.shares_devices
                 with self._times.part("time/start/weights"):
-                    await publisher.begin(self._inputs.first_step, loaded=loaded)
+                    await publisher.begin(self._inputs.first_step, loaded=self._loaded(used))
                 teachers = self._teachers()
                 yield Parts(generators, verifiers, learner, self._log, rollout, publisher, teachers)
+
+    def _loaded(self, used: bool) -> bool:
+        """Whether the generators have read the weights with which the run begins."""
+        if used or self._config.transport.shares_devices:
+            return False  # those that sleep have given their weights away
+        # Adapters that are 0 change nothing; those of a checkpoint are still to come.
+        return self._config.served_adapter is None or self._inputs.first_step == 0
 
     def _learner(self) -> LearnerRanks:
         learner = self._config.learner

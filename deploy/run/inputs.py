@@ -56,9 +56,9 @@ def find_inputs(config: Config, run: RunDirectory, notify: Notify) -> Inputs:
         _compare(config, run, notify)
     name = config.model.path
     if first_step:
-        folder = str(run.checkpoint(first_step))
         needed = config.algorithm.needs_reference or config.model.adapter.rank > 0
         origin = ModelLocation(name, str(resolve_model(name)) if needed else None)
+        folder = _folder_to_serve(config, run.checkpoint(first_step), origin)
     else:
         folder = str(resolve_model(name))
         origin = ModelLocation(name, folder)
@@ -71,6 +71,18 @@ def find_inputs(config: Config, run: RunDirectory, notify: Notify) -> Inputs:
     config = with_compute_dtype(config)
     config = replace(config, model=replace(config.model, path=folder), teacher=teacher)
     return Inputs(config, first_step, origin, source)
+
+
+def _folder_to_serve(config: Config, checkpoint: Path, origin: ModelLocation) -> str:
+    """The model's folder after a resume.
+
+    A checkpoint holds merged weights. Generators that are sent adapters need those beside which
+    they stand: on merged ones the adapters would count twice.
+    """
+    if config.served_adapter is None:
+        return str(checkpoint)
+    assert origin.folder is not None
+    return origin.folder
 
 
 def _look_at(run: RunDirectory, step: int, notify: Notify) -> None:

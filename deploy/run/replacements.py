@@ -61,7 +61,9 @@ class Replacements:
 
     def _generator(self, name: str) -> Handle[Generator]:
         folder = self._factory.config.model.path
-        if not Path(folder).is_dir():  # a checkpoint that has been pruned since
+        # A checkpoint may have been pruned since. Adapters do not stand beside one, but beside the
+        # model that the run began from, which no run removes.
+        if not Path(folder).is_dir() and self._factory.config.served_adapter is None:
             newest = self._run.newest_checkpoint(self._notify)
             folder = str(self._run.checkpoint(newest))
         return self._factory.generator(name, folder)

@@ -85,8 +85,8 @@ class Service:
             if wanted != self._served:
                 raise UserError(
                     "runs that share actors must have the same model, generator, verifier, "
-                    "environment, weights.transport and ray sections and as many learner ranks "
-                    "(generator.max_staleness may differ)"
+                    "environment, weights.transport, weights.publish and ray sections and as many "
+                    "learner ranks (generator.max_staleness may differ)"
                 )
             if job is not None:
                 learner = LearnerRanks(self._actors.learners, self.waits, SHUTDOWN_S)
@@ -175,7 +175,7 @@ def _sections(config: ActorConfig) -> object:
     played = config.environment
     return (
         *(config.model, generator, config.verifier, played, _pool(config.teacher)),
-        *(learner, transport, placement, config.ray),
+        *(learner, transport, config.served_adapter, placement, config.ray),
     )
 
 

@@ -278,6 +278,22 @@ class PolicyWeights:
         return self._names.of(full_tensors(self._policy, self._dtype))
 
 
+class AdapterWeights:
+    """The adapters alone, whole and in float32, as weight transports see them."""
+
+    def __init__(self, policy: Policy) -> None:
+        self._policy = policy
+
+    def shapes(self) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
+        """Name, type and shape of every tensor, in the order of `tensors`."""
+        found = adapter_parameters(self._policy)
+        return [(name, value.dtype, tuple(value.shape)) for name, value in found]
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """See `full_adapters`."""
+        return full_adapters(self._policy)
+
+
 def clip_gradients(model: nn.Module, max_norm: float) -> float:
     """Scale gradients to a global norm of at most `max_norm`; returns the norm before."""
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)

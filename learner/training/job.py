@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from common.config.algorithm import AlgorithmConfig
 from common.config.sections import LearnerConfig, ModelConfig
 from common.weights.object_store import ObjectStore
+from common.weights.registry import PublishName
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,8 @@ class LearnerJob:
     """Weight of every verifier in the reward, by its name."""
     transport: str = ObjectStore.name
     """Name of the weight transport."""
+    publish: PublishName = "merged"
+    """Whether adapters travel merged into the weights, or alone."""
     checkpoint_timeout_s: float = 900.0
     """For one rank to wait for the others while a checkpoint is written."""
 

@@ -31,7 +31,7 @@ from common.supervision.faults import reached
 from common.supervision.heartbeat import HEALTH
 from common.supervision.stacks import arm
 from common.weights.registry import TRANSPORTS
-from common.weights.transport import Receivers, Sender, SendingRank, Shipment
+from common.weights.transport import FullWeights, Receivers, Sender, SendingRank, Shipment
 from learner.algorithm.recipe import Recipe
 from learner.policy.model import DTYPES
 from learner.policy.packing import pack_row, split_by_length
@@ -238,12 +238,19 @@ class LearnerRank:
 
         rank = SendingRank(
             self._rank,
-            fsdp.PolicyWeights(self.trainer.policy, self._dtype),
+            self._published(),
             self._job.bucket_mib * 2**20,
             self._put,
             agree_on_address,
         )
         self._sender = TRANSPORTS[self._job.transport].open(rank, receivers)
+
+    def _published(self) -> FullWeights:
+        """What travels: all weights, or the adapters alone."""
+        policy = self.trainer.policy
+        if self._job.publish == "adapter":
+            return fsdp.AdapterWeights(policy)
+        return fsdp.PolicyWeights(policy, self._dtype)
 
     def export_weights(self, version: int) -> Shipment:
         """Send the weights on their way. Collective; rank 0's answer counts."""

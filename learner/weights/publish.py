@@ -41,7 +41,7 @@ _COMPUTED_DIFFERENTLY = (
 _GARBLED = (
     "vLLM computed right with the weights of the model's folder, and wrong after an update with "
     "the very same: it cannot be updated with this architecture here. No restart mends that. "
-    "Train another model."
+    "Train another model, or set weights.publish=merged where adapters travel alone."
 )
 
 

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 import vllm
 import vllm.platforms
+from learner_models import save_tiny_model
+from vllm.config.lora import MaxLoRARanks
 
 from actors.generation import engine as engine_module
+from actors.generation.adapters import adapter_arguments
 from actors.generation.engine import Engine, _advice
 from actors.generation.engine_arguments import changed_settings, engine_arguments
-from common.config.sections import GeneratorConfig, ModelConfig
-from common.errors import UserError
+from common.config.data import SERVED_RANKS
+from common.config.sections import AdapterConfig, GeneratorConfig, ModelConfig
+from common.errors import RunError, UserError
 from common.weights.registry import TRANSPORTS
 
 
@@ -26,12 +31,15 @@ class FakeLLM:
     def __init__(self) -> None:
         self.prompts: list[dict[str, Any]] = []
         self.parameters: list[Any] = []
+        self.adapters: list[Any] = []
+        self.calls: list[Any] = []
 
     async def generate(
-        self, prompt: dict[str, Any], parameters: Any, *_: Any
+        self, prompt: dict[str, Any], parameters: Any, *_: Any, lora_request: Any
     ) -> AsyncIterator[Any]:
         self.prompts.append(prompt)
         self.parameters.append(parameters)
+        self.adapters.append(lora_request)
         span = SimpleNamespace(version="4", start=0, end=1)
         output = SimpleNamespace(
             weight_versions=[span],
@@ -45,6 +53,15 @@ class FakeLLM:
         assert (mode, clear_cache) == ("keep", False)
 
     async def start_weight_update(self) -> None: ...
+
+    async def collective_rpc(self, name: str, kwargs: dict[str, Any]) -> None:
+        self.calls.append((name, kwargs))
+
+    async def update_weight_version(self, version: str) -> None:
+        self.calls.append(version)
+
+    async def resume_generation(self) -> None:
+        self.calls.append("resume")
 
 
 def test_cached_prefixes_are_shared_among_requests_of_the_same_weights_only() -> None:
@@ -62,6 +79,31 @@ def test_cached_prefixes_are_shared_among_requests_of_the_same_weights_only() ->
     asyncio.run(before_and_during_an_update())
     first, second, after = (prompt["cache_salt"] for prompt in llm.prompts)
     assert first == second != after
+
+
+def test_an_adapter_comes_in_one_call_and_every_request_behind_it_has_it() -> None:
+    """As with `AsyncLLM`, whose worker is in a process of its own."""
+    llm = FakeLLM()
+    engine = Engine(llm, AdapterConfig(rank=4, alpha=8))  # type: ignore[arg-type]
+
+    async def before_and_after_an_update() -> None:
+        sampling = {"temperature": 1.0, "max_tokens": 1}
+        with pytest.raises(RunError, match="a came before the first adapter"):
+            await engine.generate("a", [1, 2], sampling)
+        await engine.update([{"names": ["x"]}], 0)
+        await engine.generate("b", [1, 2], sampling)
+        await engine.update([{"names": ["y"]}], 1)
+        await engine.generate("c", [1, 2], sampling)
+
+    asyncio.run(before_and_after_an_update())
+    loaded = [
+        ("replace_adapter", {"update_infos": [{"names": [name]}], "rank": 4, "alpha": 8})
+        for name in "xy"
+    ]
+    assert llm.calls == [loaded[0], "0", "resume", loaded[1], "1", "resume"]
+    assert [asked.lora_int_id for asked in llm.adapters] == [1, 1]
+    first, second = (prompt["cache_salt"] for prompt in llm.prompts)
+    assert first != second
 
 
 @pytest.mark.parametrize(
@@ -156,6 +198,7 @@ def test_an_engine_that_changed_a_setting_is_ended_and_refused(
 def test_advice_fits_the_error() -> None:
     assert "kv_cache_gib" in _advice("No available memory for the cache blocks")
     assert "heads of this size" in _advice("Unsupported CPU attention configuration: head_dim=16")
+    assert "weights.publish=merged" in _advice("GPT2LMHeadModel does not support LoRA yet.")
     assert _advice("no module named x") == ""
 
 
@@ -206,6 +249,31 @@ def test_a_planned_cache_is_the_one_that_vllm_makes(monkeypatch: pytest.MonkeyPa
     assert found["kv_cache_memory_bytes"] == 123
     assert found["enable_sleep_mode"] is True
     assert found["gpu_memory_utilization"] == 0.7
+
+
+def test_vllm_makes_room_for_one_adapter_of_a_rank_that_it_knows(tmp_path: Path) -> None:
+    assert get_args(MaxLoRARanks) == SERVED_RANKS
+    folder = save_tiny_model(tmp_path, "qwen2")
+    for rank, targets, room, layers in (
+        (3, "q_proj, self_attn.v_proj", 8, "q_proj v_proj"),
+        (33, "all-linear", 64, "down_proj gate_proj k_proj o_proj q_proj up_proj v_proj"),
+        (512, "mlp.up_proj", 512, "up_proj"),
+    ):
+        adapter = AdapterConfig(rank=rank, targets=targets)
+        assert adapter_arguments(ModelConfig(path=str(folder)), adapter) == {
+            "enable_lora": True,
+            "max_loras": 1,
+            "max_lora_rank": room,
+            "lora_target_modules": layers.split(),
+        }
+    assert AdapterConfig(rank=513).served_rank == 0
+
+
+def test_an_engine_that_is_sent_weights_knows_of_no_adapter(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Teachers, evaluations, and runs that publish merged, whatever `model.adapter` says."""
+    assert not [name for name in arguments(False, monkeypatch) if "lora" in name]
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ class ScriptedEngine:
     threads: set[int] = field(default_factory=set)
     step_s: float = 0.002
 
-    def add_request(self, request_id: str, prompt: int, parameters: Any) -> None:
+    def add_request(self, request_id: str, prompt: int, parameters: Any, lora_request: Any) -> None:
         if prompt < 1:
             raise ValueError("empty prompt")
         self.left[request_id] = prompt
@@ -126,6 +126,22 @@ def test_no_step_falls_into_an_update_and_requests_live_through_it() -> None:
     assert engine.events[first : first + len(update)] == update
     assert engine.events.count("step") == 40
     assert 0 < first < 40
+
+
+def test_an_adapter_comes_whole_between_two_steps() -> None:
+    engine = ScriptedEngine()
+
+    async def work(thread: EngineThread) -> Output:
+        going = asyncio.create_task(answer(thread, "a", 40))
+        await asyncio.sleep(0.02)
+        buckets = [{"bucket": index} for index in range(3)]
+        assert await thread.update(buckets, "7", {"rank": 4, "alpha": 8}) >= 0
+        return await going
+
+    assert on_thread(work, engine).version == "7"
+    assert engine.events.count("step") == 40
+    assert set(engine.events) == {"step", "replace_adapter", "shutdown"}
+    assert engine.events.count("replace_adapter") == 1
 
 
 def test_half_an_update_ends_the_engine() -> None:

@@ -60,6 +60,7 @@ def test_every_recipe_loads_is_short_and_names_its_paper(path: Path) -> None:
         ("verifier.rules=[{name: x, weight: 0}]", "every rule a weight of 0"),
         ("eval.max_completion_tokens=600", "eval.max_completion_tokens=600 leaves no room"),
         ("generator.min_count=2", "min_count=2 must be at most generator.count=1"),
+        ("weights.publish=adapter", "adapter.rank=0 trains all weights: set a rank, or weights.pu"),
         ("model=3", "model=3 must be a mapping"),
         ("batch.group_size=1", "batch.group_size=1.*at least 2"),
         ("generator.max_completion_tokens=512", "leaves no room"),

@@ -142,6 +142,12 @@ def test_a_plan_for_cpus_says_what_adapters_train_and_save(
     output = plan(capsys, *keys, "model.adapter.rank=8")
     assert "trained                0.08 of 0.9 million parameters" in output
     assert "learner's memory" in output
+    merged, alone = (
+        plan(capsys, *keys, "model.adapter.rank=8", "model.dtype=float32", f"weights.publish={way}")
+        for way in ("merged", "adapter")
+    )
+    assert "published              all weights, adapters merged: 3.4 MB a version" in merged
+    assert "published              the adapters alone, 0.3 MB a version" in alone
     assert "learner.learning_rate=0.00015 looks like that" in output
     named = plan(capsys, *keys, "model.adapter.rank=8", "model.adapter.targets=qkv_proj")
     assert "adapters of rank 8, not counted: model.adapter.targets: a plan knows q_proj" in named

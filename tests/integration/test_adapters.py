@@ -1,4 +1,4 @@
-"""A run that trains adapters on real parts: published merged, resumed, and replayed bitwise."""
+"""Runs that train adapters on real parts: published either way, resumed, and replayed bitwise."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ pytestmark = [pytest.mark.long, pytest.mark.timeout(600)]
 ADAPTER = ("model.adapter.rank=8", "learner.learning_rate=3e-3", "learner.warmup_steps=0")
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="module", params=["merged", "adapter"])
+def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two steps, and two more after a resume; under a KL, so that the reference is asked too."""
     folder = tmp_path_factory.mktemp("runs")
     keys = (*QUICK, *ADAPTER, f"runs_dir={folder}", "name=lora", "resume=auto")
+    keys = (*keys, f"weights.publish={request.param}")
     keys = (*keys, "generator.max_staleness=0", "algorithm.objective.kl=0.01")
     for steps in (2, 4):
         process = start(*keys, f"steps={steps}")
@@ -33,7 +34,12 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_generators_hold_what_the_learner_computes_with_adapters(run: Path) -> None:
     records = read_metrics(run / "metrics.jsonl")
     assert [record["step"] for record in records] == [0, 1, 2, 3, 4]
+    # Were the adapters put beside merged weights after the resume, this would show it.
     assert max(record["canary/gap"] for record in records) < 1e-4
+    alone = "publish: adapter" in (run / "config.yaml").read_text()
+    sent = {record["publish/bytes"] for record in records[1:]}
+    assert len(sent) == 1
+    assert (sent.pop() < 4 * 100_000) == alone
     assert max(record["logprob_gap/mean"] for record in records[1:]) < 1e-4
 
 

@@ -36,6 +36,7 @@ from common.errors import UserError
 from learner.policy.adapters import adapted, add_adapters, merge, pair_of
 from learner.policy.model import Policy, load_policy
 from learner.policy.step_batch import StepBatch
+from learner.training import fsdp
 from learner.training.rank import LearnerRank
 
 ADAPTER = AdapterConfig(rank=4, alpha=8)
@@ -214,6 +215,38 @@ def test_a_scorer_reads_with_adapters_off(folder: Path) -> None:
         again = made.trainer.probe  # the batch of the first step, under other adapters
         batch = StepBatch.from_record_batches(trajectories(SHAPES, seed=0))
         assert again(batch)["scorer/gap"] == first["scorer/gap"]
+
+
+# Adapters that travel alone
+
+
+class _SentWork:
+    """Trains a step, then: what travels, and what it says of itself."""
+
+    def __call__(self, made: LearnerRank) -> Any:
+        step(made, 0)
+        sent, adapters = weights(made), fsdp.full_adapters(made.trainer.policy)
+        expected = {name: tensor.numpy() for name, tensor in adapters}
+        shapes = {name: shape for name, dtype, shape in made._published().shapes()}
+        return {name: tensor.numpy() for name, tensor in sent.items()}, shapes, expected
+
+
+def _sent_target(rank: int, ranks: int, folder: Path) -> tuple:
+    made = make_worker(folder, rank, ranks, adapter=ADAPTER, publish="adapter", dtype="bfloat16")
+    return made, _SentWork()
+
+
+def test_adapters_alone_are_sent_whole_and_in_float32_as_peft_calls_them(folder: Path) -> None:
+    """Also by two ranks, of which each has half of every matrix, and where bfloat16 computes."""
+    (sent, shapes, expected), (nothing, _, _) = on_ranks(2, _sent_target, folder)
+    assert nothing == {}
+    assert {name: values.shape for name, values in sent.items()} == shapes
+    assert sent.keys() == expected.keys()
+    assert all(np.array_equal(values, expected[name]) for name, values in sent.items())
+    assert {values.dtype for values in sent.values()} == {np.dtype(np.float32)}
+    first = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+    assert sent[first].shape[0] == ADAPTER.rank
+    assert len(sent) == 2 * 7 * 2
 
 
 # Checkpoints

@@ -56,6 +56,7 @@ def make_worker(folder: Path, rank: int = 0, ranks: int = 1, **changes: Any) -> 
         primary_verifier="test",
         bucket_mib=1,
         tokens_per_microbatch=changes.get("tokens_per_microbatch", 64),
+        publish=changes.get("publish", "merged"),
     )
     return LearnerRank(job, rank, put=lambda buffer: buffer)
 

@@ -96,7 +96,7 @@ USED = {
             *("from_engine_args", "generate", "shutdown", "sleep", "wake_up"),
             *("pause_generation", "resume_generation", "init_weight_transfer_engine"),
             *("start_weight_update", "update_weights", "finish_weight_update"),
-            "update_weight_version",
+            *("update_weight_version", "collective_rpc"),
         },
     },
     "v1/engine/llm_engine.py": {
@@ -113,8 +113,15 @@ USED = {
             *("weight_transfer_config", "worker_extension_cls", "distributed_executor_backend"),
             *("gpu_memory_utilization", "enable_sleep_mode", "max_num_batched_tokens"),
             *("kv_cache_memory_bytes", "enable_chunked_prefill", "async_scheduling"),
+            *("enable_lora", "max_loras", "max_lora_rank", "lora_target_modules"),
             "ir_op_priority",
         },
+    },
+    "lora/request.py": {"LoRARequest": {"lora_name", "lora_int_id", "lora_path"}},
+    "lora/peft_helper.py": {"PEFTHelper": {"r", "lora_alpha", "target_modules"}},
+    "lora/lora_model.py": {"LoRAModel": {"from_lora_tensors"}},
+    "lora/model_manager.py": {
+        "LoRAModelManager": {"add_adapter", "remove_adapter", "activate_adapter"},
     },
     "outputs.py": {"CompletionOutput": {"weight_versions", "token_ids", "logprobs"}},
     "sampling_params.py": {
