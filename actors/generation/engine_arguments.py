@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
+from actors.generation.quantized import quantization_argument
 from common.config.sections import GeneratorConfig, ModelConfig
 from common.weights.transport import WeightTransport
 
@@ -47,7 +48,9 @@ def engine_arguments(
         # In a placement group vLLM would have Ray start its workers, each in a bundle with a device
         # of its own; all devices of a generator are in one.
         arguments["distributed_executor_backend"] = "mp"
-    if torch.cuda.is_available():
+    cuda = torch.cuda.is_available()
+    arguments |= quantization_argument(generator, cuda=cuda)
+    if cuda:
         return arguments | _on_cuda(generator, transport, cache_bytes)
     return arguments | _on_cpu(model, generator)
 

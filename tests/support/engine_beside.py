@@ -64,11 +64,17 @@ def _answer(pipe: Connection) -> Any:
 
 @contextmanager
 def engine_beside(
-    folder: Path, max_length: int, dtype: str = "float32", *, mended: bool = True
+    folder: Path,
+    max_length: int,
+    dtype: str = "float32",
+    *,
+    mended: bool = True,
+    **generator: Any,
 ) -> Iterator[EngineBeside]:
     """An engine that has loaded `folder`.
 
     Args:
+        generator: keys of `GeneratorConfig`, in the place of the usual ones here.
         mended: without it, experts are left as vLLM itself leaves them after an update.
 
     Raises:
@@ -78,7 +84,9 @@ def engine_beside(
     context.set_forkserver_preload(_PRELOADED)
     ours, theirs = context.Pipe()
     process = context.Process(
-        target=_serve, args=(theirs, str(folder), max_length, dtype, mended), daemon=True
+        target=_serve,
+        args=(theirs, str(folder), max_length, dtype, generator, mended),
+        daemon=True,
     )
     process.start()
     theirs.close()
@@ -93,21 +101,31 @@ def engine_beside(
             process.join()
 
 
-def _serve(pipe: Connection, folder: str, max_length: int, dtype: str, mended: bool = True) -> None:
+def _serve(
+    pipe: Connection,
+    folder: str,
+    max_length: int,
+    dtype: str,
+    keys: dict[str, Any],
+    mended: bool = True,
+) -> None:
     """The process: start, then answer until the other end is closed."""
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     if not mended:
         weight_engine = importlib.import_module("actors.generation.weight_engine")
         weight_engine.prepare_experts_again = lambda model: None
-    asyncio.run(_answer_all(pipe, folder, max_length, dtype))
+    asyncio.run(_answer_all(pipe, folder, max_length, dtype, keys))
     os._exit(0)  # vLLM's threads need not end
 
 
-async def _answer_all(pipe: Connection, folder: str, max_length: int, dtype: str) -> None:
+async def _answer_all(
+    pipe: Connection, folder: str, max_length: int, dtype: str, keys: dict[str, Any]
+) -> None:
     from actors.generation.generator import Generator
     from common.config.sections import GeneratorConfig, ModelConfig
 
-    config = GeneratorConfig(max_staleness=0, kv_cache_gib=0.05, max_concurrent_sequences=16)
+    usual = {"max_staleness": 0, "kv_cache_gib": 0.05, "max_concurrent_sequences": 16}
+    config = GeneratorConfig(**(usual | keys))
     model = ModelConfig(path=folder, dtype=dtype, max_length=max_length)
     generator = Generator("beside", model, config, "object_store", 0, 0, None)
     try:

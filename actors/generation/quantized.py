@@ -1,0 +1,150 @@
+"""Weights of eight bits in vLLM: how an engine is asked for them, and int8 on a CPU.
+
+Weights come from the learner as they are, in `model.dtype`. vLLM quantises a layer when all of it
+has arrived, at the start and in every update (its online quantisation). Matrices of a layer are
+quantised. The embedding, the output head, norms, biases and experts of a mixture stay as they are.
+
+vLLM has that for fp8 on CUDA. For int8 it has a kernel on CPU, and reads int8 from checkpoints
+alone. `Int8Method` gives the kernel what arrives, by the same interface as vLLM's own methods. A
+row of a matrix has a scale, and each token's activations get one as they come.
+
+Shapes: weight [N, K], scale [N, 1].
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from common.errors import UserError
+
+if TYPE_CHECKING:
+    from common.config.actors import GeneratorConfig
+
+INT8 = "int8_per_channel_cpu"
+"""Our method's name in vLLM."""
+FP8 = "fp8_per_channel"
+"""vLLM's own: a scale a row of a matrix and a scale a token, as here."""
+_MOST = 127
+_LEAST_SCALE = 1e-12
+"""For a row of zeros."""
+
+
+def quantization_argument(generator: GeneratorConfig, *, cuda: bool) -> dict[str, Any]:
+    """What `EngineArgs` is given for `generator.quantization`; nothing where that is null.
+
+    Raises:
+        UserError: this device does not compute with it.
+    """
+    kind = generator.quantization
+    if kind is None:
+        return {}
+    if (kind == "fp8") != cuda:
+        here, other = ("CUDA", "fp8") if cuda else ("a CPU", "int8")
+        raise UserError(
+            f"generator.quantization={kind} does not run on {here}: use {other}, or null"
+        )
+    if kind == "fp8":
+        return {"quantization": FP8}
+    register()
+    return {"quantization": INT8}
+
+
+def rows_to_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """(int8 [N, K], float32 scale [N, 1]) with `weight` within half a scale of their product."""
+    exact = weight.detach().to(torch.float32)
+    scale = (exact.abs().amax(dim=1, keepdim=True) / _MOST).clamp_min(_LEAST_SCALE)
+    return (exact / scale).round().clamp(-_MOST, _MOST).to(torch.int8), scale
+
+
+def register() -> None:
+    """Make int8 on a CPU known to vLLM in this process."""
+    from vllm.model_executor.layers.quantization import (
+        QUANTIZATION_METHODS,
+        register_quantization_config,
+    )
+
+    if INT8 not in QUANTIZATION_METHODS:
+        register_quantization_config(INT8)(_int8_config())
+
+
+def _int8_config() -> type:
+    """vLLM's classes are imported when an engine is to start, and not before."""
+    from vllm.model_executor.layers.fused_moe import RoutedExperts
+    from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
+        UnquantizedFusedMoEMethod,
+    )
+    from vllm.model_executor.layers.linear import LinearBase
+    from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
+    from vllm.model_executor.layers.quantization.online.fp8 import OnlineLinearBase
+    from vllm.model_executor.utils import replace_parameter
+
+    class Int8Method(OnlineLinearBase):
+        """A linear layer whose weights are quantised as soon as they are there."""
+
+        def create_weights(self, layer: nn.Module, *args: Any, **kwargs: Any) -> None:
+            from vllm.model_executor.kernels.linear import init_int8_linear_kernel
+
+            super().create_weights(layer, *args, **kwargs)
+            self.kernel = init_int8_linear_kernel(
+                is_channelwise=True,
+                is_static_input_scheme=False,
+                input_symmetric=True,
+                module_name=type(self).__name__,
+            )
+
+        def process_weights_after_loading(self, layer: Any) -> None:
+            if getattr(layer, "_already_called_process_weights_after_loading", False):
+                return
+            weight, scale = rows_to_int8(layer.weight)
+            replace_parameter(layer, "weight", nn.Parameter(weight, requires_grad=False))
+            replace_parameter(layer, "weight_scale", nn.Parameter(scale, requires_grad=False))
+            layer.input_scale = layer.input_zero_point = layer.azp_adj = None
+            # The kernel is built for outputs of torch's default type, which is the model's when
+            # vLLM loads it for the first time, and torch's own in an update.
+            before = torch.get_default_dtype()
+            torch.set_default_dtype(layer.orig_dtype)
+            try:
+                self.kernel.process_weights_after_loading(layer)
+            finally:
+                torch.set_default_dtype(before)
+            # The kernel keeps the scales' address alone. An update puts a copy into the layer, and
+            # these would be freed.
+            self.scales = layer.weight_scale.data
+            layer._already_called_process_weights_after_loading = True
+
+        def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+            output: Tensor = self.kernel.apply_weights(layer, x, bias)
+            return output
+
+    class Int8Config(QuantizationConfig):
+        """Which layers are quantised: the linear ones, except the head and experts."""
+
+        def get_name(self) -> str:
+            return INT8
+
+        def get_supported_act_dtypes(self) -> list[torch.dtype]:
+            return [torch.bfloat16, torch.float32]
+
+        @classmethod
+        def get_min_capability(cls) -> int:
+            return -1  # CUDA's alone
+
+        @staticmethod
+        def get_config_filenames() -> list[str]:
+            return []
+
+        @classmethod
+        def from_config(cls, config: dict[str, Any]) -> Int8Config:
+            raise NotImplementedError("weights are quantised as they are loaded")
+
+        def get_quant_method(self, layer: nn.Module, prefix: str) -> Any:
+            if isinstance(layer, LinearBase):
+                return Int8Method()
+            if isinstance(layer, RoutedExperts):
+                return UnquantizedFusedMoEMethod(layer.moe_config)
+            return None
+
+    return Int8Config
