@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from actors.generation.quantized import quantization_argument
 from common.config.sections import GeneratorConfig, ModelConfig
 from common.weights.transport import WeightTransport
 
@@ -49,7 +48,10 @@ def engine_arguments(
         # of its own; all devices of a generator are in one.
         arguments["distributed_executor_backend"] = "mp"
     cuda = torch.cuda.is_available()
-    arguments |= quantization_argument(generator, cuda=cuda)
+    if generator.quantization is not None:
+        from actors.generation.quantized import method_of
+
+        arguments["quantization"] = method_of(generator.quantization, cuda=cuda)
     if cuda:
         return arguments | _on_cuda(generator, transport, cache_bytes)
     return arguments | _on_cpu(model, generator)

@@ -8,53 +8,79 @@ vLLM has that for fp8 on CUDA. For int8 it has a kernel on CPU, and reads int8 f
 alone. `Int8Method` gives the kernel what arrives, by the same interface as vLLM's own methods. A
 row of a matrix has a scale, and each token's activations get one as they come.
 
-Shapes: weight [N, K], scale [N, 1].
+A few large activations of a token would leave the others few of the 255 steps. So inputs are
+rotated, 64 at a time, by a Hadamard matrix, which spreads what is large over its block; weights are
+rotated by the same, and the product stays ([P] QuaRot, Ashkboos et al. 2024). It needs no data.
+
+Legend: T tokens, N outputs, K inputs.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import functools
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from common.errors import UserError
-
-if TYPE_CHECKING:
-    from common.config.actors import GeneratorConfig
+from common.config.quantization import check_device
 
 INT8 = "int8_per_channel_cpu"
 """Our method's name in vLLM."""
 FP8 = "fp8_per_channel"
 """vLLM's own: a scale a row of a matrix and a scale a token, as here."""
+_BLOCK = 64
+"""Inputs that are rotated together, or the largest power of two below that divides K."""
 _MOST = 127
 _LEAST_SCALE = 1e-12
 """For a row of zeros."""
 
 
-def quantization_argument(generator: GeneratorConfig, *, cuda: bool) -> dict[str, Any]:
-    """What `EngineArgs` is given for `generator.quantization`; nothing where that is null.
+def method_of(kind: str, *, cuda: bool) -> str:
+    """vLLM's name of what `generator.quantization` asks for, which vLLM then knows.
 
     Raises:
         UserError: this device does not compute with it.
     """
-    kind = generator.quantization
-    if kind is None:
-        return {}
-    if (kind == "fp8") != cuda:
-        here, other = ("CUDA", "fp8") if cuda else ("a CPU", "int8")
-        raise UserError(
-            f"generator.quantization={kind} does not run on {here}: use {other}, or null"
-        )
+    check_device(kind, cuda=cuda)
     if kind == "fp8":
-        return {"quantization": FP8}
+        return FP8
     register()
-    return {"quantization": INT8}
+    return INT8
 
 
-def rows_to_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """(int8 [N, K], float32 scale [N, 1]) with `weight` within half a scale of their product."""
-    exact = weight.detach().to(torch.float32)
+def rotation(inputs: int) -> Tensor:
+    """A Hadamard matrix [B, B] over the root of B, its own inverse; B divides `inputs`."""
+    size = 1
+    while size < _BLOCK and inputs % (2 * size) == 0:
+        size *= 2
+    signs = torch.ones(1, 1, dtype=torch.float32)  # the default type may be the model's
+    while len(signs) < size:
+        signs = torch.cat([torch.cat([signs, signs], 1), torch.cat([signs, -signs], 1)])
+    return signs / size**0.5
+
+
+@functools.cache
+def _rotator(inputs: int, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    """Rotates activations [T, K] by vLLM's product with a packed matrix, twice as fast as torch's."""
+    from vllm import _custom_ops as ops
+
+    exact = rotation(inputs)
+    packed: Any = ops.create_onednn_mm(exact.to(dtype), 32)
+
+    def rotated(x_TK: Tensor) -> Tensor:
+        blocks: Tensor = ops.onednn_mm(packed, x_TK.reshape(-1, len(exact)), None)
+        return blocks.view(x_TK.shape)
+
+    return rotated
+
+
+def rows_to_int8(weight_NK: Tensor) -> tuple[Tensor, Tensor]:
+    """(int8 [N, K], float32 scale [N, 1]): the rotated weight is within half a scale of the
+    product of both."""
+    turn = rotation(weight_NK.shape[1])
+    exact = (weight_NK.to(torch.float32).reshape(-1, len(turn)) @ turn).view(weight_NK.shape)
     scale = (exact.abs().amax(dim=1, keepdim=True) / _MOST).clamp_min(_LEAST_SCALE)
     return (exact / scale).round().clamp(-_MOST, _MOST).to(torch.int8), scale
 
@@ -98,7 +124,8 @@ def _int8_config() -> type:
         def process_weights_after_loading(self, layer: Any) -> None:
             if getattr(layer, "_already_called_process_weights_after_loading", False):
                 return
-            weight, scale = rows_to_int8(layer.weight)
+            self.rotated = _rotator(layer.weight.shape[1], layer.orig_dtype)
+            weight, scale = rows_to_int8(layer.weight.detach())
             replace_parameter(layer, "weight", nn.Parameter(weight, requires_grad=False))
             replace_parameter(layer, "weight_scale", nn.Parameter(scale, requires_grad=False))
             layer.input_scale = layer.input_zero_point = layer.azp_adj = None
@@ -116,7 +143,7 @@ def _int8_config() -> type:
             layer._already_called_process_weights_after_loading = True
 
         def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
-            output: Tensor = self.kernel.apply_weights(layer, x, bias)
+            output: Tensor = self.kernel.apply_weights(layer, self.rotated(x), bias)
             return output
 
     class Int8Config(QuantizationConfig):

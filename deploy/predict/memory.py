@@ -2,7 +2,7 @@
 
     contexts   CUDA's, one for each process on the device; NCCL's buffers where ranks talk
     learner    see `learner.training.memory`: what it keeps, and its peak in a step
-    generator  bfloat16 weights, a forward pass, CUDA graphs, and the rest of its share: the cache
+    generator  bfloat16 or eight-bit weights, a forward pass, CUDA graphs, and the rest of its share: the cache
 
 Where both stand on one device they take turns. While one generates, the other holds what it keeps;
 while the learner steps, the generator sleeps and holds its context alone. So the cache gets what
@@ -95,7 +95,7 @@ def memory_plan(
     both = own + theirs
     load = learner_load(config, model, trainer * (1 - SLACK) - (both if shared else own))
     learner = learner_memory(model, load)
-    weights = BYTES * model.parameters / devices
+    weights = model.sampler_bytes(config.generator.quantization) / devices
     activations = _forward_pass(config, model)
     taken = both + learner.kept if shared else theirs
     room = config.generator.memory_fraction * generator_device - taken - weights - activations
