@@ -66,8 +66,9 @@ __all__ = [
     "WeightsConfig",
 ]
 
-_EIGHT_BITS = 0.8
-"""Tolerance of the canary where generators are quantised."""
+_EIGHT_BITS = 0.4
+"""Tolerance of the canary where generators are quantised. With int8 the right weights of SmolLM2
+were 0.06 to 0.19 nats a token away, without one of its thirty layers 0.65. fp8 is not measured."""
 
 
 @dataclass
