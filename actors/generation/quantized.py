@@ -63,7 +63,7 @@ def rotation(inputs: int) -> Tensor:
 
 @functools.cache
 def _rotator(inputs: int, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
-    """Rotates activations [T, K] by vLLM's product with a packed matrix, twice as fast as torch's."""
+    """Rotates activations [T, K], by vLLM's product: it is twice as fast as torch's."""
     from vllm import _custom_ops as ops
 
     exact = rotation(inputs)

@@ -66,7 +66,7 @@ def num_ranks(config: ActorConfig) -> int:
 
 
 def teacher_generator(config: ActorConfig) -> GeneratorConfig:
-    """The generators that hold the teacher: one version of its weights, exact, and nothing sampled."""
+    """The generators that hold the teacher: one version of exact weights, and nothing sampled."""
     return replace(
         config.generator,
         count=config.teacher.count,

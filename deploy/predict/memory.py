@@ -2,7 +2,8 @@
 
     contexts   CUDA's, one for each process on the device; NCCL's buffers where ranks talk
     learner    see `learner.training.memory`: what it keeps, and its peak in a step
-    generator  bfloat16 or eight-bit weights, a forward pass, CUDA graphs, and the rest of its share: the cache
+    generator  weights in bfloat16 or eight bits, a forward pass, CUDA graphs, and the rest of its
+               share: the cache
 
 Where both stand on one device they take turns. While one generates, the other holds what it keeps;
 while the learner steps, the generator sleeps and holds its context alone. So the cache gets what

@@ -278,8 +278,7 @@ def _batches(config: Config, origins: Mapping[str, str]) -> list[str]:
         f"generator.max_concurrent_sequences {generator.max_concurrent_sequences}",
         f"off-policy correction  {config.correction_kind}"
         + (
-            f", because generator.max_staleness is {staleness}"
-            f"{_of_eight_bits(config)}"
+            f", because generator.max_staleness is {staleness}{_of_eight_bits(config)}"
             if config.algorithm.correction.kind == "auto"
             else ", as algorithm.correction.kind says"
         ),

@@ -101,9 +101,7 @@ async def _gap(engines: dict[str, Engine], prompts: list[list[int]], folder: str
     for kind, engine in engines.items():
         sampled = await _sample(engine, prompts, GAP_EACH * len(prompts), GAP_TOKENS, whole=False)
         given = [prompts[index % len(prompts)] for index in range(len(sampled))]
-        gaps[kind] = [
-            _distance(learner, ids, one) for ids, one in zip(given, sampled, strict=True)
-        ]
+        gaps[kind] = [_distance(learner, ids, one) for ids, one in zip(given, sampled, strict=True)]
     plain, rounded = (statistics.mean(gaps[kind]) for kind in ("null", "int8"))
     return Row(
         "gap of a generator with int8 to the policy, SmolLM2-135M",
