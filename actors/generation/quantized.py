@@ -96,14 +96,8 @@ def register() -> None:
         register_quantization_config(INT8)(_int8_config())
 
 
-def _int8_config() -> type:
+def _int8_method() -> type:
     """vLLM's classes are imported when an engine is to start, and not before."""
-    from vllm.model_executor.layers.fused_moe import RoutedExperts
-    from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
-        UnquantizedFusedMoEMethod,
-    )
-    from vllm.model_executor.layers.linear import LinearBase
-    from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
     from vllm.model_executor.layers.quantization.online.fp8 import OnlineLinearBase
     from vllm.model_executor.utils import replace_parameter
 
@@ -146,6 +140,20 @@ def _int8_config() -> type:
             output: Tensor = self.kernel.apply_weights(layer, self.rotated(x), bias)
             return output
 
+    return Int8Method
+
+
+def _int8_config() -> type:
+    """The class that vLLM asks how each layer is computed."""
+    from vllm.model_executor.layers.fused_moe import RoutedExperts
+    from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
+        UnquantizedFusedMoEMethod,
+    )
+    from vllm.model_executor.layers.linear import LinearBase
+    from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
+
+    int8_method = _int8_method()
+
     class Int8Config(QuantizationConfig):
         """Which layers are quantised: the linear ones, except the head and experts."""
 
@@ -169,7 +177,7 @@ def _int8_config() -> type:
 
         def get_quant_method(self, layer: nn.Module, prefix: str) -> Any:
             if isinstance(layer, LinearBase):
-                return Int8Method()
+                return int8_method()
             if isinstance(layer, RoutedExperts):
                 return UnquantizedFusedMoEMethod(layer.moe_config)
             return None

@@ -55,7 +55,7 @@ class GeneratorConfig:
     """Whether vLLM runs without compilation and CUDA graphs. It starts sooner and decodes
     slower."""
     quantization: Literal["fp8", "int8"] | None = None
-    """Eight-bit products in the matrices of a generator's layers: `fp8` on CUDA, `int8` on a CPU.
+    """Type of eight bits in which a generator's layers multiply: `fp8` on CUDA, `int8` on a CPU.
     Weights are quantised as they arrive. Sampling is faster, and the sampler no longer quite the
     policy: `algorithm.correction` weighs that. Evaluation is quantised too. Null is off."""
     memory_fraction: PositiveShare = 0.85
