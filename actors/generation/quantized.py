@@ -33,6 +33,8 @@ FP8 = "fp8_per_channel"
 _BLOCK = 64
 """Inputs that are rotated together, or the largest power of two below that divides K."""
 _MOST = 127
+_READ_BY_ATTENTION = ".kv_b_proj"
+"""Latent attention takes this weight apart by itself, and the kernel keeps none to be read."""
 _LEAST_SCALE = 1e-12
 """For a row of zeros."""
 
@@ -149,7 +151,7 @@ def _int8_config() -> type:
     from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
         UnquantizedFusedMoEMethod,
     )
-    from vllm.model_executor.layers.linear import LinearBase
+    from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
     from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 
     int8_method = _int8_method()
@@ -177,7 +179,8 @@ def _int8_config() -> type:
 
         def get_quant_method(self, layer: nn.Module, prefix: str) -> Any:
             if isinstance(layer, LinearBase):
-                return int8_method()
+                read = prefix.endswith(_READ_BY_ATTENTION)
+                return UnquantizedLinearMethod() if read else int8_method()
             if isinstance(layer, RoutedExperts):
                 return UnquantizedFusedMoEMethod(layer.moe_config)
             return None
