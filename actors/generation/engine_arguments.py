@@ -51,7 +51,12 @@ def engine_arguments(
         # In a placement group vLLM would have Ray start its workers, each in a bundle with a device
         # of its own; all devices of a generator are in one.
         arguments["distributed_executor_backend"] = "mp"
-    if torch.cuda.is_available():
+    cuda = torch.cuda.is_available()
+    if generator.quantization is not None:
+        from actors.generation.quantized import method_of
+
+        arguments["quantization"] = method_of(generator.quantization, cuda=cuda)
+    if cuda:
         return arguments | _on_cuda(generator, transport, cache_bytes)
     return arguments | _on_cpu(model, generator)
 

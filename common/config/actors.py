@@ -54,6 +54,11 @@ class GeneratorConfig:
     enforce_eager: bool = True
     """Whether vLLM runs without compilation and CUDA graphs. It starts sooner and decodes
     slower."""
+    quantization: Literal["fp8", "int8"] | None = None
+    """Type of eight bits in which the layers of generators multiply. `fp8` is for CUDA, `int8` for
+    CPUs. Weights are quantised as they arrive. Sampling is faster, and the sampler is no longer
+    quite the policy: `algorithm.correction` weighs that. Evaluation is quantised too. Null is
+    off."""
     memory_fraction: PositiveShare = 0.85
     """Share of a CUDA device's memory that vLLM may take. On devices that generators and learner
     share it is that of both together while generators sample."""

@@ -262,7 +262,7 @@ class CorrectionConfig:
         Names("auto", "none", "tis", "icepop", "sequence_mask", "off_policy_mask", "topr", "m2po"),
     ] = "auto"
     """Off-policy correction (`learner.algorithm.corrections`). `auto` is `tis` where
-    `generator.max_staleness` is above 0, else `none`."""
+    `generator.max_staleness` is above 0 or `generator.quantization` is set, else `none`."""
     args: Args = field(default_factory=dict)
     """Keyword arguments of the rule. Those of ours stand in learner/README.md."""
     level: Literal["token", "sequence"] = "token"

@@ -16,6 +16,7 @@ from common.config.data import SERVED_RANKS
 from common.config.environment import BUILTIN_ENVIRONMENTS, ENVIRONMENT_RULE
 from common.config.follow_up import check_follow_up
 from common.config.names import check_name, check_names
+from common.config.quantization import check_quantization
 from common.config.scaffold import check_scaffold
 from common.config.scorers import check_scorer
 from common.config.sections import Config, VerifierSpec
@@ -39,6 +40,7 @@ def check_config(config: Config) -> None:
     _check_environment(config)
     check_follow_up(config)
     check_scaffold(config)
+    check_quantization(config)
     check_scorer(config)
     _check_critic(config)
     _check_memory(config)

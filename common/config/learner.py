@@ -174,7 +174,8 @@ class WeightsConfig:
     """Last tokens of a canary sequence, those that are scored."""
     canary_tolerance: Positive | None = None
     """Largest mean gap in nats a token of a canary sequence between learner and generator. Null is
-    0.2 in bfloat16, whose logits have steps of up to 1/8, and 0.001 in float32."""
+    0.2 in bfloat16, whose logits have steps of up to 1/8, 0.001 in float32, and 0.4 with
+    `generator.quantization`."""
     canary_growth: Limit = 10.0
     """Largest gap of a version as a multiple of the largest one before it. Gaps below a quarter of
     the tolerance always pass: they may be rounding. `.inf` leaves the tolerance alone."""

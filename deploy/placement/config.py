@@ -72,12 +72,13 @@ def num_ranks(config: ActorConfig) -> int:
 
 
 def teacher_generator(config: ActorConfig) -> GeneratorConfig:
-    """The generators that hold the teacher: one version of its weights, and nothing sampled."""
+    """The generators that hold the teacher: one version of exact weights, and nothing sampled."""
     return replace(
         config.generator,
         count=config.teacher.count,
         min_count=None,
         max_staleness=0,
+        quantization=None,
         tensor_parallel=config.teacher.tensor_parallel,
         pipeline_parallel=1,
         num_gpus=0.0,

@@ -8,7 +8,8 @@
                          bfloat16 weights and moments in 8 bit take two each
     checkpoint           the same without gradients, and a compute copy, from when it is taken until
                          it is written
-    generator, each      compute weights and the key-value cache; where adapters are sent alone
+    generator, each      compute weights, those of matrices in eight bits where they are quantised,
+                         and the key-value cache; where adapters are sent alone
                          (`weights.publish`), room for them at vLLM's rank, and a copy
     weights on the way   three copies in compute dtype: bucket, object store, the version before,
                          which is kept for generators that start again; adapters alone in float32
@@ -74,6 +75,7 @@ def estimate(
     *,
     adapters: int = 0,
     taught: int = 0,
+    quantised: int = 0,
 ) -> MemoryEstimate:
     """Estimate the memory of a run or an evaluation on a CPU.
 
@@ -82,16 +84,18 @@ def estimate(
         others: what the learner holds beside the policy.
         adapters: parameters of adapters, where they alone are trained; 0 where all are.
         taught: parameters of a teacher that has generators of its own.
+        quantised: parameters that generators hold in a byte each.
     """
     width = 2 if config.model.dtype == "bfloat16" else 4
     compute = parameters * width
-    each = compute + config.generator.kv_cache_gib * GIB + PROCESS_BYTES["generator"]
-    beside = config.teacher.count * (each - compute + taught * width)
+    each = config.generator.kv_cache_gib * GIB + PROCESS_BYTES["generator"]
+    beside = config.teacher.count * (each + taught * width)
     published, served = float(compute), config.served_adapter
     if served is not None and adapters:
         published = _FLOAT32 * adapters
         each += 2 * width * served_parameters(served, adapters)
-    serving = MemoryEstimate(config.generator.count * each + beside, PROCESS_BYTES["others"])
+    sampling = config.generator.count * (each + compute - quantised * (width - 1))
+    serving = MemoryEstimate(sampling + beside, PROCESS_BYTES["others"])
     if config.learner is None:
         return serving
     kept = state_bytes(config.learner, config.model.adapter.rank if adapters else 0)
@@ -121,6 +125,15 @@ def served_parameters(adapter: AdapterConfig, trained: float) -> float:
 def count_parameters(folder: Path) -> int:
     """Count the parameters of a model folder, from the headers of its safetensors files."""
     return sum(math.prod(shape) for shape in _shapes(folder).values())
+
+
+def count_quantised(folder: Path) -> int:
+    """Count the parameters that int8 holds in a byte: matrices of layers that are no expert's."""
+    return sum(
+        math.prod(shape)
+        for name, shape in _shapes(folder).items()
+        if len(shape) == 2 and _IN_LAYER.search(name) and ".experts." not in name
+    )
 
 
 def count_adapters(folder: Path, adapter: AdapterConfig) -> int:
@@ -168,6 +181,7 @@ def check_memory(config: ActorConfig, folder: Path, others: OtherModels) -> None
         others,
         taught=count_parameters(Path(config.teacher.path or "")) if config.teacher.count else 0,
         adapters=count_adapters(folder, config.model.adapter),
+        quantised=count_quantised(folder) if config.generator.quantization else 0,
     )
     available = available_bytes()
     if available and needed.total > available:

@@ -158,6 +158,7 @@ class ClusterPlan:
             scored=self._scored_parameters,
             trained=self.memory.load.adapters or None,
             critic=self.config.algorithm.needs_critic,
+            quantization=self.config.generator.quantization,
         )
 
     @property

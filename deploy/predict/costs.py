@@ -177,6 +177,7 @@ def costs_on(
     scored: float = 0.0,
     trained: float | None = None,
     critic: bool = False,
+    quantization: str | None = None,
 ) -> Costs:
     """Costs of generators on `device` and a learner on `learner_device` (None is the same one).
 
@@ -188,9 +189,10 @@ def costs_on(
         scored: parameters of a model that scores all tokens of a step.
         trained: parameters that the optimiser steps on; None is all.
         critic: a critic as large as the policy values every token, and learns from it.
+        quantization: `generator.quantization`. Weights are read faster, products counted as before.
     """
     a, trainer = Assumptions(), learner_device or device
-    parallel, weights = pools.devices_each, BYTES * model.parameters
+    parallel, weights = pools.devices_each, model.sampler_bytes(quantization)
     bandwidth = device.bandwidth * a.decode_bandwidth * parallel
     reduce_s = 2 * model.layers * a.all_reduce_s if parallel > 1 else 0.0
     products, stepped = 2 * model.parameters, trained or model.parameters

@@ -2,8 +2,8 @@
 
     contexts   CUDA's, one for each process on the device; NCCL's buffers where ranks talk
     learner    see `learner.training.memory`: what it keeps, and its peak in a step
-    generator  bfloat16 weights, adapters that are sent alone, a forward pass, CUDA graphs, and the
-               rest of its share: the cache
+    generator  weights in bfloat16 or eight bits, adapters that are sent alone, a forward pass, CUDA
+               graphs, and the rest of its share: the cache
 
 Where both stand on one device they take turns. While one generates, the other holds what it keeps;
 while the learner steps, the generator sleeps and holds its context alone. So the cache gets what
@@ -97,7 +97,7 @@ def memory_plan(
     both = own + theirs
     load = learner_load(config, model, trainer * (1 - SLACK) - (both if shared else own))
     learner = learner_memory(model, load)
-    weights = BYTES * model.parameters / devices
+    weights = model.sampler_bytes(config.generator.quantization) / devices
     if config.served_adapter is not None:  # whole: tensor parallelism divides only half of it
         weights += BYTES * served_parameters(config.served_adapter, load.adapters)
     activations = _forward_pass(config, model)

@@ -35,6 +35,7 @@ def notes(config: Config, origins: Mapping[str, str] | None = None) -> list[str]
         _scaffold,
         _scorer,
         _critic,
+        _eight_bits,
     )
     found = [*(rule(config) for rule in rules), _adapter_rate(config, origins or {})]
     return [note for note in found if note is not None]
@@ -99,6 +100,18 @@ def _scorer(config: Config) -> str | None:
     return (
         f"algorithm.advantage.scorer={scorer} {holds}adds a forward pass over all completions to "
         f"every step: a third of the passes of a model of the policy's size{more}"
+    )
+
+
+def _eight_bits(config: Config) -> str | None:
+    """A sampler that is not the policy, and nothing that weighs the difference."""
+    kind = config.generator.quantization
+    weighed = config.correction_kind != "none"
+    if kind is None or weighed or config.algorithm.objective.anchor == "behaviour":
+        return None
+    return (
+        f"sampled with {kind}, trained with {config.model.dtype}, and nothing corrects the gap: "
+        "set algorithm.correction.kind=tis (auto does so), or algorithm.objective.anchor=behaviour"
     )
 
 

@@ -233,6 +233,11 @@ def _of_a_group(config: Config) -> tuple[int, str, str]:
     return follow_up.most_learnt(size), keys, " at most"
 
 
+def _of_eight_bits(config: Config) -> str:
+    kind = config.generator.quantization
+    return "" if kind is None else f" and generator.quantization {kind}"
+
+
 def _batches(config: Config, origins: Mapping[str, str]) -> list[str]:
     """Batch arithmetic as lines, each of which says what follows from what."""
     batch, generator = config.batch, config.generator
@@ -274,7 +279,7 @@ def _batches(config: Config, origins: Mapping[str, str]) -> list[str]:
         f"generator.max_concurrent_sequences {generator.max_concurrent_sequences}",
         f"off-policy correction  {config.correction_kind}"
         + (
-            f", because generator.max_staleness is {staleness}"
+            f", because generator.max_staleness is {staleness}{_of_eight_bits(config)}"
             if config.algorithm.correction.kind == "auto"
             else ", as algorithm.correction.kind says"
         ),

@@ -19,6 +19,7 @@ from ray.exceptions import RayTaskError
 from actors.environments.actor import EnvironmentActor
 from actors.generation.generator import Generator
 from actors.verifiers.worker import VerifierWorker
+from common.config.quantization import check_device
 from common.config.sections import TeacherConfig, VerifierConfig
 from common.errors import UserError
 from common.record.writer import TrajectoryLogWriter
@@ -193,6 +194,7 @@ def _check(config: ActorConfig, others: OtherModels) -> bool:
             f"weights.transport={config.transport.name} moves weights between CUDA devices "
             f"and there is none: use weights.transport={choices}"
         )
+    check_device(config.generator.quantization, cuda=cuda)
     varlen = config.learner is not None and config.learner.attention == "varlen"
     if varlen and not (cuda and config.model.dtype == "bfloat16"):
         raise UserError(

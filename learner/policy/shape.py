@@ -84,6 +84,15 @@ class ModelShape:
         embeddings = self.embedding * (1 if self.tied else 2)
         return self.layers * self.layer_parameters + embeddings + self.hidden
 
+    def sampler_bytes(self, quantization: str | None) -> int:
+        """Bytes of the weights in a generator; in eight bits a matrix of a layer has one each, and
+        a float32 scale for each of its outputs."""
+        if quantization is None:
+            return BYTES * self.parameters
+        sizes = self.linear.values()
+        saved = sum((BYTES - 1) * inputs * outputs - 4 * outputs for inputs, outputs in sizes)
+        return BYTES * self.parameters - self.layers * saved
+
     @property
     def kv_bytes(self) -> int:
         """Bytes of one token in the key-value cache."""

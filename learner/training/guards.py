@@ -56,8 +56,8 @@ def check_logprob_gap(
     if gap > config.logprob_gap_stop or math.isnan(gap):
         raise RunError(
             f"{said} (learner.logprob_gap_stop={config.logprob_gap_stop:g}): what the generators "
-            "sample is not this policy. Look at generator.max_staleness, at the learning rate, "
-            "and at canary/gap in metrics.jsonl"
+            "sample is not this policy. Look at generator.max_staleness and quantization, at the "
+            "learning rate, and at canary/gap in metrics.jsonl"
         )
     if gap > config.logprob_gap_warn:
         warn(f"warning: {said} (learner.logprob_gap_warn={config.logprob_gap_warn:g})")

@@ -68,7 +68,8 @@ def measure(folder: Path, dtype: str, turns: int) -> dict[str, dict[str, float]]
                     LONGEST,
                     dtype,
                     adapter=ADAPTER if way == "adapter" else None,
-                    sequences=SEQUENCES,
+                    max_concurrent_sequences=SEQUENCES,
+                    kv_cache_gib=0.5,
                 )
             )
             for way in WAYS

@@ -25,7 +25,7 @@ from harness import RESULTS, ROOT, Row, load_baseline, machine, save_baseline, t
 HERE = Path(__file__).parent
 SHORT = (
     *("maths", "learner_memory", "learner", "adapters", "log", "sandbox"),
-    *("start", "generator", "episodes", "overlap", "peer", "peer_episodes"),
+    *("start", "generator", "quantized", "episodes", "overlap", "peer", "peer_episodes"),
 )
 LONG = ("memory", "peer_accuracy:tiny", "peer_accuracy:smollm2")
 """Scripts of rows; behind the colon an argument."""

@@ -286,6 +286,34 @@ def test_derived_values() -> None:
     assert load("model.dtype=float32").canary_tolerance < load().canary_tolerance
 
 
+def test_eight_bits_widen_the_canary_and_turn_the_correction_on() -> None:
+    int8 = ("generator.quantization=int8", "generator.max_staleness=0")
+    assert load(*int8).canary_tolerance > load().canary_tolerance
+    assert load(*int8, "weights.canary_tolerance=0.1").canary_tolerance == 0.1
+    assert load(*int8).correction_kind == "tis"
+    assert load(*int8, "algorithm.correction.kind=none").correction_kind == "none"
+    # The ratio to the sampler is the objective's own there.
+    assert load(*int8, "algorithm.objective.anchor=behaviour").correction_kind == "none"
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        (["quantization=fp8", "model.dtype=float32"], "set model.dtype=bfloat16"),
+        (["quantization=int8", "generator.tensor_parallel=2"], "in one process on a CPU"),
+        (["quantization=int8", "weights.transport=nccl"], "use generator.quantization=fp8"),
+        (["quantization=int4"], "generator.quantization"),
+        (
+            ["quantization=int8", "weights.publish=adapter", "model.adapter.rank=8"],
+            "was not tried. Set weights.publish=merged",
+        ),
+    ],
+)
+def test_eight_bits_where_they_cannot_work_are_refused(keys: list[str], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        load_config([], ["model.path=x", f"generator.{keys[0]}", *keys[1:]])
+
+
 @pytest.mark.parametrize("shards", [3, 8])
 def test_copies_of_the_learner_are_whole(shards: int) -> None:
     load_config([], ["model.path=x", "learner.ranks=4", "learner.shard_ranks=2"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Iterator
 
 import pytest
 
@@ -19,9 +20,12 @@ def many() -> list[list[int]]:
 
 
 @pytest.fixture(autouse=True)
-def thawed() -> object:
-    """What a test freezes is not kept from later collections."""
+def usual() -> Iterator[None]:
+    """Python's own threshold, which other tests may have set; what a test freezes is thawed."""
+    threshold = gc.get_threshold()
+    gc.set_threshold(700, 10, 10)
     yield
+    gc.set_threshold(*threshold)
     gc.unfreeze()
 
 

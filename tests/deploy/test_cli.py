@@ -54,6 +54,11 @@ def untrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["train", "model.path=/nowhere"], 2, "there is no such folder"),
         (["train", "ray.address=127.0.0.1:1"], 2, "nothing answers at ray.address"),
         (["train", "weights.transport=nccl", "learner.device=cpu"], 2, "object_store"),
+        (
+            ["train", "generator.quantization=fp8", "model.dtype=bfloat16", "learner.device=cpu"],
+            2,
+            "quantization=fp8 does not run on a CPU: set it to int8",
+        ),
         (["train", "data.source=file", "data.path=no.jsonl", RULE], 2, "no.jsonl does not"),
         (["train", "ray.address=ray://127.0.0.1:1"], 2, "submit the run as a job"),
         (["plan", "recipe=grpo_lambda_cut", IN_RATIO], 2, "application=weight"),

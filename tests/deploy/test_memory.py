@@ -49,6 +49,32 @@ def test_the_estimate_grows_with_what_it_is_made_of() -> None:
     assert base - total("learner.masters=bfloat16") == pytest.approx(2 * 2 * 10**9)
 
 
+def test_quantised_matrices_take_a_byte_in_every_generator_and_nowhere_else(tmp_path: Path) -> None:
+    save_tiny_model(tmp_path, "qwen2")
+    shape = shape_of_config(tiny_config("qwen2").to_dict())
+    matrices = shape.layers * sum(inputs * outputs for inputs, outputs in shape.linear.values())
+    assert memory.count_quantised(tmp_path) == matrices > 0
+    config = load_config([], ["model.path=x", "model.dtype=bfloat16", "generator.count=2"])
+    plain, eight = (memory.estimate(config, 10**9, quantised=n) for n in (0, 10**8))
+    assert plain.generators - eight.generators == pytest.approx(2 * 10**8)
+    assert plain.total - eight.total == pytest.approx(2 * 10**8)
+    # The plan of devices: a byte less each, and a float32 scale for every output.
+    outputs = shape.layers * sum(outputs for _, outputs in shape.linear.values())
+    assert shape.sampler_bytes(None) == 2 * shape.parameters
+    assert shape.sampler_bytes("fp8") == 2 * shape.parameters - matrices + 4 * outputs
+
+
+def test_experts_are_not_counted_as_quantised(tmp_path: Path) -> None:
+    tensors = {
+        "model.layers.0.mlp.experts.0.up_proj.weight": torch.zeros(4, 4),
+        "model.layers.0.self_attn.q_proj.weight": torch.zeros(4, 2),
+        "model.embed_tokens.weight": torch.zeros(9, 4),
+        "model.layers.0.norm.weight": torch.zeros(4),
+    }
+    save_file(tensors, tmp_path / "model.safetensors")
+    assert memory.count_quantised(tmp_path) == 8
+
+
 def test_a_run_that_cannot_fit_is_refused_with_the_numbers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -141,3 +141,18 @@ def test_adapters_with_the_learning_rate_of_full_fine_tuning_are_told(
     found = load_with_origins([path], keys, recipes)
     told = [note for note in notes(found.config, found.origins) if "model.adapter" in note]
     assert [said in note for note in told] == ([] if said is None else [True])
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ([], False),
+        (["algorithm.correction.kind=none"], True),
+        (["algorithm.correction.kind=icepop"], False),
+        (["algorithm.correction.kind=none", "algorithm.objective.anchor=behaviour"], False),
+    ],
+)
+def test_eight_bits_without_a_correction_are_said(keys: list[str], said: bool) -> None:
+    found = notes(loaded("recipe=grpo", "generator.quantization=int8", *keys))
+    assert any("sampled with int8, trained with float32" in note for note in found) is said
+    assert not any("int8" in note for note in notes(loaded("recipe=grpo", *keys)))

@@ -90,13 +90,13 @@ def engine_beside(
     *,
     mended: bool = True,
     adapter: AdapterConfig | None = None,
-    sequences: int = 16,
+    **generator: Any,
 ) -> Iterator[EngineBeside]:
     """An engine that has loaded `folder`.
 
     Args:
         adapter: what updates bring; None where they bring weights.
-        sequences: those that it samples at a time.
+        generator: keys of `GeneratorConfig`, in the place of the usual ones here.
         mended: without it, experts are left as vLLM itself leaves them after an update.
 
     Raises:
@@ -107,7 +107,7 @@ def engine_beside(
     ours, theirs = context.Pipe()
     process = context.Process(
         target=_serve,
-        args=(theirs, str(folder), max_length, dtype, mended, adapter, sequences),
+        args=(theirs, str(folder), max_length, dtype, mended, adapter, generator),
         daemon=True,
     )
     process.start()
@@ -130,14 +130,14 @@ def _serve(
     dtype: str,
     mended: bool,
     adapter: AdapterConfig | None,
-    sequences: int,
+    keys: dict[str, Any],
 ) -> None:
     """The process: start, then answer until the other end is closed."""
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     if not mended:
         weight_engine = importlib.import_module("actors.generation.weight_engine")
         weight_engine.prepare_experts_again = lambda model: None
-    asyncio.run(_answer_all(pipe, folder, max_length, dtype, adapter, sequences))
+    asyncio.run(_answer_all(pipe, folder, max_length, dtype, adapter, keys))
     os._exit(0)  # vLLM's threads need not end
 
 
@@ -147,16 +147,13 @@ async def _answer_all(
     max_length: int,
     dtype: str,
     adapter: AdapterConfig | None,
-    sequences: int,
+    keys: dict[str, Any],
 ) -> None:
     from actors.generation.generator import Generator
     from common.config.sections import GeneratorConfig, ModelConfig
 
-    config = GeneratorConfig(
-        max_staleness=0,
-        kv_cache_gib=0.05 if sequences <= 16 else 0.5,
-        max_concurrent_sequences=sequences,
-    )
+    usual = {"max_staleness": 0, "kv_cache_gib": 0.05, "max_concurrent_sequences": 16}
+    config = GeneratorConfig(**(usual | keys))
     model = ModelConfig(path=folder, dtype=dtype, max_length=max_length)
     generator = Generator("beside", model, config, "object_store", 0, 0, None, adapter=adapter)
     try:
