@@ -41,7 +41,7 @@ class Assumptions:
     adapter_layer_s: float = 5e-4
     """Seconds of vLLM's for a layer's adapters, where these are sent alone; measured on a CPU."""
     request_s: float = 1e-4
-    coordinate_s: float = 0.0025
+    coordinate_s: float = 0.002
     """Seconds a group, measured on cores slower than a cluster's, as the section "Predictions" of
     `tests/bench/results/README.md` has it."""
     verify_s: float = 0.02
