@@ -9,7 +9,7 @@ operating system before the group may be trained on.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -21,6 +21,8 @@ from common.errors import UserError
 from common.record.schema import EVERY_LOG_HAS, check_schema, current, damaged_column
 
 SEGMENT_BYTES = 64 * 2**20
+_PIECE_BYTES = 8 * 2**20
+"""Of a row group of a Parquet twin, before it is compressed."""
 
 
 class TrajectoryLog:
@@ -88,8 +90,7 @@ def _number(path: Path) -> int:
 
 
 def _write_twin(path: Path, schema: pa.Schema) -> None:
-    """`path`, a closed segment, as Parquet beside it."""
-    table = pa.Table.from_batches(read_segment(path), schema=schema)
+    """`path`, a closed segment, as Parquet beside it, in pieces that take little memory."""
     partial = path.with_suffix(".parquet.partial")
     # Dictionaries of numbers that hardly repeat cost three times the rest.
     plain = ("token_ids", "behaviour_logprobs")
@@ -98,8 +99,26 @@ def _write_twin(path: Path, schema: pa.Schema) -> None:
         for field in schema
         if field.name not in plain
     ]
-    pa.parquet.write_table(table, partial, compression="zstd", use_dictionary=repeating)
+    with pa.parquet.ParquetWriter(
+        partial, schema, compression="zstd", use_dictionary=repeating
+    ) as writer:
+        for piece in _pieces(read_segment(path)):
+            writer.write_table(pa.Table.from_batches(piece, schema=schema))
+    pa.default_memory_pool().release_unused()
     os.replace(partial, path.with_suffix(".parquet"))
+
+
+def _pieces(batches: Iterable[pa.RecordBatch]) -> Iterator[list[pa.RecordBatch]]:
+    """The batches, some at a time."""
+    piece, nbytes = list[pa.RecordBatch](), 0
+    for batch in batches:
+        piece.append(batch)
+        nbytes += batch.nbytes
+        if nbytes >= _PIECE_BYTES:
+            yield piece
+            piece, nbytes = [], 0
+    if piece:
+        yield piece
 
 
 def segments(folder: Path) -> list[Path]:
