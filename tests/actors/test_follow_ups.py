@@ -19,9 +19,9 @@ from actors.data.prompts import PromptSource, build_prompt_source
 from actors.generation.follow_ups import (
     Said,
     Texts,
-    branch_points,
     follow_up_texts,
     follow_ups,
+    points_of,
 )
 from actors.generation.follow_ups import said as read
 from actors.generation.generator import Generator
@@ -189,17 +189,17 @@ LIKELY = [math.log(p) for p in (0.5, 0.95, 0.5, 0.95, 0.5, 0.5)]
 )
 def test_where_branches_are(config: BranchConfig, points: list[int]) -> None:
     one = Said(0, "0,1,2,3,4,5", [0, 1, 2, 3, 4, 5], LIKELY, 1.0, 1.0)
-    assert branch_points(one, config, TEXTS.decode) == points
+    assert points_of(one, config, TEXTS.decode) == points
 
 
 def test_no_branch_is_inside_of_what_ended_the_completion() -> None:
     """The text ends before a stop text, whose tokens are there all the same."""
     one = Said(0, "0,1,2", [0, 1, 2, 3, 4, 5], LIKELY, 1.0, 1.0)
-    assert branch_points(one, BranchConfig(at="every", every=1), TEXTS.decode) == [0, 1, 2, 3]
+    assert points_of(one, BranchConfig(at="every", every=1), TEXTS.decode) == [0, 1, 2, 3]
 
 
 def test_a_completion_without_tokens_has_no_branch() -> None:
-    assert branch_points(Said(0, "", [], [], 1.0, 1.0), BranchConfig(), TEXTS.decode) == []
+    assert points_of(Said(0, "", [], [], 1.0, 1.0), BranchConfig(), TEXTS.decode) == []
 
 
 def sampled(group: GroupRequest, first: pa.RecordBatch) -> tuple[int, list[Any], Engine]:
