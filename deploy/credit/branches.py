@@ -28,8 +28,10 @@ def _with_rule(rules: BranchRules, word: str) -> BranchRules:
     with contextlib.suppress(ValueError):
         if word == "start":
             return rules
-        if word in ("sentences", "turns"):
-            return replace(rules, **{word: True})
+        if word == "sentences":
+            return replace(rules, sentences=True)
+        if word == "turns":
+            return replace(rules, turns=True)
         if name == "every" and int(number) >= 1:
             return replace(rules, every=int(number))
         if name == "below" and 0 < float(number) <= 1:
