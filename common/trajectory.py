@@ -151,7 +151,7 @@ class GroupReceipt:
     unscored_tokens: int
     """Tokens of these completions."""
     generate_s: float
-    """Seconds from dispatch to the last completion."""
+    """Seconds from dispatch to the last completion, that of a follow-up included, or probe."""
     accuracy_mean: float = float("nan")
     """Mean of the first verifier's reward, over the completions that have one."""
     num_compared: int = 0
@@ -162,11 +162,14 @@ class GroupReceipt:
     source: str = ""
     """Name of the data set that the prompt is from, among several."""
     suspicious: tuple[str, ...] = ()
-    """One entry a completion that touched a wall of the sandbox: the kinds, joined by commas."""
+    """One entry a completion that touched a wall of the sandbox: the kinds, joined by commas. Those
+    of drafts are among them, those of probes are not."""
     episodes: EpisodeSums | None = None
     """What the episodes of the group add up to; None where they were played in no environment."""
     drafts: Aside = NOTHING
     probes: Aside = NOTHING
+    suspicious_probes: tuple[str, ...] = ()
+    """As `suspicious`, of probes."""
 
     @property
     def every(self) -> Aside:

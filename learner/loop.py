@@ -269,7 +269,7 @@ def _summary(receipts: list[GroupReceipt]) -> dict[str, Any]:
         "completions/unscored": float(sum(receipt.num_unscored for receipt in receipts)),
         "groups/equal_rewards": float(sum(receipt.rewards_equal for receipt in receipts)),
         **_of_each_source(receipts),
-        **_suspicious([kinds for receipt in receipts for kinds in receipt.suspicious]),
+        **_suspicious(receipts),
         **episode_metrics([receipt.episodes for receipt in receipts]),
         "time/generate": sum(receipt.generate_s for receipt in receipts) / len(receipts),
     }
@@ -311,9 +311,12 @@ def _mean(weighted: list[tuple[float, int]]) -> float:
     return sum(value * weight for value, weight in known) / total if total else 0.0
 
 
-def _suspicious(of_completions: list[str]) -> dict[str, float]:
-    """How many completions touched a wall of the sandbox, in all and by kind."""
-    each = [kinds.split(",") for kinds in of_completions]
+def _suspicious(receipts: list[GroupReceipt]) -> dict[str, float]:
+    """How many completions touched a wall of the sandbox, in all and by kind; probes are some."""
+    of_probes = [kinds for receipt in receipts for kinds in receipt.suspicious_probes]
+    others = [kinds for receipt in receipts for kinds in receipt.suspicious]
+    each = [kinds.split(",") for kinds in (*others, *of_probes)]
+    probed = any(receipt.probes.completions for receipt in receipts)
 
     def touched(kind: str) -> float:
         return float(sum(kind in kinds for kinds in each))
@@ -325,4 +328,5 @@ def _suspicious(of_completions: list[str]) -> dict[str, float]:
         "verdict/suspicious/kernel": touched("kernel"),
         "verdict/suspicious/network": touched("network"),
         "verdict/suspicious/processes": touched("processes"),
+        **({"verdict/suspicious/probes": float(len(of_probes))} if probed else {}),
     }

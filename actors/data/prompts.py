@@ -234,7 +234,7 @@ def build_prompt_source(
         tools: JSON schemas of the tools that prompts tell the policy of.
         scorer: says what a scorer reads; None: there is no scorer.
         follow_up: says what later completions are sampled behind; None: there are none. A row of
-            which that does not fit goes to quarantine as well.
+            which that does not fit goes to quarantine as well, unless it is held out.
         draft_tokens: the most that a draft has.
         scaffold: says what completions are sampled behind; None: the prompts. As for `follow_up`.
         steps: those of the run, over which a scaffold decays.
@@ -255,6 +255,7 @@ def build_prompt_source(
         screen = Screen(template, max_prompt_tokens, quarantine, others)
         each[one.name] = load_rows(
             *(one, held_out, seed, quarantine, reference_checks(own), screen),
+            to_train=screen.to_train,
             answerless=bool(own) and all(rule.name == ENVIRONMENT_RULE for rule in own),
         )
         lengths |= screen.lengths

@@ -13,7 +13,11 @@ _CHECK_BATCH = 512
 
 
 class Screen:
-    """Lets the rows through that a prompt can be made of; `lengths` has their tokens by place."""
+    """Lets the rows through that a prompt can be made of; `lengths` has their tokens by place.
+
+    A row that is trained on may have other prompts beside its own, which have to fit as well
+    (`to_train`). A row held out is asked once, behind its own.
+    """
 
     def __init__(
         self,
@@ -22,13 +26,13 @@ class Screen:
         quarantine: Quarantine,
         others: Mapping[str, Callable[[Row], int]],
     ) -> None:
-        """`others`: the longest prompt of another kind that a row has, in tokens, by its key."""
+        """`others`: the longest other prompt that a row has in training, in tokens, by its key."""
         self._template, self._limit, self._quarantine = template, limit, quarantine
         self._others = others
         self.lengths: dict[str, int] = {}
 
     def __call__(self, rows: list[Row]) -> list[Row]:
-        """The rows that fit; all others go to quarantine.
+        """The rows whose own prompt fits; all others go to quarantine.
 
         Raises: `UserError` when the template leaves out what a row says.
         """
@@ -42,15 +46,22 @@ class Screen:
                 self._note(row, len(ids))
         return [row for row in rows if row.place in self.lengths]
 
+    def to_train(self, rows: list[Row]) -> list[Row]:
+        """Of rows that fit, those whose other prompts do; all others go to quarantine."""
+        return [row for row in rows if self._others_fit(row)]
+
     def _note(self, row: Row, length: int) -> None:
-        if not 0 < length <= self._limit:
+        if 0 < length <= self._limit:
+            self.lengths[row.place] = length
+        else:
             self._refuse(row, length, f"the prompt has {length} tokens")
-            return
+
+    def _others_fit(self, row: Row) -> bool:
         for key, longest in self._others.items():
             if (tokens := longest(row)) > self._limit:
-                self._refuse(row, length, f"a prompt of {key} may have {tokens} tokens")
-                return
-        self.lengths[row.place] = length
+                self._refuse(row, tokens, f"a prompt of {key} may have {tokens} tokens")
+                return False
+        return True
 
     def _refuse(self, row: Row, length: int, said: str) -> None:
         error = UserError(

@@ -52,6 +52,7 @@ def load_rows(
     checks: Sequence[ReferenceCheck] = (),
     screen: Callable[[list[Row]], list[Row]] = list,
     *,
+    to_train: Callable[[list[Row]], list[Row]] = list,
     answerless: bool = False,
 ) -> Rows:
     """Training rows, and exactly `held_out` distinct held-out ones; bad rows to `quarantine`.
@@ -59,10 +60,29 @@ def load_rows(
     Args:
         checks: raise `ValueError` for a reference that no completion could satisfy.
         screen: gives the rows that a prompt can be made of; all others are in quarantine then.
+        to_train: likewise, of the training rows those that can be trained on. Which rows are held
+            out does not depend on it.
         answerless: whether rows may be without an answer.
 
     Raises: `UserError` for anything wrong with the data, or too few of them.
     """
+    found = _screened(config, held_out, seed, quarantine, checks, screen, answerless)
+    train = to_train(found.train)
+    if not train:
+        quarantine.check()
+        quarantine.refuse("no row is left to train on")
+    return replace(found, train=train)
+
+
+def _screened(
+    config: DataSetConfig,
+    held_out: int,
+    seed: int,
+    quarantine: Quarantine,
+    checks: Sequence[ReferenceCheck],
+    screen: Callable[[list[Row]], list[Row]],
+    answerless: bool,
+) -> Rows:
     if config.kind == "reasoning_gym":
         drawn = _draw_distinct(config.reasoning_gym, held_out, seed)
         quarantine.seen += len(drawn.train)

@@ -17,7 +17,6 @@ Sources: arXiv 2602.09000 (iGRPO), 2506.13923 (Guide), 2511.12344 (RGR-GRPO), 24
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -25,6 +24,7 @@ from typing import Any
 import pyarrow as pa
 
 from actors.data.contexts import filled_in
+from common.branch_points import branch_points
 from common.config.contexts import HOLE
 from common.config.follow_up import BranchConfig, FollowUpConfig
 from common.config.names import import_named
@@ -179,7 +179,7 @@ def branches(
             mask_guidance=True,
         )
         for one in first
-        for at in branch_points(one, config.branch, texts.decode)
+        for at in points_of(one, config.branch, texts.decode)
     ]
 
 
@@ -219,22 +219,16 @@ def _goes_on(one: Said, at: int, decode: Callable[[list[int]], str]) -> bool:
     return at < len(one.token_ids) and one.text.startswith(decode(one.token_ids[:at]))
 
 
-def branch_points(one: Said, config: BranchConfig, decode: Callable[[list[int]], str]) -> list[int]:
+def points_of(one: Said, config: BranchConfig, decode: Callable[[list[int]], str]) -> list[int]:
     """Numbers of first tokens behind which a completion is continued, ascending, 0 first."""
-    count = len(one.token_ids)
-    if config.at == "every":
-        found = list(range(config.every, count, config.every))
-    elif config.at == "probability":
-        unsure = [t for t in range(count) if one.logprobs[t] < math.log(config.below)]
-        found = unsure[config.every - 1 :: config.every]
-    else:
-        found = [t + 1 for t in range(count) if config.separator in decode([one.token_ids[t]])]
-    inside = [t for t in found if t > 0 and _goes_on(one, t, decode)]
-    points = [0, *inside] if count else []
-    if len(points) <= config.most:
-        return points
-    last = len(points) - 1
-    return sorted({points[round(i * last / max(1, config.most - 1))] for i in range(config.most)})
+    if not one.token_ids:
+        return []
+    return branch_points(
+        lambda t: decode([one.token_ids[t]]),
+        one.logprobs,
+        config.rules,
+        may_be=lambda t: _goes_on(one, t, decode),
+    )
 
 
 def _behind(

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
+from common.branch_points import BranchRules
 from common.config.bounds import Count, PositiveShare, at_least
 from common.config.contexts import FOLLOW_UPS, template_with
 from common.config.names import Names
@@ -32,6 +33,18 @@ class BranchConfig:
     most: Count = 20
     """Most branches of a completion, that at its start included. Of more, as many are kept, evenly
     apart."""
+
+    @property
+    def rules(self) -> BranchRules:
+        """What chooses the tokens."""
+        return BranchRules(
+            separator=self.separator if self.at == "separator" else None,
+            every=self.every if self.at == "every" else None,
+            below=self.below if self.at == "probability" else None,
+            nth_below=self.every,
+            most=self.most,
+            kept="ends",
+        )
 
 
 @dataclass

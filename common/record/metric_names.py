@@ -98,8 +98,8 @@ METRICS: dict[str, Metric] = {
     ),
     "verdict/suspicious": Metric(
         "count",
-        "Completions whose program touched a wall of the sandbox; a rising curve is the first sign "
-        "of reward hacking.",
+        "Completions whose program touched a wall of the sandbox, drafts and probes included; a "
+        "rising curve is the first sign of reward hacking.",
         _LOOP,
     ),
     "verdict/suspicious/files": Metric(
@@ -116,6 +116,9 @@ METRICS: dict[str, Metric] = {
     ),
     "verdict/suspicious/processes": Metric(
         "count", "Completions whose program tried to start or to reach processes.", _LOOP
+    ),
+    "verdict/suspicious/probes": Metric(
+        "count", "Of all these, probes; written where the step has any.", _LOOP
     ),
     "completions/zero_advantage": Metric(
         "count", "Completions whose advantage is 0, so that they teach nothing.", _DATA
@@ -301,7 +304,12 @@ METRICS: dict[str, Metric] = {
     "time/checkpoint": Metric(
         "seconds", "The learner stood still for a checkpoint before this step.", _LOOP
     ),
-    "time/generate": Metric("seconds", "Mean time to sample a group of the step.", _LOOP),
+    "time/generate": Metric(
+        "seconds",
+        "Mean time to sample a group of the step: from its dispatch to its last completion or "
+        "probe, with the verdicts that a follow-up waits for.",
+        _LOOP,
+    ),
     "time/eval": Metric("seconds", "The evaluation, beside the next step.", _EVALUATION),
     "time/start/process": Metric(
         "seconds", "From the start of the process until it has read its configuration.", _START

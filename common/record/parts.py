@@ -15,7 +15,8 @@ sampled once, and is trained once, in the completion that it was sampled in.
 A probe has the index of the completion that it continues, and so many first tokens of it as its
 `guidance_length` says. `folded` makes *branches* of probes: at which token, the mean reward of the
 continuations from there, and of how many. They are entries of the column `branches` of the
-completion. So a log has what probes have shown, and not their tokens.
+completion. So a log has what probes have shown, and not their tokens. It also has when the last of
+them ended, and which walls of the sandbox their programs touched.
 
 `prompt_ids` is what a completion is trained behind. Where it was sampled behind something else,
 the column `sampled_behind` has that.
@@ -23,6 +24,7 @@ the column `sampled_behind` has that.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -45,6 +47,8 @@ BRANCH = pa.struct(
         pa.field("probes", pa.int32(), nullable=False),  # continuations
         pa.field("tokens", pa.int32(), nullable=False),  # of all of them
         pa.field("newest", pa.int32(), nullable=False),  # version that any was sampled with
+        pa.field("finished_s", pa.float64()),  # of the last of them; null before log version 10
+        pa.field("suspicious", pa.list_(pa.string())),  # of each that touched a wall; likewise
     ]
 )
 
@@ -88,6 +92,21 @@ def newest_probe(group: pa.RecordBatch) -> int:
     return int(pc.max(pc.struct_field(found, "newest")).as_py())
 
 
+def last_probe_s(group: pa.RecordBatch) -> float:
+    """When the last probe of a group ended, Unix time; minus infinity where that is not known."""
+    if (found := _branches(group)) is None:
+        return -math.inf
+    last = pc.max(pc.struct_field(found, "finished_s")).as_py()
+    return -math.inf if last is None else float(last)
+
+
+def suspicious_probes(group: pa.RecordBatch) -> tuple[str, ...]:
+    """The walls that each probe touched which touched any, as in the column `suspicious`."""
+    if (found := _branches(group)) is None:
+        return ()
+    return tuple(pc.list_flatten(pc.struct_field(found, "suspicious")).to_pylist())
+
+
 def logged_tokens(group: pa.RecordBatch) -> int:
     """What the ledger books of a group: its sampled tokens, and those of its probes."""
     return int(sampled_lengths(group).sum()) + probes(group).tokens
@@ -103,13 +122,16 @@ def folded(group: pa.RecordBatch) -> pa.RecordBatch:
         return group
     lengths_G = sampled_lengths(group)
     found: dict[tuple[int, int], list[_Probe]] = defaultdict(list)
-    names = ("completion_index", "guidance_length", "reward", "weight_versions")
+    names = (
+        *("completion_index", "guidance_length", "reward", "weight_versions"),
+        *("finished_s", "suspicious"),
+    )
     rows = list(zip(*(group.column(name).to_pylist() for name in names), strict=True))
     dispatched = group.column("dispatch_version")[0].as_py()
     for row in np.flatnonzero(are_probes):
-        index, at, reward, versions = rows[row]
+        index, at, reward, versions, *ended = rows[row]
         newest = max(versions, default=dispatched)
-        found[index, at].append(_Probe(reward, int(lengths_G[row]), newest))
+        found[index, at].append(_Probe(reward, int(lengths_G[row]), newest, *ended))
     kept = group.filter(pa.array(~are_probes))
     branches: dict[int, list[dict[str, Any]]] = defaultdict(list)
     for (index, at), probed in sorted(found.items()):
@@ -124,6 +146,8 @@ class _Probe(NamedTuple):
     reward: float | None
     tokens: int
     newest: int
+    finished_s: float
+    suspicious: str
 
 
 def _branch(at: int, probed: list[_Probe]) -> dict[str, Any]:
@@ -137,6 +161,8 @@ def _branch(at: int, probed: list[_Probe]) -> dict[str, Any]:
         "probes": len(probed),
         "tokens": sum(probe.tokens for probe in probed),
         "newest": max(probe.newest for probe in probed),
+        "finished_s": max(probe.finished_s for probe in probed),
+        "suspicious": [probe.suspicious for probe in probed if probe.suspicious],
     }
 
 

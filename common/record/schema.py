@@ -29,8 +29,8 @@ from common.record.parts import BRANCH
 from common.record.segments import SEGMENT
 from common.record.turns import TURN
 
-SCHEMA_VERSION = 9
-READABLE = (5, 6, 7, 8, SCHEMA_VERSION)
+SCHEMA_VERSION = 10
+READABLE = (5, 6, 7, 8, 9, SCHEMA_VERSION)
 """Versions whose data `current` reads."""
 VERSION_KEY = b"grpo_lambda.schema_version"
 
@@ -168,14 +168,20 @@ def current(batch: pa.RecordBatch) -> pa.RecordBatch:
     """`batch`, of any version that can be read, under today's.
 
     Version 5 has no segments, version 6 no contexts, version 7 no parts, version 8 no feedback and
-    no trees. Turns from before tool calls were counted have no number of them.
+    no trees. Branches of version 9 do not say when their probes ended, nor which walls these
+    touched. Turns from before tool calls were counted have no number of them.
     """
     own = {field.name: field for field in _ROLLOUT_FIELDS}
-    turns = batch.column("turns")
-    if own.keys() <= set(batch.schema.names) and turns.type == own["turns"].type:
-        return batch
     columns = dict(zip(batch.schema.names, batch.columns, strict=True))
-    columns["turns"] = pa.array(turns.to_pylist(), own["turns"].type)
+    grown = [
+        name
+        for name in ("turns", "branches")
+        if name in columns and columns[name].type != own[name].type
+    ]
+    if own.keys() <= columns.keys() and not grown:
+        return batch
+    for name in grown:
+        columns[name] = pa.array(columns[name].to_pylist(), own[name].type)
     for name, empty in NEWER.items():
         columns.setdefault(name, pa.array([empty] * batch.num_rows, own[name].type))
     fields = [*_ROLLOUT_FIELDS, *(field for field in batch.schema if field.name not in own)]

@@ -26,7 +26,15 @@ from ray.exceptions import RayActorError
 from common.errors import StallError
 from common.record.episodes import episode_sums
 from common.record.metric_names import of_source
-from common.record.parts import drafts, folded, learnt, newest_probe, probes
+from common.record.parts import (
+    drafts,
+    folded,
+    last_probe_s,
+    learnt,
+    newest_probe,
+    probes,
+    suspicious_probes,
+)
 from common.record.schema import SUSPICIOUS, trajectory_schema
 from common.record.segments import check_segments
 from common.record.trajectory_log import TrajectoryLog, read_segment, segments
@@ -158,7 +166,8 @@ def receipt(batch: pa.RecordBatch, ref: Ref[pa.RecordBatch] | None) -> GroupRece
     """
     drafted, probed, probed_by = drafts(batch), probes(batch), newest_probe(batch)
     suspicious = tuple(kinds for kinds in batch.column(SUSPICIOUS).to_pylist() if kinds)
-    ended_s = pc.max(batch.column("finished_s")).as_py()
+    touched_by_probes = suspicious_probes(batch)
+    ended_s = max(pc.max(batch.column("finished_s")).as_py(), last_probe_s(batch))
     batch = learnt(batch)
     lengths_G = sampled_lengths(batch)
     rewards_G = batch.column("reward").to_numpy(zero_copy_only=False).astype(np.float64)
@@ -192,6 +201,7 @@ def receipt(batch: pa.RecordBatch, ref: Ref[pa.RecordBatch] | None) -> GroupRece
         source=batch.column("source")[0].as_py(),
         drafts=drafted,
         probes=probed,
+        suspicious_probes=touched_by_probes,
     )
 
 

@@ -30,12 +30,13 @@ import pyarrow as pa
 from tokenizers import Tokenizer
 
 from actors.rollout.guidance import GuidedStart
+from common.branch_points import BranchRules, branch_points
 from common.config.sections import Config
 from common.errors import UserError
 from common.record.credit_log import credit_path, read_credit
 from deploy.command.presets import RECIPES
 from deploy.credit import report
-from deploy.credit.branches import BranchRules, branch_points, parse_rules
+from deploy.credit.branches import parse_rules
 from deploy.credit.completions import Sampled, chosen, digest_of, policy_version
 from deploy.credit.episodes import begun_at, check_repeats
 from deploy.credit.files import FOLDER, SEGMENTS, measured_path
@@ -171,7 +172,7 @@ def _branched(completions: Sequence[Sampled], policy: Path, rules: BranchRules) 
     found = []
     for each in completions:
         texts = decoder.texts(list(each.token_ids))
-        points = branch_points(texts, each.logprobs, rules, each.first)
+        points = branch_points(texts.__getitem__, each.logprobs, rules, first=each.first)
         found.append(Branched(each, tuple(texts), tuple(points)))
     return found
 

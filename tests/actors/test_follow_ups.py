@@ -19,9 +19,9 @@ from actors.data.prompts import PromptSource, build_prompt_source
 from actors.generation.follow_ups import (
     Said,
     Texts,
-    branch_points,
     follow_up_texts,
     follow_ups,
+    points_of,
 )
 from actors.generation.follow_ups import said as read
 from actors.generation.generator import Generator
@@ -29,7 +29,13 @@ from actors.generation.texts import Texts as Decoder
 from common.config.contexts import HOLE
 from common.config.follow_up import BranchConfig, FollowUpConfig, TreeConfig
 from common.config.load import load_config
-from common.config.sections import DataConfig, GeneratorConfig, ModelConfig, VerifierSpec
+from common.config.sections import (
+    DataConfig,
+    GeneratorConfig,
+    ModelConfig,
+    ReasoningGymConfig,
+    VerifierSpec,
+)
 from common.errors import UserError
 from common.record.parts import JOINS, PROBE, REPLACES
 from common.trajectory import GroupRequest
@@ -189,17 +195,17 @@ LIKELY = [math.log(p) for p in (0.5, 0.95, 0.5, 0.95, 0.5, 0.5)]
 )
 def test_where_branches_are(config: BranchConfig, points: list[int]) -> None:
     one = Said(0, "0,1,2,3,4,5", [0, 1, 2, 3, 4, 5], LIKELY, 1.0, 1.0)
-    assert branch_points(one, config, TEXTS.decode) == points
+    assert points_of(one, config, TEXTS.decode) == points
 
 
 def test_no_branch_is_inside_of_what_ended_the_completion() -> None:
     """The text ends before a stop text, whose tokens are there all the same."""
     one = Said(0, "0,1,2", [0, 1, 2, 3, 4, 5], LIKELY, 1.0, 1.0)
-    assert branch_points(one, BranchConfig(at="every", every=1), TEXTS.decode) == [0, 1, 2, 3]
+    assert points_of(one, BranchConfig(at="every", every=1), TEXTS.decode) == [0, 1, 2, 3]
 
 
 def test_a_completion_without_tokens_has_no_branch() -> None:
-    assert branch_points(Said(0, "", [], [], 1.0, 1.0), BranchConfig(), TEXTS.decode) == []
+    assert points_of(Said(0, "", [], [], 1.0, 1.0), BranchConfig(), TEXTS.decode) == []
 
 
 def sampled(group: GroupRequest, first: pa.RecordBatch) -> tuple[int, list[Any], Engine]:
@@ -427,13 +433,20 @@ RUBRIC = VerifierSpec(
 
 
 def prompts(
-    config: FollowUpConfig, limit: int, rows: str, tmp_path: Path, rules: Any = (RUBRIC,)
+    config: FollowUpConfig,
+    limit: int,
+    rows: str,
+    tmp_path: Path,
+    rules: Any = (RUBRIC,),
+    held_out: int = 0,
+    **keys: Any,
 ) -> PromptSource:
     path = tmp_path / "rows.jsonl"
     path.write_text(rows)
-    data = DataConfig(source="file", path=str(path), solution_column="solution", max_bad_rows=0.9)
+    usual = {"path": str(path), "solution_column": "solution", "max_bad_rows": 0.9}
+    data = DataConfig(source="file", **(usual | keys))
     return build_prompt_source(
-        data, 0, 0, byte_tokenizer(), limit, rules, follow_up=config, draft_tokens=10
+        data, held_out, 0, byte_tokenizer(), limit, rules, follow_up=config, draft_tokens=10
     )
 
 
@@ -483,6 +496,39 @@ def test_a_row_whose_follow_up_may_not_fit_goes_to_quarantine(tmp_path: Path) ->
     assert kept.size == 1
     assert kept.lengths == [min(plain, longest)]
     assert prompts(config, longest + 11, rows, tmp_path).size == 2
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_rows_are_held_out_by_their_own_prompts_alone(apart: bool, tmp_path: Path) -> None:
+    """A follow-up changes what is trained on, never what is evaluated."""
+    rows = [ROW % question for question in ("1 + 1", "9" * 20, "2 + 2", "8" * 20, "7" * 99)]
+    others = tmp_path / "others.jsonl"
+    others.write_text("".join([ROW % ("6" * 20), ROW % ("5" * 99), ROW % "3 + 3"]))
+    keys = {"eval_path": str(others)} if apart else {}
+    held_out = ["6" * 20, "3 + 3"] if apart else ["2 + 2", "8" * 20]  # 99 digits are too many
+    refine = FollowUpConfig(kind="refine", template="{prompt}|{draft}")
+    longest = max(prompts(FollowUpConfig(), 500, "".join(rows[:2]), tmp_path).lengths)
+    for config, size in ((FollowUpConfig(), 4 if apart else 2), (refine, 2 if apart else 1)):
+        source = prompts(config, longest + 10, "".join(rows), tmp_path, held_out=2, **keys)
+        assert [prompt.question for prompt in source.eval_prompts(2)] == held_out
+        assert source.size == size == len(source.lengths)
+        again = {source.next().question for _ in range(size)}
+        assert again == {row.question for row in source.rows.train}
+        assert ("9" * 20 in again) is (config is not refine)
+
+
+def test_a_follow_up_takes_no_question_from_those_that_a_task_holds_out() -> None:
+    gym = ReasoningGymConfig(task="chain_sum", size=20)
+    data = DataConfig(reasoning_gym=gym, max_bad_rows=0.9)
+    config = FollowUpConfig(kind="refine", template="{prompt}|{draft}")
+    plain = build_prompt_source(data, 8, 0, byte_tokenizer(), 500)
+    held_out = [prompt.question for prompt in plain.eval_prompts(8)]
+    limit = max(*plain.lengths, *(len(prompt.token_ids) for prompt in plain.eval_prompts(8)))
+    source = build_prompt_source(
+        data, 8, 0, byte_tokenizer(), limit, follow_up=config, draft_tokens=1
+    )
+    assert source.size < plain.size
+    assert [prompt.question for prompt in source.eval_prompts(8)] == held_out
 
 
 def test_a_row_without_a_solution_has_no_hint_and_its_answer_is_none(tmp_path: Path) -> None:

@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pyarrow as pa
 import pytest
 from judged_groups import judged, request, said
 
 from common.config.follow_up import FollowUpConfig, TreeConfig
 from common.record.ledger import Outcome, outcomes_of
-from common.record.parts import JOINS, NOTHING, PROBE, REPLACES, folded, learnt, logged_tokens
-from common.record.schema import NEWER, current, trajectory_schema
+from common.record.parts import (
+    BRANCH,
+    JOINS,
+    NOTHING,
+    PROBE,
+    REPLACES,
+    folded,
+    learnt,
+    logged_tokens,
+)
+from common.record.schema import NEWER, current, damaged_column, trajectory_schema
+from common.record.trajectory_log import TrajectoryLog, read_log
 from common.record.writer import receipt
 from deploy.inspector.details import details
+from learner.loop import _summary
 
 FIRST = judged(request(), {0: said([4, 5, 6]), 1: said([7])}, [1.0, 0.0])
 
@@ -111,6 +125,75 @@ def test_the_version_of_a_probe_is_that_of_its_group() -> None:
     late = pa.RecordBatch.from_pylist(rows, schema=late.schema)
     assert receipt(FIRST, None).max_version == 3
     assert receipt(folded(whole(FIRST, late)), None).max_version == 9
+
+
+def with_columns(batch: pa.RecordBatch, **columns: list[Any]) -> pa.RecordBatch:
+    for name, values in columns.items():
+        place = batch.schema.get_field_index(name)
+        field = batch.schema.field(place)
+        batch = batch.set_column(place, field, pa.array(values, field.type))
+    return batch
+
+
+FIRST_ENDED = with_columns(FIRST, finished_s=[3.0, 2.0], suspicious=["", "files"])
+PROBED = whole(
+    FIRST_ENDED,
+    with_columns(
+        probes(0, 2, [1.0, 0.0, 0.0]),
+        finished_s=[4.0, 9.0, 8.0],
+        suspicious=["files,network", "", "judge"],
+    ),
+    with_columns(probes(1, 0, [None]), finished_s=[7.0], suspicious=["network"]),
+)
+"""A group that was dispatched at 1.0; one completion and three probes touched walls."""
+
+
+def summed_up(group: pa.RecordBatch) -> dict[str, float]:
+    return _summary([receipt(group, None)])
+
+
+def test_probes_that_touched_walls_are_counted_and_told_apart() -> None:
+    names = ("", "/files", "/judge", "/network", "/processes", "/probes")
+    found, first = summed_up(folded(PROBED)), summed_up(FIRST_ENDED)
+    assert [found["verdict/suspicious" + name] for name in names] == [4, 2, 1, 2, 0, 3]
+    assert [first["verdict/suspicious" + name] for name in names[:-1]] == [1, 1, 0, 0, 0]
+    assert "verdict/suspicious/probes" not in first  # the step has no probe
+    assert summed_up(folded(whole(FIRST, probes(0, 0, [1.0]))))["verdict/suspicious/probes"] == 0
+
+
+def test_the_time_of_a_group_ends_with_its_last_probe() -> None:
+    assert summed_up(FIRST_ENDED)["time/generate"] == 2.0
+    assert summed_up(folded(PROBED))["time/generate"] == 8.0
+    early = with_columns(probes(0, 2, [1.0]), finished_s=[2.5])  # clocks may be set back
+    assert summed_up(folded(whole(FIRST_ENDED, early)))["time/generate"] == 2.0
+
+
+def test_what_a_killed_run_finds_in_its_log_says_the_same_of_probes(tmp_path: Path) -> None:
+    log = TrajectoryLog(tmp_path, trajectory_schema(["rule"]))
+    log.append(folded(PROBED))
+    log.close()
+    (found,) = read_log(tmp_path)
+    assert receipt(found, None) == receipt(folded(PROBED), None)
+
+
+def test_branches_from_before_their_probes_were_timed_are_read() -> None:
+    group = folded(PROBED)
+    known = [field for field in BRANCH if field.name not in ("finished_s", "suspicious")]
+    of_old = pa.list_(pa.field("item", pa.struct(known), nullable=False))
+    rows = [
+        [{field.name: branch[field.name] for field in known} for branch in row]
+        for row in group.column("branches").to_pylist()
+    ]
+    place = group.schema.get_field_index("branches")
+    old = group.set_column(
+        place, pa.field("branches", of_old, nullable=False), pa.array(rows, of_old)
+    ).replace_schema_metadata({b"grpo_lambda.schema_version": b"9"})
+    assert damaged_column(old.schema) is None
+    found = current(old)
+    assert found.schema.equals(trajectory_schema(["rule"]), check_metadata=True)
+    made = receipt(found, None)
+    assert (made.probes, made.suspicious_probes) == (receipt(group, None).probes, ())
+    assert made.generate_s == 2.0  # all that it says
 
 
 def test_a_group_from_before_there_were_parts_is_read_as_one_without() -> None:

@@ -15,6 +15,7 @@ import pytest
 from learner_models import save_tiny_model, trajectories
 from learner_ranks import on_policy, worker
 
+from common.branch_points import branch_points
 from common.config.load import load_config
 from common.errors import UserError
 from deploy.command.presets import RECIPES
@@ -27,7 +28,7 @@ from deploy.credit.agreement import (
     rank_correlation,
     same_sign,
 )
-from deploy.credit.branches import BranchRules, branch_points, parse_rules
+from deploy.credit.branches import parse_rules
 from deploy.credit.completions import chosen, digest_of, policy_version
 from deploy.credit.files import RESULTS, SEGMENTS
 from deploy.credit.gradient import Directions, cosine, of_rule
@@ -178,7 +179,7 @@ LOGPROBS = [-0.1, -0.1, -3.0, -0.1, -0.1, -2.0, -0.1, -0.1]
 
 def test_branches_stand_where_the_rules_say() -> None:
     def of(*words: str, most: int = 9, first: int = 0) -> list[int]:
-        return branch_points(TEXTS, LOGPROBS, parse_rules(words, most), first)
+        return branch_points(TEXTS.__getitem__, LOGPROBS, parse_rules(words, most), first=first)
 
     assert of("start") == [0]
     assert of("sentences") == [0, 4, 7]
@@ -188,7 +189,8 @@ def test_branches_stand_where_the_rules_say() -> None:
     assert of("every:1", most=4) == [0, 2, 4, 6]
     assert of("every:100") == [0]  # behind the end
     assert of("every:2", first=3) == [3, 5, 7]
-    assert branch_points(["4"], [-0.1], BranchRules(True, 1, 1.0)) == [0]
+    everywhere = parse_rules(["sentences", "every:1", "below:1"], 12)
+    assert branch_points("4".__getitem__, [-0.1], everywhere) == [0]
 
 
 @pytest.mark.parametrize("word", ["every:0", "every:x", "every", "below:0", "below:2", "word"])

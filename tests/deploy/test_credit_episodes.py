@@ -37,12 +37,13 @@ from actors.generation.episodes import Player, environment_seed, turn_seed
 from actors.rendering.renderer import Renderer
 from actors.rollout.episodes import Episodes
 from actors.rollout.guidance import GuidedStart
+from common.branch_points import branch_points
 from common.config.load import dump_config
 from common.config.sections import Config
 from common.errors import UserError
 from common.record.trajectory_log import read_log
 from deploy.cli import main
-from deploy.credit.branches import branch_points, parse_rules
+from deploy.credit.branches import parse_rules
 from deploy.credit.completions import chosen
 from deploy.credit.episodes import begun_at, check_repeats
 from deploy.credit.launch import Branched
@@ -147,24 +148,29 @@ def test_an_environment_that_fails_on_the_way_has_no_reward(at: int) -> None:
     assert host.closed
 
 
+def branches_of(episode: Any, *words: str) -> list[int]:
+    texts = [". \n"[token % 3] for token in episode.token_ids]
+    rules, first = parse_rules(words, 9), episode.turns[0]["begin"]
+    return branch_points(texts.__getitem__, episode.logprobs, rules, first=first)
+
+
 def test_a_branch_stands_at_a_token_of_the_policy() -> None:
     """Whatever the rules; `turns` are the beginnings of all turns but the first."""
     words = ["turns", "sentences", "every:1", "every:3", "below:0.9", "start"]
     for episode in EVERY[::7]:
-        texts = [". \n"[token % 3] for token in episode.token_ids]
         first = episode.turns[0]["begin"]
         for count in range(1, 4):
             for some in itertools.combinations(words, count):
-                found = branch_points(texts, episode.logprobs, parse_rules(some, 9), first)
+                found = branches_of(episode, *some)
                 assert found[0] == first and set(found) <= set(points_of(episode))
-        alone = branch_points(texts, episode.logprobs, parse_rules(["turns"], 9), first)
-        assert alone == [turn["begin"] for turn in episode.turns]
-        third = branch_points(texts, episode.logprobs, parse_rules(["every:3"], 9), first)
-        assert third == points_of(episode)[::3]  # observations do not count
+        assert branches_of(episode, "turns") == [turn["begin"] for turn in episode.turns]
+        assert (
+            branches_of(episode, "every:3") == points_of(episode)[::3]
+        )  # observations do not count
 
 
 def test_without_an_environment_nothing_is_a_turn() -> None:
-    assert branch_points("a.b", [-0.1] * 3, parse_rules(["turns"], 9)) == [0]
+    assert branch_points("a.b".__getitem__, [-0.1] * 3, parse_rules(["turns"], 9)) == [0]
     (group,) = trajectories([(3, [4])], rewards=[[1.0]])
     (only,) = chosen([group], 0, 1)
     branched = Branched(only, tuple("ab.d"), (0, 3))
