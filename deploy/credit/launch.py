@@ -259,9 +259,13 @@ def _each_takes(branched: Sequence[Branched], config: Config) -> str:
 
 
 def _serving(config: Config, policy: Path) -> EvaluationConfig:
-    """The generators and verifiers of the run, without a learner; no sample is cut off."""
+    """The generators and verifiers of the run, without a learner; no sample is cut off.
+
+    What is measured is the value of a part under the policy. So generators hold the checkpoint's
+    weights as they are, also where those of the run computed in eight bits.
+    """
     model = replace(config.model, path=str(policy))
-    generator = replace(config.generator, group_cap_s=None)
+    generator = replace(config.generator, group_cap_s=None, quantization=None)
     return with_compute_dtype(sampling_config(replace(config, model=model, generator=generator)))
 
 

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from common.config.quantization import check_device
 from common.config.sections import Config
 from common.devices import Device, device
 from common.errors import UserError
@@ -56,7 +57,11 @@ class ClusterPlan:
 
     @classmethod
     def on(cls, config: Config, here: Device, trainer: Device) -> ClusterPlan:
-        """Plan the run of `config`, with generators on devices like `here`."""
+        """Plan the run of `config`, with generators on devices like `here`.
+
+        Raises: `UserError` where generators on such devices do not compute as they are to.
+        """
+        check_device(config.generator.quantization, cuda=True)
         generator, learner = config.generator, config.learner
         model = model_shape(config.model.path)
         pools = Pools(

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from common.config.load import Loaded, dump_with_origins
+from common.config.quantization import check_device
 from common.config.sections import Config
 from common.errors import UserError
 from deploy.models.teacher import check_teacher
@@ -19,6 +20,7 @@ from deploy.placement.options import (
     CorePlan,
     environment_actors,
     plan_here,
+    uses_cuda,
     with_compute_dtype,
 )
 from deploy.placement.walls import environment_walls, walls_planned
@@ -62,6 +64,7 @@ def describe(loaded: Loaded, lengths: Path | None = None, costs: Path | None = N
                 "--lengths and --costs are for the simulation of GPUs: name what to compute with, "
                 "e.g. placement.generator_device=H100-80GB"
             )
+        check_device(config.generator.quantization, cuda=uses_cuda(config))
         config, changed = on_these_devices(with_compute_dtype(config))
         cores = plan_here(config, preload_libraries())
         placed = _placement(config, cores, len(available_cores()))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import socket
 import sys
@@ -41,12 +40,15 @@ from deploy.placement.options import (
     object_store_bytes,
 )
 from deploy.placement.reservation import ENVIRONMENTS, LEARNER, VERIFIERS, Reservation
+from deploy.run.printed import Cutter, copy_printed
 from learner.training.job import LearnerJob
 from learner.training.rank import LearnerRank
 
 PROJECT_ROOT = Path(__file__).resolve().parents[2]
 _LOG_BYTES = 64 * 2**20
-"""What a process has printed is cut there: its newest 64 MiB stay, and up to as much before."""
+"""Of what a process has printed the newest 64 MiB stay (`deploy.run.printed`)."""
+_cutters: list[Cutter] = []
+"""Of the cluster of our own, where there is one."""
 _TASKS_REMEMBERED = 2_000
 """By Ray's server, for its own tools: of 100,000, its default, a long run has it grow by 200 MB."""
 
@@ -120,8 +122,6 @@ def _start_ray(config: ActorConfig, cores: CorePlan, environment: dict[str, Any]
     """
     folder = Path(get_default_ray_temp_dir())
     _check_socket_paths(folder)
-    os.environ.setdefault("RAY_ROTATION_MAX_BYTES", str(_LOG_BYTES))
-    os.environ.setdefault("RAY_ROTATION_BACKUP_COUNT", "1")
     try:
         with _on_loopback():
             ray.init(
@@ -134,6 +134,7 @@ def _start_ray(config: ActorConfig, cores: CorePlan, environment: dict[str, Any]
                 runtime_env=environment,
                 _system_config={"task_events_max_num_task_in_gcs": _TASKS_REMEMBERED},
             )
+        _cutters.append(Cutter(_printed(), _LOG_BYTES))
     except Exception as error:  # Ray raises just that when its node is not up in 30 s
         _kill_servers()  # else they live until this process ends
         logs = f"Ray's logs are under {folder / 'session_latest' / 'logs'}"
@@ -371,11 +372,18 @@ def _kill_servers() -> int:
     return len(servers)
 
 
+def _printed() -> Path:
+    """Where the processes of this node print."""
+    return Path(ray._private.worker._global_node.get_session_dir_path()) / "logs"
+
+
 def disconnect(log_folder: Path) -> None:
     """Leave Ray; a cluster of our own ends with it. Keeps the logs of its processes."""
     if not ray.is_initialized():
         return
-    session = Path(ray._private.worker._global_node.get_session_dir_path()) / "logs"
+    printed = _printed()
+    while _cutters:
+        _cutters.pop().stop()
     impatient = threading.Timer(_LET_GO_S, _tear_away)
     impatient.daemon = True
     impatient.start()
@@ -383,7 +391,4 @@ def disconnect(log_folder: Path) -> None:
         ray.shutdown()  # waits for the raylet without a deadline
     finally:
         impatient.cancel()
-    log_folder.mkdir(exist_ok=True)
-    for source in [*session.glob("worker-*.out*"), *session.glob("worker-*.err*")]:
-        if source.stat().st_size > 0:
-            shutil.copyfile(source, log_folder / source.name)
+    copy_printed(printed, log_folder)

@@ -47,6 +47,16 @@ def test_collection_goes_on_after_an_import_that_failed() -> None:
     assert gc.isenabled()
 
 
+def test_collection_that_was_off_stays_off() -> None:
+    gc.disable()
+    try:
+        with nothing_collected(), nothing_collected():
+            pass
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
+
+
 def test_old_objects_are_looked_at_again_behind_a_run() -> None:
     old, threshold = many(), gc.get_threshold()
     with old_objects_settled():
