@@ -169,7 +169,7 @@ class GroupReceipt:
     drafts: Aside = NOTHING
     probes: Aside = NOTHING
     suspicious_probes: tuple[str, ...] = ()
-    """As `suspicious`, of probes."""
+    """Verdicts of probes that are suspicious, by kind, as `suspicious` has them of completions."""
 
     @property
     def every(self) -> Aside:

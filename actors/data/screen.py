@@ -47,7 +47,7 @@ class Screen:
         return [row for row in rows if row.place in self.lengths]
 
     def to_train(self, rows: list[Row]) -> list[Row]:
-        """Of rows that fit, those whose other prompts do; all others go to quarantine."""
+        """Keep the rows whose other prompts fit too; all others go to quarantine."""
         return [row for row in rows if self._others_fit(row)]
 
     def _note(self, row: Row, length: int) -> None:

@@ -112,9 +112,9 @@ class LearnerConfig:
     """Whether torch compiles the layers of the model and the log-probability head. Null does so on
     CUDA devices."""
     credit_probe_every: Natural = 10
-    """Steps between measurements of the gradient norm under GRPO's credit on the same batch. Each
-    costs a forward and a backward pass, and is made only where tokens differ in credit. 0 is
-    off."""
+    """Steps from one measurement of the gradient norm under GRPO's credit on the same batch to the
+    next, and to the first. Each costs a forward and a backward pass, and is made only where tokens
+    differ in credit. 0 is off."""
     credit_log_every: Natural = 1
     """Steps between credit logs, which hold what every token was credited with. One takes 12 bytes
     a token. 0 writes none."""

@@ -22,7 +22,12 @@ from harness import CONFIGS, ROOT, Row, emit
 
 from common.record.metrics import read_metrics
 
-STEPS, PRESETS = 2000, ("tiny", "tiny-guess")
+STEPS = 2000
+PRESETS: dict[str, tuple[str, ...]] = {
+    "tiny": (),
+    "tiny-guess": ("batch.prompts_per_step=4", "algorithm.objective.updates_per_batch=1"),
+}
+"""What is changed in a preset: episodes take long, and few of them show the same."""
 WINDOW = 25
 """Steps over which the largest sample counts."""
 KINDS = (
@@ -64,9 +69,9 @@ def written(run: Path) -> Sizes:
 
 
 def _bytes(path: Path) -> int:
-    """Of a file and what SQLite keeps beside it, or of all files in a folder."""
-    files = path.rglob("*") if path.is_dir() else path.parent.glob(path.name + "*")
-    return sum(file.stat().st_size for file in files if file.is_file())
+    """On the disk, of a file or of all files in a folder: a text's old part is given back."""
+    files = path.rglob("*") if path.is_dir() else [path]
+    return sum(512 * file.stat().st_blocks for file in files if file.is_file())
 
 
 def measure(preset: str, steps: int, folder: Path) -> list[tuple[int, Sizes, Sizes]]:
@@ -75,7 +80,7 @@ def measure(preset: str, steps: int, folder: Path) -> list[tuple[int, Sizes, Siz
     run = subprocess.Popen(
         [
             *(sys.executable, "-m", "deploy.cli", "train", "--config"),
-            *(str(CONFIGS / f"{preset}.yaml"), *keys, "checkpoint.every=500"),
+            *(str(CONFIGS / f"{preset}.yaml"), *keys, *PRESETS[preset], "checkpoint.every=500"),
         ],
         cwd=ROOT,
         stdout=subprocess.DEVNULL,
@@ -143,7 +148,7 @@ def _nearest(steps: Iterable[int], to: int) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=STEPS)
-    parser.add_argument("--preset", nargs="+", default=PRESETS)
+    parser.add_argument("--preset", nargs="+", default=list(PRESETS))
     options = parser.parse_args()
     rows = []
     for preset in options.preset:

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 from made_up_groups import group
 
-from common.record import writer
+from common.record import trajectory_log, writer
 from common.record.schema import check_schema, rollout_schema, trajectory_schema
 from common.record.trajectory_log import TrajectoryLog, read_log, read_segment, segments
 from common.record.writer import TrajectoryLogWriter, receipt
@@ -27,6 +27,22 @@ def test_what_is_appended_is_read_back_in_order(tmp_path: Path) -> None:
         assert read.column(name).equals(written.column(name)), name
     table = pq.read_table(segments(tmp_path)[0].with_suffix(".parquet"))
     assert table.column("group_id").to_pylist() == [i for i in range(5) for _ in range(2)]
+
+
+def test_a_twin_is_written_in_pieces_and_holds_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a whole it took a hundred megabytes, which the log's process kept."""
+    monkeypatch.setattr(trajectory_log, "_PIECE_BYTES", 3 * group(0).nbytes)
+    log = TrajectoryLog(tmp_path, rollout_schema())
+    for index in range(8):
+        log.append(group(index))
+    log.close()
+    (segment,) = segments(tmp_path)
+    twin = pq.ParquetFile(segment.with_suffix(".parquet"))
+    rows = [twin.metadata.row_group(number).num_rows for number in range(twin.num_row_groups)]
+    assert rows == [3 * 2, 3 * 2, 2 * 2]
+    assert twin.read().equals(pa.Table.from_batches(read_segment(segment)))
 
 
 def test_segments_rotate_by_size_and_a_new_writer_starts_a_new_one(tmp_path: Path) -> None:
