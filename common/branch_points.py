@@ -35,7 +35,7 @@ class BranchRules:
     below: float | None = None
     """Before tokens of a lower probability."""
     nth_below: int = 1
-    """Every n-th of the unlikely tokens; that at the start counts, though it is a branch in any case."""
+    """Every n-th of the unlikely tokens. One at the start counts, though it is a branch anyway."""
     most: int = 12
     """Branches of a completion at most, that at its start included."""
     kept: Literal["ends", "middles"] = "middles"

@@ -169,7 +169,7 @@ class GroupReceipt:
     drafts: Aside = NOTHING
     probes: Aside = NOTHING
     suspicious_probes: tuple[str, ...] = ()
-    """Verdicts of probes that are suspicious, by kind, as `suspicious` has them of completions."""
+    """One entry a probe that touched a wall of the sandbox: the kinds, joined by commas."""
 
     @property
     def every(self) -> Aside:
