@@ -9,15 +9,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from architectures import save_model
 from engine_beside import EngineBeside, EngineError, engine_beside
 from learner_models import random_groups, trajectories
-from learner_ranks import SHAPES, worker
+from learner_ranks import SHAPES, sampled_gap, worker
 
 from common.config.sections import AdapterConfig
 from common.weights.transport import Receivers
-from learner.policy.packing import pack_row, split_by_length
 from learner.training.rank import LearnerRank
 from learner.weights.canary import largest_gap
 
@@ -65,20 +63,10 @@ def gap(rank: LearnerRank, engine: EngineBeside) -> float:
     return largest_gap(rank.score(*FIXED), engine.score(*FIXED))
 
 
-def sampled_gap(rank: LearnerRank, engine: EngineBeside) -> float:
-    """Between what the engine said as it sampled, and the learner."""
-    # Whole blocks of the cache (32 tokens) of prompts that were there before.
+def sampling_gap(rank: LearnerRank, engine: EngineBeside) -> float:
+    """Behind prompts that were there before, of whole blocks of the cache (32 tokens)."""
     prompts = [prompt.tolist() for prompt, _ in random_groups([(70, (1,)), (40, (1,))], 5, 64)]
-    sampled = engine.sample(prompts, temperature=1.0, max_tokens=16)
-    groups = [
-        (np.array(prompt), [np.array(tokens)])
-        for prompt, (tokens, _) in zip(prompts, sampled, strict=True)
-    ]
-    row = pack_row(groups, range(len(groups)), "cpu")
-    with torch.no_grad():
-        ours_N, _ = rank.trainer.policy.logprobs(row, temperature=1.0)
-    ours = split_by_length(ours_N.tolist(), row.lengths)
-    return largest_gap(ours, [scores for _, scores in sampled])
+    return sampled_gap(rank, engine, prompts, temperature=1.0, max_tokens=16)
 
 
 def test_every_update_is_the_learners_policy_and_replaces_the_one_before(
@@ -99,7 +87,7 @@ def test_every_update_is_the_learners_policy_and_replaces_the_one_before(
             engine.update(newest, number)
             assert gap(rank, engine) < ROUNDING
             # A prefix that was cached under the adapter before would show here.
-            assert sampled_gap(rank, engine) < ROUNDING
+            assert sampling_gap(rank, engine) < ROUNDING
         second = engine.score(*FIXED)
         engine.update(nothing.buckets, 3)
         assert engine.score(*FIXED) == untouched
@@ -115,13 +103,13 @@ def test_without_a_new_salt_prefixes_of_the_old_adapter_would_be_served(
     with learner(folder) as rank:
         engine.keep_salt(True)
         engine.update(rank.export_weights(0).buckets, 0)
-        assert sampled_gap(rank, engine) < ROUNDING
+        assert sampling_gap(rank, engine) < ROUNDING
         engine.update(step(rank, 1), 1)
         assert gap(rank, engine) < ROUNDING  # what is scored is cached for nobody
-        assert sampled_gap(rank, engine) > 10 * ROUNDING
+        assert sampling_gap(rank, engine) > 10 * ROUNDING
         engine.keep_salt(False)
         engine.update(rank.export_weights(1).buckets, 1)
-        assert sampled_gap(rank, engine) < ROUNDING
+        assert sampling_gap(rank, engine) < ROUNDING
 
 
 def test_requests_under_way_go_on_with_the_new_adapter(folder: Path, engine: EngineBeside) -> None:

@@ -7,17 +7,15 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from architectures import ARCHITECTURES, LONGEST, VOCABULARY, save_model
 from engine_beside import EngineBeside, EngineError, engine_beside
 from learner_models import random_groups, trajectories
-from learner_ranks import untimed, weights, worker
+from learner_ranks import sampled_gap, untimed, weights, worker
 
 from common.errors import RefutedError
 from common.weights.transport import Receivers
-from learner.policy.packing import pack_row, split_by_length
 from learner.training.rank import LearnerRank
 from learner.weights.canary import Canary, CanaryProof, largest_gap
 
@@ -35,6 +33,10 @@ def canary() -> Canary:
     return Canary.from_prompts(prompts, 24, 64, LONGEST)
 
 
+def prompts() -> list[list[int]]:
+    return [prompt.tolist() for prompt, _ in random_groups(SHAPES, 2, VOCABULARY)]
+
+
 def gap(rank: LearnerRank, engine: EngineBeside) -> float:
     fixed = canary()
     arguments = (fixed.sequences, fixed.prompt_lengths)
@@ -44,22 +46,6 @@ def gap(rank: LearnerRank, engine: EngineBeside) -> float:
 def step(rank: LearnerRank, number: int) -> dict[str, float]:
     batch = trajectories(SHAPES, seed=number, version=number - 1, vocabulary=VOCABULARY)
     return untimed(rank.step(batch, number - 1, 0))
-
-
-def sampled_gap(rank: LearnerRank, engine: EngineBeside) -> float:
-    """Completions at temperature 0.7, scored by the engine as it sampled and by the learner."""
-    prompts = [prompt.tolist() for prompt, _ in random_groups(SHAPES, 2, VOCABULARY)]
-    sampled = engine.sample(prompts, temperature=0.7, max_tokens=40)
-    groups = [
-        (np.array(prompt), [np.array(tokens)])
-        for prompt, (tokens, _) in zip(prompts, sampled, strict=True)
-    ]
-    row = pack_row(groups, range(len(groups)), "cpu")
-    with torch.no_grad():
-        ours_N, _ = rank.trainer.policy.logprobs(row, temperature=0.7)
-    return largest_gap(
-        split_by_length(ours_N.tolist(), row.lengths), [scores for _, scores in sampled]
-    )
 
 
 @pytest.mark.parametrize("name", SERVED)
@@ -76,7 +62,7 @@ def test_two_updates_and_a_resume(name: str, tmp_path: Path, note: Note) -> None
                     step(rank, version)
                 engine.update(rank.export_weights(version).buckets, version)
                 gaps.append(gap(rank, engine))
-            sampled = sampled_gap(rank, engine)
+            sampled = sampled_gap(rank, engine, prompts(), temperature=0.7, max_tokens=40)
         second = rank.score(canary().sequences, canary().prompt_lengths)
         rank.take_checkpoint({})
         rank.write_checkpoint(str(saved))

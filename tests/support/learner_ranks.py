@@ -8,7 +8,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -20,8 +20,13 @@ from common.config.algorithm import AlgorithmConfig
 from common.config.sections import AdapterConfig, LearnerConfig, ModelConfig
 from common.weights.buckets import unpack_tensors
 from common.weights.transport import Receivers
+from learner.policy.packing import pack_row, split_by_length
 from learner.training.job import LearnerJob
 from learner.training.rank import LearnerRank
+from learner.weights.canary import largest_gap
+
+if TYPE_CHECKING:
+    from engine_beside import EngineBeside
 
 SHAPES = [(9, [5, 12, 3, 7]), (4, [20, 2]), (17, [3, 3, 8]), (6, [10] * 4)]
 DEADLINE_S = 120.0
@@ -163,6 +168,27 @@ def on_ranks(ranks: int, target: Callable, *args: Any) -> list[Any]:
                 process.terminate()
                 process.join(timeout=10)
     return [results[rank] for rank in range(ranks)]
+
+
+def sampled_gap(
+    of: LearnerRank,
+    engine: EngineBeside,
+    prompts: list[list[int]],
+    temperature: float,
+    max_tokens: int,
+) -> float:
+    """Nats a token between what an engine said as it sampled, and the learner; the largest of the
+    completions' means."""
+    sampled = engine.sample(prompts, temperature=temperature, max_tokens=max_tokens)
+    groups = [
+        (np.array(prompt), [np.array(tokens)])
+        for prompt, (tokens, _) in zip(prompts, sampled, strict=True)
+    ]
+    row = pack_row(groups, range(len(groups)), "cpu")
+    with torch.no_grad():
+        ours_N, _ = of.trainer.policy.logprobs(row, temperature=temperature)
+    ours = split_by_length(ours_N.tolist(), row.lengths)
+    return largest_gap(ours, [scores for _, scores in sampled])
 
 
 def untimed(metrics: dict[str, float]) -> dict[str, float]:
