@@ -191,8 +191,8 @@ class Engine:
         if self.in_process:
             self._salt, self._lora = self._salt + 1, adapter_request()
             return await self._llm.update(update_infos, str(version), settings)
-        await self._llm.pause_generation(mode="keep", clear_cache=False)
-        self._salt, self._lora = self._salt + 1, adapter_request()
+        await self._freeze()
+        self._lora = adapter_request()
         asked = {"update_infos": update_infos, **settings}
         await self._llm.collective_rpc("replace_adapter", kwargs=asked)
         await self._llm.update_weight_version(str(version))
@@ -205,9 +205,13 @@ class Engine:
         Until `end_update` has succeeded the engine serves nothing: a failed update leaves layers
         unloaded.
         """
+        await self._freeze()
+        await self._llm.start_weight_update()
+
+    async def _freeze(self) -> None:
+        """Freeze the requests under way, with `AsyncLLM`."""
         await self._llm.pause_generation(mode="keep", clear_cache=False)
         self._salt += 1  # a request that comes in from now on runs under the new weights
-        await self._llm.start_weight_update()
 
     async def receive_weights(self, update_info: dict[str, Any]) -> None:
         """Load some of the weights, as the transport describes them."""
